@@ -1,0 +1,59 @@
+# Each target makes the virtual environment that it needs. `make help` lists them.
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+MADE := $(VENV)/.made
+DEMO := $(VENV)/.installed-demo
+DEV := $(VENV)/.installed-dev
+
+# Threads that wait by spinning starve the loading processes of a small machine; see the README.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+# Two installations into one environment at once would break it.
+.NOTPARALLEL:
+.PHONY: help setup demo test check clean
+
+help:
+	@echo "make setup   the virtual environment for everything below"
+	@echo "make demo    pretrain on the bundled photographs; pictures at the end"
+	@echo "make test    all tests; some of them: make test PYTEST_ARGS='-m smoke'"
+	@echo "make check   ruff (lint, format) and mypy"
+	@echo "make clean   remove the virtual environment and caches; runs stay"
+	@echo "PYTHON=python3.12 chooses the interpreter (3.10 or newer) of a new environment."
+
+setup: $(DEV)
+
+demo: $(DEMO)
+	$(BIN)/python main_pretrain.py --config recipes/demo.yaml
+
+test: $(DEV)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: $(DEV)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	find . -name .git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A stamp, not $(BIN)/python: an interpreter lies there also when making the environment failed half-way.
+$(MADE):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "$(PYTHON) is Python " + sys.version.split()[0] + "; 3.10 or newer is needed: make PYTHON=python3.12 ...")'
+	@$(PYTHON) -c 'import ensurepip, venv' || { echo "$(PYTHON) cannot make virtual environments; on Debian: apt-get install python3-venv"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(DEMO): requirements.txt requirements-demo.txt | $(MADE)
+	$(BIN)/python -m pip install -r requirements-demo.txt
+	@touch $@
+
+$(DEV): requirements.txt requirements-demo.txt requirements-dev.txt | $(MADE)
+	$(BIN)/python -m pip install -r requirements-dev.txt
+	@touch $(DEMO) $@

@@ -1,0 +1,217 @@
+"""Pretraining: one epoch of training, and reconstruction measured on held-out images."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from util.logger import StepReport
+from util.masking import MaskStrategy
+from util.metrics import (
+    FILLS,
+    ReconstructionMeter,
+    apply_statistics,
+    compose,
+    fill,
+    masked_patches,
+)
+from util.patches import patch_averages
+from util.step import OptimizerStep, Stopwatch
+from util.transforms import denormalize, normalize
+
+Stats = Sequence[float]
+
+
+class PretrainModel(Protocol):
+    """What this engine asks of a model, M-MAE or another."""
+
+    norm_pix_loss: bool
+    patch_size: tuple[int, int]
+
+    def __call__(
+        self,
+        images: Tensor,
+        mask: Tensor,
+        num_visible: int | None = None,
+        shift: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """See `MaskedAutoencoderViT.forward`."""
+        ...
+
+    def eval(self) -> Any:
+        """Evaluation mode."""
+        ...
+
+
+@dataclass(frozen=True)
+class Masker:
+    """Turns the noise of a batch into masks, on the device.
+
+    Attributes:
+        strategy: which patches to mask.
+        num_visible: patches that stay visible in each image.
+        patch_size: (ph, pw) pixels.
+    """
+
+    strategy: MaskStrategy
+    num_visible: int
+    patch_size: tuple[int, int]
+
+    def __call__(self, images: Tensor, noise: Tensor) -> Tensor:
+        """uint8 [B, C, H, W] and float32 [B, S, L] to bool [B, L], True = masked."""
+        averages = None
+        if self.strategy.uses_averages:
+            averages = patch_averages(images, self.patch_size)
+        return self.strategy.mask(noise, averages, self.num_visible)
+
+
+def train_one_epoch(
+    model: nn.Module,
+    loader: Iterable[dict[str, Any]],
+    optimizer_step: OptimizerStep,
+    masker: Masker,
+    schedule: Callable[[int], float],
+    *,
+    mean: Stats,
+    std: Stats,
+    jitter: bool,
+    first_step: int,
+    after_step: Callable[[StepReport], bool],
+) -> int:
+    """Train on what the loader yields, one optimiser step after another.
+
+    Args:
+        model: possibly wrapped for several processes or compiled.
+        loader: batches of `PretrainSamples`; `accum_iter` of them are one step.
+        schedule: optimiser step, counted from 0 over the run, to learning rate.
+        mean, std: per channel, in 0..1 units.
+        jitter: hand the samples' shifts to the model (`pos_offset` jitter).
+        first_step: optimiser steps done before.
+        after_step: takes in each step; where it returns True, the epoch is left there.
+
+    Returns:
+        optimiser steps done after.
+    """
+    model.train()
+    device = optimizer_step.device
+
+    def forward(batch: dict[str, Any]) -> Tensor:
+        images = batch["image"].to(device, non_blocking=True)
+        mask = masker(images, batch["noise"].to(device, non_blocking=True))
+        shift = batch["shift"].to(device, non_blocking=True) if jitter else None
+        # Normalisation in float32, outside autocast's reach: it only touches matrix products.
+        x = normalize(images, mean, std)
+        return model(x, mask, masker.num_visible, shift)["loss"]
+
+    step = first_step
+    waiting = Stopwatch()
+    for micro_batches in steps_of(waiting.around(loader), optimizer_step.accum_iter):
+        lr = schedule(step)
+        result = optimizer_step(forward, micro_batches, lr)
+        step += 1
+        indices = [batch["index"] for batch in micro_batches]
+        bad = [i for batch in micro_batches for i in batch["bad"].flatten().tolist() if i >= 0]
+        if after_step(StepReport(step, result, lr, waiting.lap(), indices, bad)):
+            break
+    return step
+
+
+def steps_of(loader: Iterable[Any], accum_iter: int) -> Iterator[list[Any]]:
+    """Group micro-batches into optimiser steps; the sampler yields whole steps only."""
+    group: list[Any] = []
+    for batch in loader:
+        group.append(batch)
+        if len(group) == accum_iter:
+            yield group
+            group = []
+    assert not group, "the sampler ended in the middle of an optimiser step"
+
+
+@torch.inference_mode()
+def reconstruct(
+    model: PretrainModel, images: Tensor, mask: Tensor, num_visible: int, mean: Stats, std: Stats
+) -> Tensor:
+    """Images with their masked patches as the model predicts them.
+
+    A model of normalised pixels does not predict a patch's mean and deviation: each hidden patch is
+    given its true ones, and whoever shows the picture has to say so (`STATISTICS_NOTE`).
+
+    Args:
+        images: uint8 [B, C, H, W]; mask: bool [B, L].
+
+    Returns:
+        float32 [B, C, H, W], gray levels, clipped to 0..255; visible patches are the image's own.
+    """
+    x = normalize(images, mean, std)
+    pred = model(x, mask, num_visible)["pred"].float()
+    if model.norm_pix_loss:
+        pred = apply_statistics(pred, masked_patches(x, mask, model.patch_size))
+    return compose(images, mask, to_gray_levels(pred, mean, std), model.patch_size)
+
+
+def fills_of(
+    model: PretrainModel, images: Tensor, mask: Tensor, mean: Stats, std: Stats
+) -> dict[str, Tensor]:
+    """The trivial fills by name, on the model's own terms; arguments as `reconstruct`."""
+    x = normalize(images, mean, std)
+    pictures = {}
+    for name in FILLS:
+        patches = fill(name, x, mask, model.patch_size, model.norm_pix_loss)
+        patches = to_gray_levels(patches, mean, std)
+        pictures[name] = compose(images, mask, patches, model.patch_size)
+    return pictures
+
+
+def to_gray_levels(patches: Tensor, mean: Stats, std: Stats) -> Tensor:
+    """Patches [B, M, V] from normalised pixels to gray levels 0..255, channels innermost."""
+    B, M, V = patches.shape
+    pixels = patches.reshape(B, -1, len(mean)).transpose(1, 2).unsqueeze(-1)  # [B, C, M*ph*pw, 1]
+    levels = denormalize(pixels, mean, std)
+    return levels.squeeze(-1).transpose(1, 2).reshape(B, M, V)
+
+
+STATISTICS_NOTE = (
+    "Model of normalised pixels: each hidden patch is shown with its true mean and deviation, "
+    "which the model does not predict; the fills beside it are given the same."
+)
+
+
+@torch.inference_mode()
+def evaluate(
+    model: PretrainModel,
+    loader: Iterable[dict[str, Any]],
+    masker: Masker,
+    *,
+    mean: Stats,
+    std: Stats,
+    device: torch.device,
+    sum_over_ranks: Callable[[Tensor], Tensor],
+) -> dict[str, dict[str, float]]:
+    """PSNR and SSIM over masked pixels: the model's reconstruction beside the trivial fills.
+
+    All arms see the same images under the same masks. With a model of normalised pixels the fills
+    get the same true statistics.
+
+    Args:
+        model: not wrapped.
+        loader: batches of `PretrainSamples`, the whole measured set over all ranks.
+        sum_over_ranks: adds a float64 tensor over all processes.
+
+    Returns:
+        {"model" | fill's name: {"psnr": dB, "ssim": -1 to 1}}, see `ReconstructionMeter`.
+    """
+    model.eval()
+    meter = ReconstructionMeter(["model", *FILLS])
+    for batch in loader:
+        images = batch["image"].to(device)
+        mask = masker(images, batch["noise"].to(device))
+        original = images.float()
+        pictures = {"model": reconstruct(model, images, mask, masker.num_visible, mean, std)}
+        pictures |= fills_of(model, images, mask, mean, std)
+        for name, picture in pictures.items():
+            meter.update(name, original, picture, mask, masker.patch_size)
+    total = ReconstructionMeter(meter.arms)
+    total.merge(sum_over_ranks(meter.state()))
+    return total.result()

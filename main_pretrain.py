@@ -1,0 +1,498 @@
+"""Pretrain a masked autoencoder: M-MAE by default, MAE with --method mae.
+
+One process on a CPU or GPU:  python main_pretrain.py --data_path IMAGENET ...
+Several:                      torchrun --nproc_per_node 8 main_pretrain.py ...
+"""
+
+import argparse
+import signal
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+import models_zoo
+from engine_pretrain import STATISTICS_NOTE, Masker, evaluate, reconstruct, train_one_epoch
+from util import checkpoint as ckpt
+from util.config import (
+    FlagParser,
+    add_data_flags,
+    add_method_flags,
+    add_run_flags,
+    number,
+    resolve_method,
+    settings_of,
+    size_pair,
+)
+from util.datasets import DATASETS, build_dataset
+from util.dist import Agreement, Processes, peers_lost, processes
+from util.errors import BadInput, Stopped, command, needs
+from util.images import ImageSource
+from util.logger import (
+    METRICS,
+    BadImages,
+    RunLogger,
+    StepLog,
+    StepReport,
+    prepare_folder,
+    progress_bar,
+    rank_log,
+    save_settings,
+    say,
+)
+from util.masking import count_visible, create_strategy
+from util.optim import create_adamw, parameter_groups
+from util.randomness import EpochSampler, EvalSampler, evenly
+from util.replace import fault_of
+from util.samples import PretrainSamples, build_loader, default_workers
+from util.schedule import CosineSchedule, scaled_lr
+from util.step import PRECISIONS, OptimizerStep
+from util.transforms import EvalTransform, PretrainTransform
+from util.visualize import panels, picture_grid, save_png
+
+TASK = "pretrain"
+# Held-out images are measured and shown under masks that no flag changes, so that runs compare.
+EVAL_SEED, EVAL_MASK, EVAL_RATIO, PICTURES = 0, "random", 0.75, 8
+# Settings that say where and how often, not what is computed; all others change the numbers.
+HOUSEKEEPING = {
+    "output_dir", "log_dir", "device", "num_workers", "pin_mem", "log_every", "save_every",
+    "eval_every", "eval_images", "picture_every", "resume", "list_models", "data_path",
+    "batch_size", "accum_iter", "save_minutes", "keep", "allow_changes", "nan_policy",
+    "grad_checkpointing", "max_bad_images",
+}  # fmt: skip
+
+
+def build_parser() -> FlagParser:
+    """The flags; MAE's keep their names and meaning."""
+    parser = FlagParser(description=__doc__.split("\n")[0])
+    add_method_flags(parser)
+    add_data_flags(parser, list(DATASETS))
+    group = parser.add_argument_group("data, pretraining")
+    group.add_argument(
+        "--crop_scale",
+        type=number(float, 0, 1, open_low=True),
+        nargs=2,
+        default=[0.2, 1.0],
+        metavar=("MIN", "MAX"),
+        help="share of the image's area that a random crop covers",
+    )
+    group.add_argument(
+        "--max_bad_images",
+        type=number(int, 0),
+        default=100,
+        help="more that cannot be decoded end the run; until then others take their places",
+    )
+    group.add_argument("--no_flip", action="store_true", help="no horizontal flip")
+    group = parser.add_argument_group("model (unset sizes follow --model)")
+    group.add_argument("--model", default="mae_vit_base_patch16", metavar="NAME")
+    group.add_argument("--list_models", action="store_true", help="print the names and leave")
+    group.add_argument("--patch_size", type=size_pair, help="overrides the name's")
+    group.add_argument("--in_chans", type=number(int, 1), help="default: the data set's")
+    group.add_argument("--decoder_depth", type=number(int, 1))
+    group.add_argument("--decoder_embed_dim", type=number(int, 4), help="decoder width")
+    group.add_argument("--decoder_num_heads", type=number(int, 1))
+    group.add_argument("--mask_ratio", type=number(float, 0, 1, open_low=True), default=0.75)
+    group.add_argument(
+        "--norm_pix_loss", action="store_true", help="predict patches normalised by themselves"
+    )
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--batch_size", type=number(int, 1), default=64, help="per process")
+    group.add_argument("--accum_iter", type=number(int, 1), default=1, help="micro-steps per step")
+    group.add_argument("--epochs", type=number(int, 1), default=400)
+    group.add_argument("--warmup_epochs", type=number(float, 0), default=40)
+    group.add_argument(
+        "--blr",
+        type=number(float, 0),
+        default=1.5e-4,
+        help="base lr: lr = blr x global batch / 256",
+    )
+    group.add_argument("--lr", type=number(float, 0), help="absolute; overrides --blr")
+    group.add_argument("--min_lr", type=number(float, 0), default=0.0)
+    group.add_argument("--weight_decay", type=number(float, 0), default=0.05)
+    group.add_argument("--clip_grad", type=number(float, 0, open_low=True), help="largest norm")
+    group.add_argument("--precision", choices=list(PRECISIONS), default="fp32")
+    group.add_argument(
+        "--grad_checkpointing",
+        action="store_true",
+        help="compute activations again instead of keeping them: less memory, more time",
+    )
+    group.add_argument(
+        "--nan_policy",
+        choices=("stop", "skip"),
+        default="stop",
+        help="after a loss or gradient that is not finite; its update is left out in any case",
+    )
+    group.add_argument("--tf32", action="store_true", help="allow TF32 products on a GPU")
+    add_run_flags(parser)
+    group = parser.add_argument_group("checkpoints and measurement (epochs; 0: never)")
+    group.add_argument("--save_every", type=number(int, 0), default=20)
+    group.add_argument(
+        "--save_minutes", type=number(float, 0), default=30.0, help="within an epoch; 0: never"
+    )
+    group.add_argument("--keep", type=number(int, 0), default=0, help="numbered ones; 0: all")
+    group.add_argument("--picture_every", type=number(int, 0), default=20)
+    group.add_argument("--eval_every", type=number(int, 0), default=0, help="PSNR and SSIM")
+    group.add_argument("--eval_images", type=number(int, 1), default=256)
+    group.add_argument(
+        "--resume",
+        default="auto",
+        help="auto: the newest checkpoint of the run folder, if any; or a checkpoint to start from "
+        "where there is none; none: start anew, in a folder without one",
+    )
+    group.add_argument(
+        "--allow_changes",
+        action="store_true",
+        help="go on although flags that change the numbers differ from the checkpoint's",
+    )
+    return parser
+
+
+def build_model(args: argparse.Namespace, in_chans: int) -> tuple[Any, dict[str, Any]]:
+    """The model that the flags describe, and its arguments in plain types for the checkpoint."""
+    arguments = models_zoo.model_arguments(args.model) | {
+        "in_chans": in_chans,
+        "norm_pix_loss": args.norm_pix_loss,
+        "lscale_init": args.lscale_init,
+        "pos_offset": args.pos_offset,
+    }
+    flags = {
+        "img_size": args.input_size,
+        "patch_size": args.patch_size,
+        "decoder_depth": args.decoder_depth,
+        "decoder_embed_dim": args.decoder_embed_dim,
+        "decoder_num_heads": args.decoder_num_heads,
+    }
+    arguments |= {name: value for name, value in flags.items() if value is not None}
+    arguments = {k: list(v) if isinstance(v, tuple) else v for k, v in arguments.items()}
+    return models_zoo.create_model(args.model, **arguments), arguments
+
+
+def open_set(args: argparse.Namespace, split: str, channels: int | None) -> ImageSource:
+    """A split of the data set that the flags name."""
+    return build_dataset(
+        args.dataset, split, args.data_path, channels=channels, mean=args.mean, std=args.std
+    )
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The images to measure and to show on, under masks that no flag changes."""
+
+    source: ImageSource
+    samples: PretrainSamples
+    sampler: EvalSampler
+    loader: Iterable[dict[str, Any]]
+    masker: Masker
+
+
+def held_out_source(args: argparse.Namespace, channels: int) -> ImageSource | None:
+    """The held-out split; None where it is not asked for, or where there is none to draw from."""
+    if not (args.eval_every or args.picture_every):
+        return None
+    try:
+        return open_set(args, "val", channels)
+    except BadInput as error:
+        if args.eval_every:
+            raise
+        say(f"no pictures: {error}")
+        return None
+
+
+def held_out_set(
+    source: ImageSource, model: Any, limit: int, batch_size: int, procs: Processes
+) -> HeldOut:
+    """At most `limit` held-out images, dealt out to the processes."""
+    num_visible = count_visible(model.grid[0] * model.grid[1], EVAL_RATIO)
+    masker = Masker(create_strategy(EVAL_MASK), num_visible, model.patch_size)
+    transform = EvalTransform(model.img_size, margin=source.eval_margin)
+    samples = PretrainSamples(source, transform, masker.strategy, model.grid, EVAL_SEED)
+    sampler = EvalSampler(
+        evenly(len(source), limit), batch_size, world_size=procs.world_size, rank=procs.rank
+    )
+    loader = build_loader(samples, sampler, num_workers=0, pin_memory=False)
+    return HeldOut(source, samples, sampler, loader, masker)
+
+
+def draw_pictures(model: Any, held_out: HeldOut, device: torch.device, title: str) -> Any:
+    """A grid of held-out images, masked and reconstructed."""
+    source, masker = held_out.source, held_out.masker
+    keys = next(iter(EvalSampler(evenly(len(source), PICTURES), PICTURES)))
+    batch = [held_out.samples[key] for key in keys]
+    images = torch.stack([sample["image"] for sample in batch]).to(device)
+    mask = masker(images, torch.stack([sample["noise"] for sample in batch]).to(device))
+    model.eval()
+    picture = reconstruct(model, images, mask, masker.num_visible, source.mean, source.std)
+    return picture_grid(
+        panels(images, mask, picture, masker.patch_size),
+        [Path(source.file_name(key.index)).name for key in keys],
+        headers=("original", f"masked {EVAL_RATIO:.0%}", "reconstruction"),
+        title=title,
+        footer=STATISTICS_NOTE if model.norm_pix_loss else None,
+    )
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one pretraining; see the module."""
+    args = build_parser().parse(argv)
+    if args.list_models:
+        print("\n".join(models_zoo.list_models()))
+        return
+    resolve_method(args)
+    with processes(args.device, Path(args.output_dir)) as procs:
+        pretrain(args, procs)
+
+
+def pretrain(args: argparse.Namespace, procs: Processes) -> None:
+    """The run, from top to bottom."""
+    # ------------------------------------------------------------------ run and processes
+    device, folder = procs.device, Path(args.output_dir)
+    torch.manual_seed(args.seed)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
+    if args.eval_every:
+        needs("skimage.metrics", "scikit-image")  # now, not after the first epochs
+
+    # ------------------------------------------------------------------------------- data
+    # One process lists a folder or fetches a set; the others find what it left on the disk.
+    with procs.main_first():
+        source = open_set(args, "train", args.in_chans)
+        val_source = held_out_source(args, source.channels)
+    model, model_args = build_model(args, source.channels)
+    strategy = create_strategy(
+        args.mask,
+        avg_share=args.avg_share,
+        avg_order=args.avg_order,
+        avg_temperature=args.avg_temperature,
+    )
+    num_patches = model.grid[0] * model.grid[1]
+    masker = Masker(strategy, count_visible(num_patches, args.mask_ratio), model.patch_size)
+    transform = PretrainTransform(model.img_size, tuple(args.crop_scale), flip=not args.no_flip)
+    samples = PretrainSamples(source, transform, strategy, model.grid, args.seed)
+    sampler = EpochSampler(
+        len(source),
+        args.batch_size,
+        accum_iter=args.accum_iter,
+        world_size=procs.world_size,
+        rank=procs.rank,
+        seed=args.seed,
+    )
+    workers = default_workers(procs.local_size) if args.num_workers is None else args.num_workers
+    pin_memory = args.pin_mem and device.type == "cuda"
+    loader = build_loader(samples, sampler, num_workers=workers, pin_memory=pin_memory)
+
+    held_out = None
+    if val_source is not None:
+        held_out = held_out_set(val_source, model, args.eval_images, args.batch_size, procs)
+
+    # ------------------------------------------------------------------------------ model
+    model.to(device)
+    model.set_grad_checkpointing(args.grad_checkpointing)
+    trained = model
+    if procs.world_size > 1:
+        ids = [device.index] if device.type == "cuda" else None
+        trained = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+
+    # ------------------------------------------------------------- optimiser and schedule
+    steps_per_epoch = sampler.steps_per_epoch
+    lr = scaled_lr(args.blr, sampler.global_batch) if args.lr is None else args.lr
+    schedule = CosineSchedule(
+        lr, args.min_lr, args.warmup_epochs * steps_per_epoch, args.epochs * steps_per_epoch
+    )
+    optimizer = create_adamw(parameter_groups(model, args.weight_decay), lr, betas=(0.9, 0.95))
+    optimizer_step = OptimizerStep(
+        trained,
+        optimizer,
+        device=device,
+        precision=args.precision,
+        accum_iter=args.accum_iter,
+        clip_grad=args.clip_grad,
+    )
+
+    # ----------------------------------------------------------------------------- resume
+    settings = settings_of(args)
+    arithmetic = {k: v for k, v in settings.items() if k not in HOUSEKEEPING} | {
+        "model_args": model_args,
+        "global_batch": sampler.global_batch,
+        "images": len(source),
+    }
+    path, notes = ckpt.find_resume(folder, TASK, args.resume)
+    path = procs.gather(path)[0]  # a file system may show the others an older state of the folder
+    state, step, first_epoch, stage = None, 0, 0, "training"
+    if path is not None:
+        state = ckpt.load_resume(path, TASK, arithmetic, notes, allow_changes=args.allow_changes)
+        step = state["step"]
+        # Stopped at the last step of an epoch, what is due after that epoch is still to be done.
+        stage = state["stage"]
+        first_epoch = state["epoch"] + (stage == "done")
+        ckpt.load_weights(model, state["model"], "the checkpoint")
+        optimizer.load_state_dict(state["optimizer"])
+        optimizer_step.scaler.load_state_dict(state["scaler"])
+    procs.barrier()  # every process has read its checkpoint before anything is written
+    prepare_folder(folder)
+    logger = RunLogger(
+        folder,
+        Path(args.log_dir or folder),
+        step,
+        keep_bytes=state["log_bytes"] if state else 0,
+        write=procs.main,
+    )
+    bad_images = BadImages(
+        folder,
+        lambda i: f"{source.file_name(i)}: {fault_of(source, i)}",
+        args.max_bad_images,
+        procs.gather,
+        write=procs.main,
+    )
+    step_log = StepLog(
+        logger,
+        folder,
+        procs,
+        every=args.log_every,
+        global_batch=sampler.global_batch,
+        nan_policy=args.nan_policy,
+        bad_images=bad_images,
+        bar=progress_bar(args.epochs * steps_per_epoch, step, show=procs.main),
+    )
+    if state is not None:
+        step_log.load_state(state["sums"])
+        bad_images.load(state["bad_images"])
+    if procs.main:
+        save_settings(folder, settings)
+        for note in notes:
+            say(note)
+        say(
+            f"{args.model} ({args.method}), {sum(p.numel() for p in model.parameters()):,} "
+            f"parameters; {len(source):,} images of {args.dataset}; global batch "
+            f"{sampler.global_batch} = {args.batch_size} x {procs.world_size} processes x "
+            f"{args.accum_iter}; lr {lr:.3g}; {args.precision} on {device}"
+        )
+
+    def save(step: int, stage: str, epoch: int | None = None) -> None:
+        """Write what a resume needs; every process takes part, the main one writes.
+
+        The stage is that of the epoch: training, measuring (trained and recorded) or done.
+        """
+        bad_images.agree()
+        state = {
+            "task": TASK,
+            "epoch": (step - 1) // steps_per_epoch,
+            "stage": stage,
+            "step": step,
+            "log_bytes": logger.size(),
+            "model_name": args.model,
+            "model_args": model_args,
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "scaler": optimizer_step.scaler.state_dict(),
+            "sums": step_log.state(),
+            "bad_images": sorted(bad_images.indices),
+            "arithmetic": arithmetic,
+            "data": {"dataset": args.dataset, "mean": source.mean, "std": source.std},
+        }
+        if procs.main:
+            ckpt.save_checkpoint(folder, state, epoch, args.keep)
+        step_log.restart_clock()
+
+    agreement = Agreement(procs, args.save_minutes)
+    stopped_by = 0
+
+    def after_step(report: StepReport) -> bool:
+        """Log; save or stop where all processes agreed to."""
+        nonlocal stopped_by
+        step_log(report)
+        wish = agreement.after_step()
+        if wish.save or wish.stop:
+            save(report.step, "training")
+        stopped_by = wish.stop
+        return bool(wish.stop)
+
+    # ----------------------------------------------------------------------------- epochs
+    with rank_log(folder, procs.rank), peers_lost(procs.rank), agreement:
+        for epoch in range(first_epoch, args.epochs):
+            measuring = held_out is not None and due(args.eval_every, epoch, args.epochs)
+            drawing = held_out is not None and due(args.picture_every, epoch, args.epochs)
+            if not (stage == "measuring" and epoch == first_epoch):
+                sampler.start(epoch, step - epoch * steps_per_epoch)
+                step = train_one_epoch(
+                    trained,
+                    loader,
+                    optimizer_step,
+                    masker,
+                    schedule,
+                    mean=source.mean,
+                    std=source.std,
+                    jitter=args.pos_offset == "jitter",
+                    first_step=step,
+                    after_step=after_step,
+                )
+                if stopped_by:
+                    raise Stopped(
+                        f"{signal.Signals(stopped_by).name} after step {step}, in epoch {epoch}; "
+                        "the checkpoint is written, the same command goes on from there"
+                    )
+                loss = step_log.end_epoch()
+                logger.record("epoch", step, epoch=epoch, loss=loss)
+                numbered = epoch if due(args.save_every, epoch, args.epochs) else None
+                save(step, "measuring" if measuring or drawing else "done", numbered)
+            if held_out and measuring:
+                table = evaluate(
+                    model,
+                    held_out.loader,
+                    held_out.masker,
+                    mean=source.mean,
+                    std=source.std,
+                    device=device,
+                    sum_over_ranks=procs.sum,
+                )
+                report(logger, table, step, epoch, held_out.sampler.total)
+            if held_out and drawing and procs.main:
+                title = f"{args.model} ({args.method}) after epoch {epoch}, held-out images"
+                picture = draw_pictures(model, held_out, device, title)
+                save_png(folder / "pictures" / f"epoch-{epoch}.png", picture)
+                logger.picture("reconstruction", step, np.asarray(picture))
+            if measuring or drawing:
+                save(step, "done")
+
+        # -------------------------------------------------------------------------- close
+        logger.close()
+        step_log.bar.close()
+        if procs.main:
+            say_results(folder, Path(args.log_dir or folder))
+
+
+def due(every: int, epoch: int, epochs: int) -> bool:
+    """Whether something done every so many epochs, and after the last, is due after this one."""
+    return bool(every) and ((epoch + 1) % every == 0 or epoch == epochs - 1)
+
+
+def report(
+    logger: RunLogger, table: dict[str, dict[str, float]], step: int, epoch: int, images: int
+) -> None:
+    """A measurement, for the log and the reader."""
+    values = {f"{arm}_{name}": v for arm, row in table.items() for name, v in row.items()}
+    logger.record("eval", step, epoch=epoch, images=images, **values)
+    if logger.file is None:  # the main process tells the reader
+        return
+    say(f"held-out reconstruction, {EVAL_RATIO:.0%} random masks, masked pixels only:")
+    for arm, row in table.items():
+        say(f"  {arm:8s} PSNR {row['psnr']:6.2f} dB   SSIM {row['ssim']:.4f}")
+
+
+def say_results(folder: Path, log_dir: Path) -> None:
+    """Name what the run wrote."""
+    pictures = sorted((folder / "pictures").glob("epoch-*.png"), key=lambda p: p.stat().st_mtime)
+    events = sorted(log_dir.glob("events.out.tfevents.*"), key=lambda p: p.stat().st_mtime)
+    say(f"checkpoint  {folder / ckpt.LAST}")
+    say(f"metrics     {folder / METRICS}")
+    if events:
+        say(f"events      {events[-1]}  (tensorboard --logdir {log_dir})")
+    if pictures:
+        say(f"pictures    {pictures[-1]}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""Show what a pretrained model reconstructs: a picture grid, and each panel as a file of its own.
+
+python main_visualize.py --checkpoint RUN/checkpoint-last.pth --images photo.jpg folder/
+python main_visualize.py --checkpoint RUN/checkpoint-last.pth --dataset photos
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+import models_zoo
+from engine_pretrain import STATISTICS_NOTE, Masker, fills_of, reconstruct
+from util.config import FlagParser, number
+from util.datasets import DATASETS, build_dataset
+from util.dist import choose_device
+from util.errors import BadInput, command
+from util.images import IMAGENET_MEAN, IMAGENET_STD, read_image
+from util.logger import prepare_folder
+from util.masking import ORDERS, STRATEGIES, count_visible, create_strategy
+from util.metrics import masked_psnr
+from util.randomness import evenly, generator_of
+from util.transforms import EvalTransform
+from util.visualize import panels, picture_grid, save_panels, save_png
+
+
+def build_parser() -> FlagParser:
+    """The flags."""
+    parser = FlagParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--checkpoint", help="of ours, or official MAE weights with their decoder")
+    parser.add_argument("--images", nargs="+", help="image files and folders of them")
+    parser.add_argument("--dataset", choices=list(DATASETS), help="held-out images of a data set")
+    parser.add_argument("--data_path", help="folder of the data set")
+    parser.add_argument("--num_images", type=number(int, 1), default=8, help="shown at most")
+    parser.add_argument("--mask", choices=list(STRATEGIES), default="random")
+    parser.add_argument("--mask_ratio", type=number(float, 0, 1, open_low=True), default=0.75)
+    parser.add_argument("--avg_share", type=number(float, 0, 1), default=0.5)
+    parser.add_argument("--avg_order", choices=ORDERS, default="far")
+    parser.add_argument("--avg_temperature", type=number(float, 0), default=1.0)
+    parser.add_argument("--seed", type=number(int, 0), default=0, help="of the masks")
+    parser.add_argument("--output_dir", default="./pictures", help="folder for grid.png and panels")
+    parser.add_argument("--device", default="auto", help="auto | cpu | cuda")
+    group = parser.add_argument_group("for weights that do not say what they are")
+    group.add_argument("--model", metavar="NAME")
+    group.add_argument("--norm_pix_loss", action="store_true")
+    return parser
+
+
+def gather_images(args: argparse.Namespace, model: Any) -> tuple[list[str], list[Tensor]]:
+    """Names and uint8 [C, H, W] images at the model's size."""
+    if bool(args.images) == bool(args.dataset):
+        raise BadInput("give either --images FILES or --dataset NAME")
+    if args.dataset:
+        source = build_dataset(args.dataset, "val", args.data_path, channels=model.in_chans)
+        transform = EvalTransform(model.img_size, margin=source.eval_margin)
+        indices = evenly(len(source), args.num_images)
+        return [source.file_name(i) for i in indices], [transform(source[i][0]) for i in indices]
+    paths = [path for name in args.images for path in image_files(Path(name))]
+    if model.in_chans not in (1, 3):
+        raise BadInput(f"image files are gray or RGB, the model takes {model.in_chans} channels")
+    paths = [paths[i] for i in evenly(len(paths), args.num_images)]
+    transform = EvalTransform(model.img_size, margin=False)  # show as much as fits
+    return [str(p) for p in paths], [transform(read_image(p, model.in_chans)) for p in paths]
+
+
+def image_files(path: Path) -> list[Path]:
+    """The file itself, or the images of a folder, sorted."""
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise BadInput(f"--images {path} does not exist")
+    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
+    if not files:
+        raise BadInput(f"--images {path} holds no image files ({', '.join(IMG_EXTENSIONS)})")
+    return files
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write the pictures; see the module."""
+    args = build_parser().parse(argv)
+    if not args.checkpoint:
+        raise BadInput("--checkpoint is missing: which model is to be shown?")
+    device, folder = choose_device(args.device, 0), Path(args.output_dir)
+
+    # ------------------------------------------------------------------------------ model
+    model, state = models_zoo.load_pretrained(
+        args.checkpoint, args.model, norm_pix_loss=args.norm_pix_loss or None
+    )
+    model.to(device).eval()
+    data = state.get("data", {})
+    mean, std = data.get("mean"), data.get("std")
+    if mean is None:  # foreign weights do not say; MAE's were trained with ImageNet's
+        gray = model.in_chans == 1
+        mean = [sum(IMAGENET_MEAN) / 3] if gray else IMAGENET_MEAN
+        std = [sum(IMAGENET_STD) / 3] if gray else IMAGENET_STD
+
+    # ----------------------------------------------------------------------------- images
+    names, images = gather_images(args, model)
+    strategy = create_strategy(
+        args.mask,
+        avg_share=args.avg_share,
+        avg_order=args.avg_order,
+        avg_temperature=args.avg_temperature,
+    )
+    num_visible = count_visible(model.grid[0] * model.grid[1], args.mask_ratio)
+    masker = Masker(strategy, num_visible, model.patch_size)
+    draws = [
+        strategy.draw(model.grid, generator_of(args.seed, "mask", 0, i, 0))
+        for i in range(len(images))
+    ]
+    batch = torch.stack(images).to(device)
+    mask = masker(batch, torch.stack(draws).to(device))
+
+    # --------------------------------------------------------------------------- pictures
+    composites = {"model": reconstruct(model, batch, mask, num_visible, mean, std)}
+    composites |= fills_of(model, batch, mask, mean, std)
+    psnr = {
+        arm: masked_psnr(batch, picture, mask, model.patch_size)
+        for arm, picture in composites.items()
+    }
+    captions = [
+        f"{Path(name).name}: {', '.join(f'{arm} {psnr[arm][i]:.1f}' for arm in psnr)} dB"
+        for i, name in enumerate(names)
+    ]
+    kept = num_visible / mask.shape[1]
+    rows = panels(batch, mask, composites["model"], model.patch_size)
+    grid = picture_grid(
+        rows,
+        captions,
+        headers=("original", f"{args.mask}, {1 - kept:.0%} masked", "reconstruction"),
+        title=f"{Path(args.checkpoint).name}: PSNR over masked pixels, beside two trivial fills",
+        footer=STATISTICS_NOTE if model.norm_pix_loss else None,
+    )
+    prepare_folder(folder)
+    save_png(folder / "grid.png", grid)
+    for number_, (name, row) in enumerate(zip(names, rows, strict=True)):
+        save_panels(folder / "panels", f"{number_:03d}-{Path(name).stem}", row)
+    print("\n".join(captions))
+    print(f"grid    {folder / 'grid.png'}\npanels  {folder / 'panels'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""Layers that several models share and timm does not have.
+
+Shape legend: B images, L patches, K visible, M masked (L = K + M), N tokens, D channels, V values
+of a patch (ph*pw*C).
+"""
+
+import math
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from util.errors import BadInput
+
+# The epsilon of MAE's LayerNorms; torch's default is 1e-5.
+LayerNorm = partial(nn.LayerNorm, eps=1e-6)
+
+
+def check_lscale(lscale_init: float | None) -> None:
+    """Refuse an LScale that could not learn: at 0 a branch and its gradients are 0 for ever."""
+    if lscale_init is not None and not (math.isfinite(lscale_init) and lscale_init != 0):
+        raise BadInput(
+            f"lscale_init {lscale_init} would switch every branch off; None leaves LScale out"
+        )
+
+
+class QueryBlock(Block):
+    """A transformer block that computes the last tokens of a sequence only.
+
+    Keys and values come from all tokens, queries, MLP and output from the last `num_queries`: the
+    same numbers as the full block followed by a slice, without the work for what is cut off. The
+    parameters are timm's `Block`'s, name by name.
+    """
+
+    def forward(self, x_BND: Tensor, num_queries: int) -> Tensor:
+        """[B, N, D] to [B, num_queries, D]."""
+        B, N, D = x_BND.shape
+        attn, normed_BND = self.attn, self.norm1(x_BND)
+        weight_q, weight_kv = attn.qkv.weight.split([D, 2 * D])
+        bias_q, bias_kv = attn.qkv.bias.split([D, 2 * D])
+        heads = (attn.num_heads, attn.head_dim)
+        q = F.linear(normed_BND[:, -num_queries:], weight_q, bias_q)
+        q = q.reshape(B, num_queries, *heads).transpose(1, 2)  # [B, heads, M, head_dim]
+        kv = F.linear(normed_BND, weight_kv, bias_kv)
+        k, v = kv.reshape(B, N, 2, *heads).permute(2, 0, 3, 1, 4)  # each [B, heads, N, head_dim]
+        mixed = F.scaled_dot_product_attention(q, k, v)
+        mixed = attn.proj(mixed.transpose(1, 2).reshape(B, num_queries, D))
+        x_BMD = x_BND[:, -num_queries:] + self.drop_path1(self.ls1(mixed))
+        return x_BMD + self.drop_path2(self.ls2(self.mlp(self.norm2(x_BMD))))
+
+
+def make_block(
+    dim: int,
+    num_heads: int,
+    mlp_ratio: float,
+    lscale_init: float | None,
+    kind: type[Block] = Block,
+) -> Block:
+    """timm's block with MAE's settings; LScale is timm's LayerScale, `ls1.gamma`, `ls2.gamma`."""
+    return kind(
+        dim,
+        num_heads,
+        mlp_ratio,
+        qkv_bias=True,
+        norm_layer=LayerNorm,
+        init_values=lscale_init,
+    )
+
+
+def run(block: nn.Module, *inputs: Any, recompute: bool) -> Tensor:
+    """A block's output; with `recompute` its activations are computed again in the backward pass.
+
+    That saves their memory and costs about a third more time; the numbers are the same.
+    """
+    if recompute and torch.is_grad_enabled():
+        # No block draws random numbers in pretraining, so there is no generator state to keep.
+        return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return block(*inputs)
+
+
+class DecoderTrunk(nn.ModuleList):
+    """Decoder blocks whose last one runs on the masked tokens alone; parameters `{i}.*`."""
+
+    grad_checkpointing = False
+
+    def __init__(
+        self, dim: int, depth: int, num_heads: int, mlp_ratio: float, lscale_init: float | None
+    ) -> None:
+        if depth < 1:
+            raise BadInput(f"the decoder needs at least one block, not {depth}")
+        kinds = [Block] * (depth - 1) + [QueryBlock]
+        super().__init__(make_block(dim, num_heads, mlp_ratio, lscale_init, kind) for kind in kinds)
+
+    def forward(self, x_BND: Tensor, num_queries: int) -> Tensor:
+        """[B, N, D] to [B, num_queries, D], the last tokens of the sequence."""
+        *blocks, last = self
+        for block in blocks:
+            x_BND = run(block, x_BND, recompute=self.grad_checkpointing)
+        return run(last, x_BND, num_queries, recompute=self.grad_checkpointing)
+
+
+def take(x_BLD: Tensor, ids_BM: Tensor) -> Tensor:
+    """Rows `ids` of each image: [B or 1, L, D] and int64 [B, M] to [B, M, D]."""
+    B, M = ids_BM.shape
+    x_BLD = x_BLD.expand(B, -1, -1)
+    return x_BLD.gather(1, ids_BM.unsqueeze(-1).expand(B, M, x_BLD.shape[-1]))
+
+
+def split_ids(mask_BL: Tensor, num_visible: int) -> tuple[Tensor, Tensor]:
+    """Indices of visible and of masked patches, each in raster order: int64 [B, K] and [B, M]."""
+    order = mask_BL.to(torch.uint8).argsort(dim=1, stable=True)
+    return order[:, :num_visible], order[:, num_visible:]
+
+
+def embed_patches(proj: nn.Conv2d, patches_BMV: Tensor) -> Tensor:
+    """A patch-embedding convolution applied to patches cut by `patchify`: [B, M, V] to [B, M, D].
+
+    Convolving patches that do not overlap is a matrix product; only the given ones are paid.
+    """
+    weight_DV = proj.weight.permute(0, 2, 3, 1).flatten(1)  # (row, column, channel), as patchify
+    return F.linear(patches_BMV, weight_DV, proj.bias)
+
+
+def init_weights(module: nn.Module) -> None:
+    """MAE's initialisation of Linear and LayerNorm (`_init_weights`); use with `apply`."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.LayerNorm):
+        nn.init.ones_(module.weight)
+        nn.init.zeros_(module.bias)

@@ -1,0 +1,97 @@
+"""What all tests share: the import path, few threads, `run_main`, and what CI may skip."""
+
+import importlib
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+# Read by processes that tests start, torchrun's among them: several share two cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Threads that wait by spinning starve whoever shares the two cores: steps took 10 times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch  # noqa: E402  # after the environment that it reads
+
+from util.dist import STOP_SIGNALS  # noqa: E402
+
+torch.set_num_threads(1)
+
+RunMain = Callable[[str, Sequence[str]], tuple[int, str, str]]
+
+
+@pytest.fixture
+def run_main(capfd: pytest.CaptureFixture[str]) -> RunMain:
+    """``run_main("main_pretrain", ["--epochs", "1"]) -> (exit_code, stdout, stderr)``.
+
+    Calls ``main(argv)`` of the module in this process and ends as the interpreter would: the code
+    is 0 without SystemExit or with None in it; a text in it goes to stderr and the code is 1. Other
+    exceptions pass, for a traceback is a failure. A test that uses it cannot use capsys as well.
+    """
+
+    def run(module_name: str, argv: Sequence[str]) -> tuple[int, str, str]:
+        module = importlib.import_module(module_name)
+        handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+        capfd.readouterr()  # what came before is not this command's
+        try:
+            module.main(list(argv))
+            code: int | str | None = 0
+        except SystemExit as stop:
+            code = stop.code
+        finally:  # a command that has ended ignores them, a test run should not
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        if isinstance(code, str):
+            print(code, file=sys.stderr)
+            code = 1
+        out, err = capfd.readouterr()
+        return code or 0, out, err
+
+    return run
+
+
+# ---- Skips in CI -------------------------------------------------------------------------------
+# A GPU is the one thing that CI cannot install; every other skip would be a hole that nobody sees.
+
+AVOIDABLE: list[str] = []
+
+
+def _note(report: pytest.CollectReport | pytest.TestReport) -> None:
+    if not report.skipped or hasattr(report, "wasxfail"):
+        return
+    reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    reason = reason.removeprefix("Skipped: ")
+    if not reason.startswith("gpu:"):
+        AVOIDABLE.append(f"{report.nodeid}: {reason}")
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Note skips by mark, by call and in fixtures."""
+    _note(report)
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    """Note whole modules that skip, `pytest.importorskip` at their top among them."""
+    _note(report)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Under CI=true an avoidable skip fails the run."""
+    if AVOIDABLE and os.environ.get("CI") == "true" and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """List what failed the run."""
+    if AVOIDABLE and os.environ.get("CI") == "true":
+        terminalreporter.section("skips that CI can avoid", sep="=", red=True, bold=True)
+        for line in AVOIDABLE:
+            terminalreporter.line(line)
+        terminalreporter.line("make them run; only a reason that starts with 'gpu:' may skip in CI")

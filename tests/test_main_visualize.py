@@ -1,0 +1,152 @@
+"""main_visualize.py: from a checkpoint and images to pictures that do not lie."""
+
+import argparse
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import main_pretrain
+from engine_pretrain import fills_of, reconstruct
+from models_zoo import create_model, load_pretrained
+from util.checkpoint import load_file
+from util.images import IMAGENET_MEAN, IMAGENET_STD
+from util.metrics import masked_psnr
+
+pytestmark = pytest.mark.smoke
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder of a normalised-pixel model of digits."""
+    folder = tmp_path_factory.mktemp("run")
+    main_pretrain.main(
+        ["--dataset=digits", "--model=mae_vit_micro_patch4", "--batch_size=750", "--epochs=1",
+         "--warmup_epochs=0", "--norm_pix_loss", "--picture_every=0", "--num_workers=0",
+         "--device=cpu", f"--output_dir={folder}"]
+    )  # fmt: skip
+    return folder
+
+
+@pytest.fixture()
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name, size in (("wide.png", (90, 40)), ("tall.jpg", (33, 70)), ("gray.png", (50, 50))):
+        pixels = np.random.default_rng(len(name)).integers(0, 255, (*size[::-1], 3), np.uint8)
+        image = Image.fromarray(pixels)
+        (image.convert("L") if "gray" in name else image).save(folder / name)
+    (folder / "notes.txt").write_text("not an image")
+    return folder
+
+
+def test_files_and_folders_of_images(run: Path, photos: Path, tmp_path: Path, run_main) -> None:
+    out = tmp_path / "out"
+    code, text, err = run_main(
+        "main_visualize",
+        [f"--checkpoint={run}/checkpoint-last.pth", f"--output_dir={out}", "--images",
+         str(photos), str(photos / "wide.png"), "--mask=block", "--mask_ratio=0.5"],
+    )  # fmt: skip
+    assert code == 0, err
+    assert len(re.findall(r"model [\d.]+, mean [\d.]+, nearest [\d.]+ dB", text)) == 4
+    grid = Image.open(out / "grid.png")
+    assert grid.width > 3 * 160 and grid.height > 4 * 160
+    panels = sorted(p.name for p in (out / "panels").iterdir())
+    assert len(panels) == 12 and panels[0] == "000-gray-masked.png"
+    original, masked, restored = (
+        np.asarray(Image.open(out / "panels" / f"000-gray-{kind}.png")).astype(int)
+        for kind in ("original", "masked", "reconstruction")
+    )
+    hidden = masked == 128
+    assert hidden.mean() == pytest.approx(0.5, abs=0.02)
+    assert np.array_equal(original[~hidden], masked[~hidden])
+    assert np.array_equal(original[~hidden], restored[~hidden])
+    assert not np.array_equal(original[hidden], restored[hidden])
+
+
+def test_the_seed_decides_the_masks(run: Path, tmp_path: Path, run_main) -> None:
+    def masked(seed: int, folder: str) -> bytes:
+        code, _, err = run_main(
+            "main_visualize",
+            [f"--checkpoint={run}/checkpoint-last.pth", "--dataset=digits", "--num_images=1",
+             f"--seed={seed}", f"--output_dir={tmp_path / folder}"],
+        )  # fmt: skip
+        assert code == 0, err
+        return next((tmp_path / folder / "panels").glob("*masked.png")).read_bytes()
+
+    assert masked(1, "a") == masked(1, "b") != masked(2, "c")
+
+
+def official(path: Path, keep: str = "") -> Path:
+    """A file as the official code writes it, of a small model."""
+    model = create_model("mae_vit_micro_patch8")
+    weights = {k: v for k, v in model.state_dict().items() if not (keep and k.startswith(keep))}
+    flags = argparse.Namespace(model="mae_vit_micro_patch8", norm_pix_loss=True, input_size=64)
+    torch.save({"model": weights, "args": flags, "epoch": 3}, path)
+    return path
+
+
+def test_official_weights_say_what_they_are(tmp_path: Path) -> None:
+    path = official(tmp_path / "official.pth")
+    model, _ = load_pretrained(str(path))
+    assert model.norm_pix_loss and model.img_size == (64, 64)
+    saved = load_file(path)["model"]
+    assert all(torch.equal(v, saved[k]) for k, v in model.state_dict().items())
+
+
+def test_perfect_predictions_restore_the_image() -> None:
+    """With the target for a prediction, the picture is the image: the way back is exact."""
+    for norm_pix_loss in (False, True):
+        model = create_model("mae_vit_micro_patch8", norm_pix_loss=norm_pix_loss).eval()
+        images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+        mask = torch.rand(2, 64).argsort(1) >= 16
+
+        class Oracle:
+            def __init__(self, model: torch.nn.Module) -> None:
+                self.model = model
+                self.norm_pix_loss, self.patch_size = model.norm_pix_loss, model.patch_size
+
+            def __call__(self, x, mask, num_visible):
+                from util.metrics import masked_patches
+
+                return {"pred": self.model.target(masked_patches(x, mask, self.patch_size))}
+
+        picture = reconstruct(Oracle(model), images, mask, 16, IMAGENET_MEAN, IMAGENET_STD)
+        assert (picture - images).abs().max() < 1e-3
+        psnr = masked_psnr(images, picture, mask, model.patch_size)
+        fills = fills_of(model, images, mask, IMAGENET_MEAN, IMAGENET_STD)
+        assert all(
+            (psnr > masked_psnr(images, f, mask, model.patch_size)).all() for f in fills.values()
+        )
+
+
+BAD = {
+    "no checkpoint": (["--images=."], "--checkpoint"),
+    "missing checkpoint": (["--checkpoint=/nowhere.pth", "--images=."], "/nowhere.pth"),
+    "no images": (["--checkpoint={last}"], "--images"),
+    "both": (["--checkpoint={last}", "--images=.", "--dataset=photos"], "or"),
+    "missing image": (["--checkpoint={last}", "--images=/nowhere"], "/nowhere"),
+    "not an image": (["--checkpoint={last}", "--images={tmp}/a.txt"], "a.txt"),
+    "empty folder": (["--checkpoint={last}", "--images={tmp}/empty"], "no image"),
+    "not a checkpoint": (["--checkpoint={tmp}/a.txt", "--images=."], "a.txt"),
+    "other name": (
+        ["--checkpoint={last}", "--model=mae_vit_base_patch16", "--images=."],
+        "mae_vit_micro_patch4",
+    ),
+    "encoder only": (["--checkpoint={tmp}/encoder.pth", "--images=."], "decoder"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case: str, run: Path, tmp_path: Path, run_main) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "empty").mkdir()
+    official(tmp_path / "encoder.pth", keep="decoder")
+    flags, named = BAD[case]
+    flags = [f.format(last=run / "checkpoint-last.pth", tmp=tmp_path) for f in flags]
+    code, _, err = run_main("main_visualize", [*flags, f"--output_dir={tmp_path / 'out'}"])
+    assert code == 2 and named in err and len(err.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,341 @@
+"""Checkpoints: written whole or not at all, verified before they are believed.
+
+A checkpoint is a plain `torch.save` file of tensors and plain types, and loads with
+`weights_only=True`. Its zip archive ends in a comment that holds the SHA-256 of every byte before
+it, so a file that was cut short, or in which a single bit changed, is known as such; any tool that
+reads torch's files reads these.
+"""
+
+import argparse
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from util.errors import BadInput
+
+MAGIC = b"mmae-sha256:"
+COMMENT = len(MAGIC) + 64
+LAST = "checkpoint-last.pth"
+
+
+class _Signed:
+    """A write-only file that replaces the empty comment of the zip written to it by a digest."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.digest, self.held = file, hashlib.sha256(), b""
+
+    def write(self, data: bytes) -> int:
+        """Write all but the last two bytes so far: at the end they are the comment's length."""
+        chunk = self.held + bytes(data)
+        self._put(chunk[:-2])
+        self.held = chunk[-2:]
+        return len(data)
+
+    def _put(self, data: bytes) -> None:
+        self.file.write(data)
+        self.digest.update(data)
+
+    def flush(self) -> None:
+        """Part of the file protocol; the real flush comes with the rename."""
+
+    def sign(self) -> None:
+        """Close the archive: the comment's length, then the comment."""
+        assert self.held == b"\0\0", "torch.save left a zip comment of its own"
+        self._put(COMMENT.to_bytes(2, "little"))
+        self.file.write(MAGIC + self.digest.hexdigest().encode())
+
+
+def save_checkpoint(
+    folder: Path, state: Mapping[str, Any], epoch: int | None = None, keep: int = 0
+) -> Path:
+    """Write `checkpoint-last.pth`; with an epoch also `checkpoint-{epoch}.pth`, the same file.
+
+    Args:
+        keep: numbered checkpoints of this task to keep, the newest; 0: all.
+
+    Raises:
+        BadInput: the disk is full or the folder not writable; earlier checkpoints are untouched.
+    """
+    path = folder / (LAST if epoch is None else f"checkpoint-{epoch}.pth")
+    write_signed(path, state)
+    if epoch is not None:
+        link(path, folder / LAST)
+        if keep:
+            for old in numbered_of(folder, state["task"])[:-keep]:
+                old.unlink()
+    return path
+
+
+def numbered_of(folder: Path, task: str) -> list[Path]:
+    """The numbered checkpoints of a task, oldest first; unreadable ones are left out."""
+    found = []
+    for path in checkpoints_of(folder):
+        if path.name != LAST and (head := peek(path)) is not None and head["task"] == task:
+            found.append((head["step"], path))
+    return [path for _, path in sorted(found)]
+
+
+def peek(path: Path) -> dict[str, Any] | None:
+    """A checkpoint of ours without its tensors being read; None if it cannot be opened."""
+    try:
+        # Memory-mapped: only the small pickle is read.
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return state if isinstance(state, dict) and {"task", "step"} <= state.keys() else None
+    except Exception:  # whatever is wrong with it, `verify` puts it into words
+        return None
+
+
+def write_signed(path: Path, state: Mapping[str, Any]) -> None:
+    """Write to a temporary name, flush to the disk, rename: the old file stays until then.
+
+    Raises:
+        BadInput: the disk is full or the folder not writable; what was there before is untouched.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            signed = _Signed(file)
+            torch.save(dict(state), signed)  # type: ignore[arg-type]  # write and flush suffice
+            signed.sign()
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:
+        reason = os_error_of(error)
+        temporary.unlink(missing_ok=True)
+        if reason is None:
+            raise
+        raise BadInput(
+            f"cannot write {path}: {reason.strerror}; earlier checkpoints are untouched, free some "
+            "space or choose another --output_dir"
+        ) from error
+
+
+def os_error_of(error: BaseException | None) -> OSError | None:
+    """The operating system's error behind an exception: torch wraps it in a RuntimeError."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in it survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def verify(path: Path) -> str | None:
+    """None if the file's own checksum holds, else what is wrong; a foreign file has none."""
+    digest, size = hashlib.sha256(), path.stat().st_size
+    with path.open("rb") as file:
+        left = size - COMMENT
+        while left > 0:
+            chunk = file.read(min(left, 1 << 22))
+            if not chunk:
+                return "it became shorter while it was read"
+            digest.update(chunk)
+            left -= len(chunk)
+        comment = file.read()
+    if not comment.startswith(MAGIC):
+        return "it has no checksum of ours at its end (cut short, or not written by this program)"
+    if comment[len(MAGIC) :] != digest.hexdigest().encode():
+        return "its checksum does not match (a damaged file)"
+    return None
+
+
+def load_file(path: str | Path) -> dict[str, Any]:
+    """Read a file of weights safely: tensors and plain types, and the Namespace of official files.
+
+    Ours are verified by their checksum; foreign files, which have none, by torch's own reading.
+
+    Raises:
+        BadInput: missing, damaged, or holding anything that would run code.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise BadInput(f"checkpoint {path} does not exist or is not a file")
+    with path.open("rb") as file:
+        file.seek(max(path.stat().st_size - COMMENT, 0))
+        ours = file.read(len(MAGIC)) == MAGIC
+    if ours and (fault := verify(path)):
+        raise BadInput(f"checkpoint {path} is not readable: {fault}")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise BadInput(f"checkpoint {path} is not readable: {refusal(error)}") from error
+    if not isinstance(state, dict):
+        raise BadInput(f"checkpoint {path} holds a {type(state).__name__}, expected a dictionary")
+    return state
+
+
+def refusal(error: Exception) -> str:
+    """Why torch would not read a file, without its advice to read it unsafely."""
+    text = " ".join(str(error).split())
+    unsafe = re.search(r"Unsupported (?:global|operand|class)[^.:]*:?[^.]*\.[\w.]*", text)
+    if unsafe or "weights_only" in text:
+        what = f" ({unsafe.group(0)[:160]})" if unsafe else ""
+        return f"it holds more than tensors and plain types{what}, and could run code"
+    return f"{type(error).__name__}: {text[:160]}"
+
+
+def link(source: Path, name: Path) -> None:
+    """A second name for a file on disk: a hard link, or a copy where there are no links."""
+    temporary = name.with_name(f".{name.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+        os.replace(temporary, name)
+        sync_folder(name.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise BadInput(f"cannot write {name}: {error.strerror}") from error
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint to go on from, and what was passed over to get to it."""
+
+    path: Path | None
+    skipped: list[str]
+
+
+def newest(folder: Path, task: str) -> Found:
+    """The newest readable checkpoint of a task in a run folder, by the step inside the files.
+
+    The other tasks' checkpoints are none of its business: pretraining and fine-tuning in one folder
+    is how the published commands work. Checksums are verified from the newest down until one holds.
+    """
+    candidates, skipped = [], []
+    for path in checkpoints_of(folder):
+        head = peek(path)
+        if head is None:
+            skipped.append(f"{path.name}: {verify(path) or 'not a checkpoint of this program'}")
+        elif head["task"] == task:
+            candidates.append((head["step"], path.name == LAST, path))
+    for _, _, path in sorted(candidates, reverse=True):
+        fault = verify(path)
+        if fault is None:
+            return Found(path, skipped)
+        skipped.append(f"{path.name}: {fault}")
+    return Found(None, skipped)
+
+
+def find_resume(folder: Path, task: str, resume: str) -> tuple[Path | None, list[str]]:
+    """Which checkpoint a run starts from: the folder's own newest, else the one that is named.
+
+    Args:
+        folder: run folder.
+        resume: auto | none | path of a checkpoint.
+
+    Returns:
+        the checkpoint, or None to start anew; and notes for the reader.
+
+    Raises:
+        BadInput: none is readable, or `none` was asked for in a folder that holds one.
+    """
+    found = newest(folder, task)
+    notes = [f"skipped a checkpoint: {line}" for line in found.skipped]
+    if resume == "none" and found.path:
+        raise BadInput(
+            f"--resume none, but {folder} holds {found.path.name} of an earlier run; choose "
+            "another --output_dir, or move the old run away"
+        )
+    if found.path is None and found.skipped:
+        raise BadInput(
+            f"{folder} holds checkpoints but none is readable ({'; '.join(found.skipped)}); to "
+            "start anew move them away"
+        )
+    return found.path or (None if resume in ("auto", "none") else Path(resume)), notes
+
+
+def load_resume(
+    path: Path,
+    task: str,
+    arithmetic: Mapping[str, Any],
+    notes: list[str],
+    *,
+    allow_changes: bool,
+) -> dict[str, Any]:
+    """A checkpoint to go on from, found to be of this task and this arithmetic.
+
+    Args:
+        arithmetic: the settings that change the numbers, of this run.
+        notes: what the reader should know is added.
+        allow_changes: note differences instead of refusing them.
+
+    Raises:
+        BadInput: unreadable, of another task, or of other settings; with the differences.
+    """
+    state = load_file(path)
+    if state.get("task") != task:
+        raise BadInput(
+            f"{path} is a checkpoint of {state.get('task', 'another program')}, not {task}"
+        )
+    changed = "; ".join(differences(state["arithmetic"], arithmetic))
+    if changed and not allow_changes:
+        raise BadInput(
+            f"{path} was trained with other settings, which change the numbers: {changed}; give "
+            "the same ones, or another --output_dir, or --allow_changes"
+        )
+    if changed:
+        notes.append(f"changed since {path.name}: {changed}")
+    notes.append(f"going on from {path}, {state['step']} steps done")
+    return state
+
+
+def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """What changed between two sets of settings, a line each."""
+    return [
+        f"{name}: was {saved.get(name, 'not set')}, is {current.get(name, 'not set')}"
+        for name in sorted({*saved, *current})
+        if saved.get(name) != current.get(name)
+    ]
+
+
+def checkpoints_of(folder: Path) -> list[Path]:
+    """The checkpoints in a run folder, by name; the order of training is inside the files."""
+    pattern = re.compile(r"checkpoint-(\d+|last)\.pth")
+    return sorted(p for p in folder.glob("checkpoint-*.pth") if pattern.fullmatch(p.name))
+
+
+def load_weights(model: torch.nn.Module, weights: Mapping[str, Any], source: str) -> None:
+    """Load strictly: every key of the model and no other, shapes equal.
+
+    Raises:
+        BadInput: what does not fit, as lists of missing, unexpected and misshapen keys.
+    """
+    own = model.state_dict()
+    missing = [k for k in own if k not in weights]
+    unexpected = [k for k in weights if k not in own]
+    misshapen = [
+        f"{k} {tuple(weights[k].shape)} where the model has {tuple(own[k].shape)}"
+        for k in own
+        if k in weights and weights[k].shape != own[k].shape
+    ]
+    faults = [
+        f"{title} {len(keys)}: {', '.join(keys[:8])}{' ...' if len(keys) > 8 else ''}"
+        for title, keys in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("other shapes", misshapen),
+        )
+        if keys
+    ]
+    if faults:
+        raise BadInput(f"the weights of {source} do not fit the model; " + "; ".join(faults))
+    model.load_state_dict(weights, strict=True)

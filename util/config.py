@@ -1,0 +1,217 @@
+"""Flags and recipes: what the user asked for, resolved once and checked."""
+
+import argparse
+import difflib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from util.errors import BadInput
+from util.masking import ORDERS, STRATEGIES
+from util.pos_embed import COORDINATES
+
+# What `--method` presets; each flag of its own overrides.
+METHODS: dict[str, dict[str, Any]] = {
+    "mae": {
+        "mask": "random",
+        "avg_share": 0.5,
+        "avg_order": "far",
+        "avg_temperature": 1.0,
+        "lscale_init": None,
+        "pos_offset": "none",
+    },
+    "mmae": {
+        "mask": "mixed",
+        "avg_share": 0.5,
+        "avg_order": "far",
+        "avg_temperature": 1.0,
+        "lscale_init": 0.1,
+        "pos_offset": "learned",
+    },
+}
+
+
+class FlagParser(argparse.ArgumentParser):
+    """argparse without abbreviations; a bad flag is a `BadInput` that names the nearest one."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(
+            allow_abbrev=False,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            **kwargs,
+        )
+        self.add_argument("--config", metavar="RECIPE", help="YAML file of flags; flags given win")
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing the usage, which for dozens of flags buries the message."""
+        raise BadInput(message)
+
+    def parse(self, argv: Sequence[str] | None) -> argparse.Namespace:
+        """Recipe first, then the command line (None: the program's own).
+
+        Raises:
+            BadInput: an unknown flag or key, or a value that its flag does not take.
+        """
+        argv = list(sys.argv[1:] if argv is None else argv)
+        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        first.add_argument("--config")
+        recipe = first.parse_known_args(argv)[0].config
+        tokens = self._recipe_tokens(Path(recipe)) if recipe else []
+        settings, unknown = self.parse_known_args(tokens + argv)
+        if unknown:
+            flags = [a for a in unknown if a.startswith("-")] or unknown
+            self.error(f"unknown argument {flags[0]}{self._nearest(flags[0])}")
+        return settings
+
+    def _nearest(self, flag: str) -> str:
+        flags = [f for action in self._actions for f in action.option_strings]
+        near = difflib.get_close_matches(flag.split("=")[0], flags, n=1)
+        return f" (did you mean {near[0]}?)" if near else "; --help lists the flags"
+
+    def _recipe_tokens(self, path: Path) -> list[str]:
+        """A recipe as command-line words, so that each value is cast and checked as its flag's."""
+        try:
+            recipe = yaml.safe_load(path.read_text())
+        except OSError as error:
+            self.error(f"cannot read --config {path}: {error.strerror}")
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            self.error(f"--config {path} is not YAML: {' '.join(str(error).split())}")
+        if not isinstance(recipe, dict):
+            self.error(f"--config {path} must be a mapping of flags to values")
+        flags = {action.dest: action for action in self._actions if action.option_strings}
+        tokens: list[str] = []
+        for key, value in recipe.items():
+            if key not in flags or key in ("config", "help"):
+                near = difflib.get_close_matches(str(key), flags, n=1)
+                hint = f" (did you mean {near[0]}?)" if near else ""
+                self.error(f"unknown key {key!r} in {path}{hint}")
+            tokens += self._tokens_of(flags[key], value, path)
+        return tokens
+
+    def _tokens_of(self, action: argparse.Action, value: Any, path: Path) -> list[str]:
+        flag = action.option_strings[0]
+        if action.nargs == 0:  # a switch
+            if not isinstance(value, bool):
+                self.error(f"{action.dest} in {path} is a switch: true or false, not {value!r}")
+            return [flag] if value == action.const else []
+        if value is None and action.default is None:
+            return []
+        if isinstance(value, dict) or value is True or value is False:
+            self.error(f"{action.dest} in {path} cannot be {value!r}")
+        values = value if isinstance(value, list) else ["none" if value is None else value]
+        # With "=", a value such as -1 is not taken for a flag.
+        if len(values) == 1:
+            return [f"{flag}={values[0]}"]
+        return [flag, *(str(v) for v in values)]
+
+
+def number(kind: type, low: float, high: float = float("inf"), *, open_low: bool = False) -> Any:
+    """An argparse type: an int or float within bounds, with a message that says which."""
+
+    def convert(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            name = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {name}") from None
+        if not low <= value <= high or (open_low and value == low) or value in (float("inf"),):
+            bound = f"above {low}" if open_low else f"at least {low}"
+            upper = "" if high == float("inf") else f" and at most {high}"
+            raise argparse.ArgumentTypeError(f"{text} is not {bound}{upper}")
+        return value
+
+    return convert
+
+
+def optional(convert: Any) -> Any:
+    """An argparse type that also takes the word `none`."""
+    return lambda text: None if text.lower() == "none" else convert(text)
+
+
+def size_pair(text: str) -> tuple[int, int]:
+    """An argparse type: `224`, or `160x224` as height x width."""
+    parts = text.lower().split("x")
+    if len(parts) > 2 or not all(p.isdecimal() and int(p) > 0 for p in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 224 or 160x224")
+    return int(parts[0]), int(parts[-1])
+
+
+def settings_of(settings: argparse.Namespace) -> dict[str, Any]:
+    """The resolved flags in plain types; written as YAML they are a recipe that gives the same."""
+    return {
+        name: "x".join(map(str, value)) if isinstance(value, tuple) else value
+        for name, value in sorted(vars(settings).items())
+        if name != "config"
+    }
+
+
+def add_method_flags(parser: FlagParser) -> None:
+    """`--method` and the three terms of M-MAE."""
+    group = parser.add_argument_group("method (unset terms follow --method)")
+    group.add_argument("--method", choices=list(METHODS), default="mmae")
+    group.add_argument("--mask", choices=list(STRATEGIES), default=argparse.SUPPRESS)
+    group.add_argument(
+        "--avg_share",
+        type=number(float, 0, 1),
+        default=argparse.SUPPRESS,
+        help="share of the masked patches that --mask mixed picks by their average",
+    )
+    group.add_argument("--avg_order", choices=ORDERS, default=argparse.SUPPRESS)
+    group.add_argument(
+        "--avg_temperature",
+        type=number(float, 0),
+        default=argparse.SUPPRESS,
+        help="Gumbel noise on the score, 0: strict order",
+    )
+    group.add_argument(
+        "--lscale_init",
+        type=optional(number(float, 0, open_low=True)),
+        default=argparse.SUPPRESS,
+        help="LScale's gamma at the start; none: no LScale",
+    )
+    group.add_argument("--pos_offset", choices=list(COORDINATES), default=argparse.SUPPRESS)
+
+
+def resolve_method(settings: argparse.Namespace) -> None:
+    """Fill the terms that no flag set from `--method`, in place."""
+    for name, value in METHODS[settings.method].items():
+        if not hasattr(settings, name):
+            setattr(settings, name, value)
+
+
+def add_data_flags(parser: FlagParser, datasets: Sequence[str]) -> None:
+    """Where images come from."""
+    group = parser.add_argument_group("data")
+    group.add_argument("--dataset", choices=list(datasets), default="imagefolder")
+    group.add_argument("--data_path", help="folder of the data set")
+    group.add_argument(
+        "--input_size",
+        type=size_pair,
+        help="224, or 160x224 (height x width); default: the model's",
+    )
+    for name, what in (("--mean", "mean"), ("--std", "deviation")):
+        group.add_argument(
+            name,
+            type=float,
+            nargs="+",
+            help=f"{what} of each channel, in 0..1 units; default: the data set's",
+        )
+    group.add_argument(
+        "--num_workers",
+        type=number(int, 0),
+        help="loading processes per training process; default: its share of the cores, at most 10",
+    )
+    group.add_argument("--no_pin_mem", action="store_false", dest="pin_mem")
+
+
+def add_run_flags(parser: FlagParser) -> None:
+    """Where a run computes and writes."""
+    group = parser.add_argument_group("run")
+    group.add_argument("--output_dir", default="./output_dir", help="run folder")
+    group.add_argument("--log_dir", help="TensorBoard's folder; default: the run folder")
+    group.add_argument("--device", default="auto", help="auto | cpu | cuda")
+    group.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0)
+    group.add_argument("--log_every", type=number(int, 1), default=20, help="steps")

@@ -1,0 +1,73 @@
+"""Errors for people, and the exit codes of every command.
+
+0 done; 1 a fault of ours (with a traceback) or a run that failed; 2 bad input, one message; 75
+stopped on a signal with a checkpoint written: the same command goes on from there.
+"""
+
+import functools
+import importlib
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+EXIT_FAILED = 1
+EXIT_BAD_INPUT = 2
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again later
+
+
+class BadInput(ValueError):
+    """What the user gave cannot work: the message says what was given and expected, what to do."""
+
+    exit_code = EXIT_BAD_INPUT
+
+
+class RunFailed(RuntimeError):
+    """A run that cannot go on, through nobody's bad input: diverged, or another process died."""
+
+    exit_code = EXIT_FAILED
+
+
+class Stopped(Exception):
+    """The run was asked to stop, has written a checkpoint, and can go on."""
+
+    exit_code = EXIT_STOPPED
+
+
+def needs(module: str, install: str) -> ModuleType:
+    """Import an optional dependency, or say which command installs it.
+
+    Args:
+        module: dotted name to import, for example ``skimage.metrics``.
+        install: what to hand to ``pip install``, for example ``scikit-image``.
+
+    Raises:
+        BadInput: the module is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise BadInput(
+            f"this needs {module} ({error}); install it: pip install {install}"
+        ) from None
+
+
+def command(main: Callable[P, R]) -> Callable[P, R]:
+    """Decorate a ``main(argv)``: errors for people become one line on stderr and their exit code.
+
+    Every other exception keeps its traceback, because it is ours to mend.
+    """
+
+    @functools.wraps(main)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return main(*args, **kwargs)
+        except (BadInput, RunFailed, Stopped) as error:
+            kind = "stopped" if isinstance(error, Stopped) else "error"
+            print(f"{kind}: {error}", file=sys.stderr, flush=True)
+            raise SystemExit(error.exit_code) from None
+
+    return wrapped

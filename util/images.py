@@ -1,0 +1,279 @@
+"""What a data set gives: an image and its label by index, and how one file is decoded."""
+
+import errno
+import os
+import warnings
+from collections.abc import Sequence
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image, ImageCms, ImageFile, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from util.errors import BadInput
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+MODES = {1: "L", 3: "RGB"}
+
+PathLike = str | os.PathLike[str]
+Stats = tuple[float, ...]
+
+
+class ImageSource(Dataset):
+    """Images of one split with their labels; subclasses load, this class keeps what is known.
+
+    ``source[i]`` is (image, label): a PIL image of mode L (1 channel) or RGB (3), otherwise a uint8
+    tensor [C, H, W]; the label is an index into `classes`, or -1 where it is not known.
+
+    Attributes:
+        name, split: as given to `build_dataset`.
+        channels: C of every image.
+        mean, std: one number per channel, in units of 0..1.
+        classes: names of the labels.
+        eval_margin: whether evaluation cuts a margin off, as it does for photographs of any size.
+    """
+
+    eval_margin = False
+
+    def __init__(self, name: str, split: str, mean: Stats, std: Stats, classes: list[str]) -> None:
+        self.name = name
+        self.split = split
+        self.channels = len(mean)
+        self.mean = mean
+        self.std = std
+        self.classes = classes
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def __getitem__(self, index: int) -> tuple[Image.Image | Tensor, int]:
+        raise NotImplementedError
+
+    def file_name(self, index: int) -> str:
+        """A path, or a name such as digits-train-17, for messages and captions."""
+        return f"{self.name}-{self.split}-{index}"
+
+    def with_channels(self, channels: int) -> "ImageSource":
+        """This source, giving gray (1) or RGB (3) images; mean and deviation follow.
+
+        Gray statistics are repeated for RGB; RGB ones are averaged for gray.
+
+        Raises:
+            BadInput: another number of channels.
+        """
+        if channels == self.channels:
+            return self
+        if {channels, self.channels} != set(MODES):
+            raise BadInput(
+                f"channels is {channels}, but {self.name} holds images of {self.channels}; it can "
+                "be made gray (1) or RGB (3) and nothing else; 'synthetic' takes any number"
+            )
+        self.mean, self.std = (
+            stats * 3 if channels == 3 else (sum(stats) / 3,) for stats in (self.mean, self.std)
+        )
+        self.channels = channels
+        return self
+
+    def with_stats(
+        self, mean: Sequence[float] | None, std: Sequence[float] | None
+    ) -> "ImageSource":
+        """This source with another mean or deviation; None leaves what it has.
+
+        Args:
+            mean, std: one number for all channels or one for each, in units of 0..1.
+
+        Raises:
+            BadInput: another count, or values that are no mean or deviation of gray levels 0..1.
+        """
+        for name, values in (("mean", mean), ("std", std)):
+            if values is None:
+                continue
+            if len(values) not in (1, self.channels):
+                raise BadInput(
+                    f"{name} has {len(values)} numbers, but {self.name} gives images of "
+                    f"{self.channels} channels; expected 1 number or {self.channels}"
+                )
+            # A comparison with NaN is false.
+            if not all(0 <= value <= 1 and (value or name == "mean") for value in values):
+                raise BadInput(
+                    f"{name} is {' '.join(map(str, values))}; expected numbers "
+                    f"{'from 0' if name == 'mean' else 'above 0'} to 1, in units of gray levels "
+                    "0..1; divide those of levels 0..255 by 255"
+                )
+            repeats = self.channels // len(values)
+            setattr(self, name, tuple(float(value) for value in values) * repeats)
+        return self
+
+
+class ArraySource(ImageSource):
+    """Images in memory: arrays are uint8 [N, H, W] (gray) or [N, H, W, 3], and labels [N]."""
+
+    def __init__(
+        self,
+        name: str,
+        split: str,
+        arrays: tuple[np.ndarray, np.ndarray],
+        stats: tuple[Stats, Stats],
+        classes: list[str],
+    ) -> None:
+        super().__init__(name, split, *stats, classes)
+        self.images, self.labels = arrays
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        image = Image.fromarray(self.images[index])
+        return as_channels(image, self.channels), int(self.labels[index])
+
+
+def as_channels(image: Image.Image, channels: int) -> Image.Image:
+    """The image in mode L or RGB; itself when it is, since a conversion would copy it."""
+    mode = MODES[channels]
+    return image if image.mode == mode else image.convert(mode)
+
+
+# ---- Decoding ----------------------------------------------------------------------------------
+
+# Pillow goes by the contents of a file and reads some forty formats; an EPS file that is called
+# x.jpg would start Ghostscript. These are what a web browser or a scanner writes.
+Image.init()
+FORMATS: list[str] = [
+    name
+    for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+    if name in Image.OPEN  # AVIF came late to Pillow
+]
+
+# What is wrong with the file; None is what Pillow raises for its contents. Any other (too many open
+# files, a stale or lost mount) is wrong with the machine, and must not change which images train.
+FILE_FAULTS = {
+    None, errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ELOOP,
+    errno.ENAMETOOLONG, errno.ENXIO, errno.EIO,
+}  # fmt: skip
+BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # TIFF 6.0, section 8
+ORIENTATION = 0x0112  # of EXIF, and what brings it upright
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+
+
+class BadImage(BadInput):
+    """A file that is no image, or not a whole one.
+
+    Attributes:
+        path: the file.
+        reason: what is wrong with it.
+    """
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(path, reason)  # both, so that it pickles
+        self.path, self.reason = path, reason
+
+    def __str__(self) -> str:
+        return f"cannot read the image {self.path}: {self.reason}; replace the file or remove it"
+
+
+def read_image(path: PathLike, channels: int) -> Image.Image:
+    """Decode one file to mode L or RGB, as a viewer shows it.
+
+    That is: of several frames or pages the first; turned upright by its EXIF orientation; what is
+    transparent on white; 16 bits scaled to 8, and 32 bits or floats, which have no white of
+    their own, from their darkest to their brightest value (floats within 0..1 as they are).
+    Embedded colour profiles are not applied, as in every ImageNet pipeline.
+
+    JPEG has no checksums: damage inside a file that still has its end decodes to a wrong picture.
+
+    Raises:
+        BadImage: missing, unreadable, no image in `FORMATS`, truncated, damaged, or larger than
+            `PIL.Image.MAX_IMAGE_PIXELS`.
+        OSError: the machine could not read it (too many open files, a lost mount, ...).
+    """
+    ImageFile.LOAD_TRUNCATED_IMAGES = False  # a library that set it would have us train on gray
+    try:
+        with warnings.catch_warnings(), open(path, "rb", opener=_open_at_once) as file:
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            # Of metadata that do not matter here, once per image and worker.
+            warnings.simplefilter("ignore", UserWarning)
+            return _decode(file).convert(MODES[channels])
+    # Pillow's parsers raise whatever broken bytes lead them to.
+    except Exception as error:
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) not in FILE_FAULTS:
+            raise
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise BadImage(os.fspath(path), reason) from error
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    # Without the flag, opening a named pipe waits for its writer, for ever.
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def _decode(file: BinaryIO) -> Image.Image:
+    """The picture in a file, upright and opaque, in a mode that converts to L and RGB.
+
+    Raises whatever Pillow does.
+    """
+    image: Image.Image
+    try:
+        image = Image.open(file, formats=FORMATS)
+    except UnidentifiedImageError:
+        file.seek(0)
+        start = file.read(16)
+        found = f"no image of a known kind, its first bytes are {start!r}"
+        raise ValueError(found if start else "the file is empty") from None
+    if image.format == "PNG":
+        image.verify()  # Pillow's decoder leaves the checksums of the pixels unread
+        file.seek(0)
+        image = Image.open(file, formats=FORMATS)
+        if image.mode == "P" and image.palette is None:
+            raise ValueError("a palette image without a palette")
+    pixels_at = file.tell()
+    image.load()
+    if image.format == "JPEG":
+        # Where a crash or a broken copy left zeros, the decoder may find pixels in them.
+        file.seek(pixels_at)
+        if b"\xff\xd9" not in file.read():
+            raise ValueError("no end-of-image marker: its tail was never written")
+    # Not ImageOps.exif_transpose: it also rewrites the other tags, and stumbles over broken ones.
+    turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
+    image = _opaque(image)
+    return image if turn is None else image.transpose(turn)
+
+
+def _opaque(image: Image.Image) -> Image.Image:
+    """The same in a mode that converts to L and RGB, with white where it was transparent."""
+    if image.mode[0] in "IF":
+        return _eight_bits(image)
+    if image.mode == "LAB":
+        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        return ImageCms.buildTransform(lab, srgb, "LAB", "RGB").apply(image)
+    if image.mode[-1] in "Aa" or "transparency" in image.info:
+        image = image.convert("LA") if image.mode == "La" else image
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image
+
+
+@np.errstate(invalid="ignore")  # NaN and infinity
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Gray of modes I;16, I and F to mode L."""
+    values = np.asarray(image).astype(np.float64)
+    tags = getattr(image, "tag_v2", {})
+    if image.mode != "F" and (image.mode != "I" or image.format in ("PNG", "PPM")):
+        low, high = 0.0, 2.0 ** tags.get(BITS_PER_SAMPLE, (16,))[0] - 1
+    else:
+        finite = values[np.isfinite(values)]
+        low, high = finite.min(initial=np.inf), finite.max(initial=-np.inf)
+        if image.mode == "F" and low >= 0 and high <= 1:
+            low, high = 0.0, 1.0
+    if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:
+        low, high = high, low
+    share = (values - low) / ((high - low) or 1.0)
+    levels = np.round(255 * np.clip(np.nan_to_num(share, nan=0.0), 0, 1)).astype(np.uint8)
+    if "transparency" in image.info:
+        levels[values == image.info["transparency"]] = 255
+    return Image.fromarray(levels)

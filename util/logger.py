@@ -1,0 +1,403 @@
+"""The run folder: resolved settings, metrics as JSON lines, TensorBoard, progress."""
+
+import json
+import logging
+import math
+import os
+import platform
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor
+from tqdm import tqdm
+
+from util.checkpoint import LAST, sync_folder
+from util.dist import Processes
+from util.errors import BadInput, RunFailed, Stopped
+from util.step import StepResult
+
+METRICS = "metrics.jsonl"
+SETTINGS = "config.yaml"
+BAD_IMAGES = "bad_images.txt"
+
+log = logging.getLogger("mmae")
+
+
+def prepare_folder(folder: Path) -> None:
+    """Make the folder, and find out now rather than after an epoch whether it can be written.
+
+    Raises:
+        BadInput: it cannot be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe.{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise BadInput(f"cannot write to folder {folder}: {error.strerror}") from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+class RunLogger:
+    """Writes the records of one run.
+
+    Args:
+        folder: run folder.
+        log_dir: where TensorBoard's events go; None: no events.
+        first_step: optimiser steps done before this start; TensorBoard's later events are hidden.
+        keep_bytes: of records written when the checkpoint was. Later ones are from a run that got
+            further than its last checkpoint: they are dropped, so each step stands once.
+        write: False in all processes but the main one, whose logger then does nothing.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        log_dir: Path | None,
+        first_step: int = 0,
+        *,
+        keep_bytes: int = 0,
+        write: bool = True,
+    ) -> None:
+        self.path = folder / METRICS
+        self.file: TextIO | None = None
+        self.writer = None
+        if write:
+            self._drop_after(keep_bytes)
+            self.file = self.path.open("a")
+        if write and log_dir is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # TensorBoard hides events from purge_step on, so the first step not to hide is +1.
+            self.writer = SummaryWriter(str(log_dir), purge_step=first_step + 1)
+
+    def _drop_after(self, keep_bytes: int) -> None:
+        """Cut off what was recorded after the checkpoint that the run goes on from."""
+        if self.path.exists() and self.path.stat().st_size > keep_bytes:
+            os.truncate(self.path, keep_bytes)
+
+    def size(self) -> int:
+        """Bytes of records so far; a checkpoint remembers it. 0 in processes that do not write."""
+        return self.path.stat().st_size if self.file is not None else 0
+
+    def record(self, kind: str, step: int, **values: Any) -> None:
+        """One record: a JSON line, and a TensorBoard scalar for each number.
+
+        Args:
+            kind: train | epoch | eval.
+            step: optimiser steps done.
+        """
+        if self.file is None:
+            return
+        # JSON has no NaN; a reader of the log must see that the value was not a number.
+        safe = {
+            k: str(v) if isinstance(v, float) and not math.isfinite(v) else v
+            for k, v in values.items()
+        }
+        self.file.write(json.dumps({"kind": kind, "step": step, **safe}) + "\n")
+        self.file.flush()
+        for name, value in values.items():
+            if self.writer is not None and isinstance(value, int | float):
+                self.writer.add_scalar(f"{kind}/{name}", value, step)
+
+    def picture(self, name: str, step: int, image: np.ndarray) -> None:
+        """A picture for TensorBoard: uint8 [H, W, 3]."""
+        if self.writer is not None:
+            self.writer.add_image(name, image, step, dataformats="HWC")
+
+    def close(self) -> None:
+        """Flush and close."""
+        if self.file is not None:
+            self.file.close()
+        if self.writer is not None:
+            self.writer.close()
+
+
+def save_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """The resolved settings of a run, readable as a recipe."""
+    write_text(folder / SETTINGS, yaml.safe_dump(settings))
+
+
+def progress_bar(total: int, initial: int, show: bool) -> tqdm:
+    """Steps done of the run, with the time left; a line every 30 s where no one watches live."""
+    watched = sys.stderr.isatty()
+    return tqdm(
+        total=total,
+        initial=initial,
+        disable=not show,
+        unit="step",
+        dynamic_ncols=watched,
+        mininterval=0.5 if watched else 30,
+    )
+
+
+def say(text: str) -> None:
+    """A line for the reader, which does not tear the progress bar, and for the process's log."""
+    tqdm.write(text, file=sys.stdout)
+    sys.stdout.flush()
+    log.info(text)
+
+
+@contextmanager
+def rank_log(folder: Path, rank: int) -> Iterator[None]:
+    """Keep what this process says, and how it ends, in `log-rank{rank}.txt` of the run folder."""
+    handler = logging.FileHandler(folder / f"log-rank{rank}.txt")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    try:
+        log.info("starts: process %d on %s", rank, platform.node())
+        yield
+        log.info("done")
+    except BaseException as error:
+        expected = isinstance(error, BadInput | RunFailed | Stopped)
+        log.error("ends: %s: %s", type(error).__name__, error, exc_info=not expected)
+        raise
+    finally:
+        log.removeHandler(handler)
+        handler.close()
+
+
+class BadImages:
+    """The images of a run that could not be decoded: counted over all processes, and listed.
+
+    Args:
+        folder: run folder; the list is `bad_images.txt` there.
+        describe: index to path and fault.
+        limit: more bad images than this end the run.
+        gather: a thing of every process, for all of them.
+        write: True in the main process.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        describe: Callable[[int], str],
+        limit: int,
+        gather: Callable[[Any], list[Any]],
+        *,
+        write: bool,
+    ) -> None:
+        self.path, self.describe, self.limit = folder / BAD_IMAGES, describe, limit
+        self.gather, self.write = gather, write
+        self.indices: set[int] = set()
+        self.listed: set[int] = set()
+
+    def note(self, indices: Iterable[int]) -> None:
+        """Remember what this process met."""
+        self.indices.update(indices)
+
+    def agree(self) -> int:
+        """Unite the lists of all processes, write them, return how many. A collective.
+
+        Raises:
+            RunFailed: more than the limit, on every process.
+        """
+        self.indices = set().union(*self.gather(self.indices))
+        if self.indices != self.listed:
+            new = sorted(self.indices - self.listed)
+            self.listed = set(self.indices)
+            if self.write:
+                lines = [self.describe(i) for i in sorted(self.indices)]
+                write_text(self.path, "".join(f"{line}\n" for line in lines))
+                for i in new:
+                    say(f"another image takes the place of {self.describe(i)}")
+        if len(self.indices) > self.limit:
+            raise RunFailed(
+                f"{len(self.indices)} images cannot be decoded, more than --max_bad_images "
+                f"{self.limit}; they are listed in {self.path}"
+            )
+        return len(self.indices)
+
+    def load(self, indices: Iterable[int]) -> None:
+        """Go on with the list of a checkpoint."""
+        self.indices = set(indices)
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One step, as the log takes it in; nothing in it makes the device wait.
+
+    Attributes:
+        step: optimiser steps done, this one included.
+        result: on the device.
+        lr: of this step.
+        waited: seconds spent waiting for data.
+        indices: of this process's images, by micro-step; on the CPU.
+        bad: indices of images that could not be decoded, of this process.
+    """
+
+    step: int
+    result: StepResult
+    lr: float
+    waited: float
+    indices: list[Tensor]
+    bad: list[int]
+
+
+class StepLog:
+    """Collects what steps compute and reads it only at log lines, so that the device never waits.
+
+    Args:
+        logger: takes the log lines.
+        folder: run folder, for what is dumped of steps that were not finite.
+        procs: the processes.
+        every: steps between log lines.
+        global_batch: images per step, for images/s.
+        nan_policy: stop | skip after a step that was not finite; its update is left out anyway.
+        bad_images: takes in which images could not be decoded.
+        bar: progress of the run.
+    """
+
+    def __init__(
+        self,
+        logger: RunLogger,
+        folder: Path,
+        procs: Processes,
+        *,
+        every: int,
+        global_batch: int,
+        nan_policy: str,
+        bad_images: BadImages,
+        bar: tqdm,
+    ) -> None:
+        self.logger, self.folder, self.procs, self.bar = logger, folder, procs, bar
+        self.bad_images = bad_images
+        self.every, self.global_batch, self.nan_policy = every, global_batch, nan_policy
+        # Sums of loss, steps with a finite loss, gradient norm, steps with a finite one, updates
+        # left out, faults: since the last log line, and over the epoch.
+        self.recent = torch.zeros(6, dtype=torch.float64, device=procs.device)
+        self.epoch = torch.zeros(6, dtype=torch.float64, device=procs.device)
+        self.waited, self.since = 0.0, time.perf_counter()
+        self.history: list[StepReport] = []
+        self.latest: tuple[int, float] | None = None  # step and lr of what no log line has yet
+
+    def __call__(self, report: StepReport) -> None:
+        """Take in one step; every so many, write a log line, which is a collective."""
+        r = report.result
+        fine, usable = r.loss.isfinite(), r.grad_norm.isfinite()
+        zero = torch.zeros_like(r.loss)
+        loss, norm = r.loss.where(fine, zero), r.grad_norm.where(usable, zero)
+        values = torch.stack([loss, fine, norm, usable, r.skipped, r.broken])
+        self.recent += values
+        self.epoch += values
+        self.waited += report.waited
+        self.bad_images.note(report.bad)
+        self.history.append(report)
+        self.latest = report.step, report.lr
+        self.bar.update()
+        if report.step % self.every == 0:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write a log line of the steps since the last one. A collective.
+
+        Raises:
+            RunFailed: a loss or gradient among them was not finite, and the policy is to stop; on
+                all processes, with what is known of it in the run folder.
+        """
+        if self.latest is None:
+            return
+        (step, lr), self.latest = self.latest, None
+        bad_images = self.bad_images.agree()
+        totals = self.procs.sum(self.recent).tolist()
+        loss, loss_steps, norm, norm_steps, skipped, broken = totals
+        seconds = time.perf_counter() - self.since
+        values = {
+            "loss": loss / loss_steps if loss_steps else math.nan,
+            "lr": lr,
+            "grad_norm": norm / norm_steps if norm_steps else math.nan,
+            "images_per_s": len(self.history) * self.global_batch / seconds,
+            "waiting": self.waited / seconds,
+            "memory_gb": peak_memory(self.procs.device) / 2**30,
+        }
+        if bad_images:
+            values["bad_images"] = bad_images
+        if skipped:
+            values["skipped"] = round(skipped / self.procs.world_size)
+        self.logger.record("train", step, **values)
+        self.bar.set_postfix(loss=f"{values['loss']:.4f}", lr=f"{lr:.2e}")
+        history, self.history = self.history, []
+        self.recent.zero_()
+        self.restart_clock()
+        if broken:
+            self._report_broken(history)
+
+    def _report_broken(self, history: list[StepReport]) -> None:
+        """Dump the steps that were not finite, and stop if that is the policy."""
+        mine = [h for h in history if h.result.broken.item()]
+        steps = sorted({s for of in self.procs.gather([h.step for h in mine]) for s in of})
+        last_good = self.folder / LAST
+        for h in mine:
+            dump = {
+                "step": h.step,
+                "rank": self.procs.rank,
+                "lr": h.lr,
+                "loss": str(h.result.loss.item()),
+                "grad_norm": str(h.result.grad_norm.item()),
+                "indices": [indices.tolist() for indices in h.indices],
+                "last_good_checkpoint": str(last_good) if last_good.exists() else None,
+            }
+            name = f"nonfinite-step{h.step}-rank{self.procs.rank}.json"
+            write_text(self.folder / name, json.dumps(dump, indent=1))
+        text = (
+            f"loss or gradient was not finite in step {', '.join(map(str, steps))}; the update was "
+            f"left out on every process; images and rates are in {self.folder}/nonfinite-*.json"
+        )
+        if self.nan_policy == "stop":
+            raise RunFailed(
+                f"{text}. The same command goes on from the last checkpoint; lower --blr or set "
+                "--clip_grad, or choose --nan_policy skip"
+            )
+        if self.procs.main:
+            say(text)
+
+    def end_epoch(self) -> float:
+        """The mean loss over the epoch and all processes; starts the next epoch. A collective."""
+        self.flush()
+        loss, steps = self.procs.sum(self.epoch).tolist()[:2]
+        self.epoch.zero_()
+        self.restart_clock()
+        return loss / steps if steps else math.nan
+
+    def restart_clock(self) -> None:
+        """What was done meanwhile (saving, measuring) is not training time."""
+        self.since, self.waited = time.perf_counter(), 0.0
+
+    def state(self) -> dict[str, Any]:
+        """The sums of the partial epoch and log interval, for a checkpoint. A collective."""
+        sums = {"epoch": self.epoch, "recent": self.recent}
+        totals = {name: self.procs.sum(x).tolist() for name, x in sums.items()}
+        return totals | {"latest": self.latest}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on with the sums of `state`."""
+        # Summed over processes when they were saved: each now carries an equal part.
+        for name, x in (("epoch", self.epoch), ("recent", self.recent)):
+            x.copy_(torch.tensor(state[name], dtype=torch.float64) / self.procs.world_size)
+        self.latest = state["latest"]
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most this process has held, on the GPU if it computes there."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,106 @@
+"""Fixed 2-D sin-cos position codes and M-MAE's offset in them.
+
+MAE's code (its ``get_2d_sincos_pos_embed``) gives each axis half of the channels; an axis at
+coordinate c has sin(w_k c) for all frequencies w_k = 10000^(-k / (D/4)), then cos(w_k c); the first
+half belongs to the column (x), the second to the row (y). M-MAE puts an offset into it: the
+coordinate c and a phase phi in sin(w_k c + phi), see `COORDINATES`.
+
+The code is separable, so sines and cosines are only ever taken of one axis at a time. All
+arithmetic is float64, so that a code does not depend on the device or on autocast; callers cast.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from util.errors import BadInput
+
+Pair = tuple[int, int]
+
+
+def indices(size: int, device: torch.device | None = None) -> Tensor:
+    """c = i, MAE's coordinate. float64 [size]."""
+    return torch.arange(size, dtype=torch.float64, device=device)
+
+
+def centered(size: int, device: torch.device | None = None) -> Tensor:
+    """c = i - (size - 1) / 2: zero in the middle of the image. float64 [size]."""
+    return indices(size, device) - (size - 1) / 2
+
+
+# How each `--pos_offset` places the coordinates. `learned` adds a phase per axis and frequency,
+# `jitter` a shift per image while training; both are added by the caller, on top of `centered`.
+COORDINATES: dict[str, Callable[[int, torch.device | None], Tensor]] = {
+    "none": indices,
+    "center": centered,
+    "learned": centered,
+    "jitter": centered,
+}
+
+
+def axis_code(coordinates: Tensor, dim: int, phase: Tensor | None = None) -> Tensor:
+    """sin(w_k c + phi_k) and cos(w_k c + phi_k) of one axis.
+
+    Args:
+        coordinates: float64 [..., n], in patches.
+        dim: channels of this axis, even.
+        phase: [dim / 2], radians, or None for zero.
+
+    Returns:
+        float64 [..., n, dim]: all sines, then all cosines.
+    """
+    k = torch.arange(dim // 2, dtype=torch.float64, device=coordinates.device)
+    frequencies = 1.0 / 10000 ** (k / (dim / 2.0))
+    angles = coordinates.unsqueeze(-1) * frequencies
+    if phase is not None:
+        angles = angles + phase.double()
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+def sincos_2d(
+    dim: int,
+    grid: Pair,
+    pos_offset: str = "none",
+    *,
+    phase: Tensor | None = None,
+    shift: Tensor | None = None,
+    device: torch.device | None = None,
+) -> Tensor:
+    """The position code of a grid of patches.
+
+    Args:
+        dim: channels, a multiple of 4.
+        grid: (gh, gw) patches.
+        pos_offset: a key of `COORDINATES`.
+        phase: [2, dim / 4], row axis then column axis, radians; `learned` hands its own.
+        shift: [B, 2], row then column, in patches; added to the coordinates of each image.
+        device: where to compute; a given phase or shift decides it otherwise.
+
+    Returns:
+        float64 [gh*gw, dim], or [B, gh*gw, dim] with a shift.
+
+    Source: MAE (arXiv 2111.06377), appendix A.1 and its code; the offset is our reading of M-MAE.
+    """
+    if dim % 4:
+        raise BadInput(f"a 2-D sin-cos code needs a multiple of 4 channels, not {dim}")
+    if pos_offset not in COORDINATES:
+        raise BadInput(f"unknown pos_offset {pos_offset!r}, choose from {sorted(COORDINATES)}")
+    for given in (phase, shift):
+        device = given.device if given is not None else device
+    gh, gw = grid
+    rows, columns = (COORDINATES[pos_offset](size, device) for size in grid)
+    if shift is not None:
+        rows = rows + shift[:, 0:1].double()  # [B, gh]
+        columns = columns + shift[:, 1:2].double()  # [B, gw]
+    code_y = axis_code(rows, dim // 2, None if phase is None else phase[0])
+    code_x = axis_code(columns, dim // 2, None if phase is None else phase[1])
+    batch = code_y.shape[:-2]
+    code = torch.cat(
+        [
+            code_x.unsqueeze(-3).expand(*batch, gh, gw, dim // 2),
+            code_y.unsqueeze(-2).expand(*batch, gh, gw, dim // 2),
+        ],
+        dim=-1,
+    )
+    return code.reshape(*batch, gh * gw, dim)

@@ -1,0 +1,148 @@
+"""Randomness as a function, not a state.
+
+Whatever is random about a sample is a function of (seed, key), the key being (epoch, index, crop).
+The sampler yields keys; workers hold no epoch and no generator. So a run draws the same numbers
+with any number of workers, from any restart, and, at the same global batch, on any number of
+processes.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import Sampler
+
+from util.errors import BadInput
+
+
+class Key(NamedTuple):
+    """Names one view of one image: which epoch, which image, which of its crops."""
+
+    epoch: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which no key needs
+    crop: int = 0
+
+
+# One stream per purpose, so that drawing more for one purpose changes nothing of another.
+STREAMS = {"order": 0, "augment": 1, "mask": 2, "predict": 3, "shift": 4, "model": 5, "fallback": 6}
+
+
+def seed_of(seed: int, stream: str, *key: int) -> int:
+    """A 64-bit seed from (seed, stream, key), by numpy's SeedSequence."""
+    sequence = np.random.SeedSequence([seed, STREAMS[stream], *key])
+    return int(sequence.generate_state(1, np.uint64)[0])
+
+
+def generator_of(seed: int, stream: str, *key: int) -> torch.Generator:
+    """A torch CPU generator seeded by `seed_of`."""
+    return torch.Generator().manual_seed(seed_of(seed, stream, *key))
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed python's, numpy's and torch's CPU generators inside the block; restore them after."""
+    states = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.random.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.random.set_rng_state(states[2])
+
+
+class EpochSampler(Sampler[list[Key]]):
+    """Micro-batches of keys for one process; each epoch a fresh permutation.
+
+    Step s of an epoch takes the s-th `global_batch` entries of the permutation, whatever the number
+    of processes and accumulation steps among which they are divided. The tail that fills no
+    step is left out; another permutation leaves out others.
+
+    Args:
+        num_samples: images in the set.
+        batch_size: images per process and micro-step.
+        accum_iter: micro-steps per optimiser step.
+        world_size, rank: processes, and which this one is.
+        seed: of the run.
+
+    Raises:
+        BadInput: the set is smaller than one global batch.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        batch_size: int,
+        *,
+        accum_iter: int = 1,
+        world_size: int = 1,
+        rank: int = 0,
+        seed: int = 0,
+    ) -> None:
+        self.num_samples, self.seed, self.rank = num_samples, seed, rank
+        self.layout = (accum_iter, world_size, batch_size)
+        self.global_batch = accum_iter * world_size * batch_size
+        self.steps_per_epoch = num_samples // self.global_batch
+        if self.steps_per_epoch == 0:
+            raise BadInput(
+                f"the training set has {num_samples} images, fewer than one global batch of "
+                f"{self.global_batch} (batch_size {batch_size} x {world_size} processes x "
+                f"accum_iter {accum_iter}); lower --batch_size or --accum_iter"
+            )
+        self.epoch, self.first_step = 0, 0
+
+    def start(self, epoch: int, first_step: int = 0) -> None:
+        """The next iteration is this epoch (from 0), from this step of it (from 0)."""
+        self.epoch, self.first_step = epoch, first_step
+
+    def order(self, epoch: int) -> np.ndarray:
+        """The permutation of an epoch: int64 [num_samples]."""
+        generator = generator_of(self.seed, "order", epoch)
+        return torch.randperm(self.num_samples, generator=generator).numpy()
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        epoch, order = self.epoch, self.order(self.epoch)
+        for step in range(self.first_step, self.steps_per_epoch):
+            batch = order[step * self.global_batch : (step + 1) * self.global_batch]
+            for micro_batches in batch.reshape(self.layout):
+                yield [Key(epoch, int(index)) for index in micro_batches[self.rank]]
+
+    def __len__(self) -> int:
+        return (self.steps_per_epoch - self.first_step) * self.layout[0]
+
+
+class EvalSampler(Sampler[list[Key]]):
+    """The given images once each, in order, dealt out to the processes.
+
+    No image is padded in or left out, so counts are exact for any number of processes.
+
+    Args:
+        indices: which images of the set.
+
+    Attributes:
+        total: images over all processes.
+    """
+
+    def __init__(
+        self, indices: Sequence[int], batch_size: int, *, world_size: int = 1, rank: int = 0
+    ) -> None:
+        self.total = len(indices)
+        self.indices, self.batch_size = indices[rank::world_size], batch_size
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        for start in range(0, len(self.indices), self.batch_size):
+            yield [Key(0, i) for i in self.indices[start : start + self.batch_size]]
+
+    def __len__(self) -> int:
+        return -(-len(self.indices) // self.batch_size)
+
+
+def evenly(num_samples: int, limit: int) -> list[int]:
+    """At most `limit` indices, evenly spaced: a listing by class gives a bit of each."""
+    count = min(num_samples, limit)
+    return [i * num_samples // count for i in range(count)]

@@ -1,0 +1,114 @@
+"""From keys to batches: the sample of a data set, and the one loader."""
+
+import multiprocessing.util
+import os
+import signal
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from util.masking import MaskStrategy
+from util.randomness import Key, generator_of, seed_of, seeded
+from util.replace import Source, bad_slots, decode
+
+Pair = tuple[int, int]
+
+
+class PretrainSamples(Dataset):
+    """Augmented images with the noise of their masks, a function of (seed, key).
+
+    Args:
+        source: images by index.
+        transform: image to uint8 [C, H, W]; may use python's, numpy's and torch's generators.
+        strategy: draws the noise of a mask.
+        grid: (gh, gw) patches.
+        seed: of the run; evaluation passes a constant of its own.
+
+    A sample is a dict:
+        image: uint8 [C, H, W].
+        noise: float32 [S + 1, L]: the strategy's rows, then one that orders the masked patches for
+            a decoder that predicts some of them.
+        shift: float32 [2], uniform in [-1/2, 1/2), row then column, in patches (`jitter`).
+        label: int, of the image that is shown.
+        index: int, the key's.
+        bad: int64 [4], images that could not be decoded on the way to this one, then -1.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        transform: Callable[[Any], Tensor],
+        strategy: MaskStrategy,
+        grid: Pair,
+        seed: int,
+    ) -> None:
+        self.source, self.transform, self.strategy = source, transform, strategy
+        self.grid, self.seed = grid, seed
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, key: Key) -> dict[str, Any]:
+        with seeded(seed_of(self.seed, "augment", *key)):
+            image, label, bad = decode(self.source, key, self.seed)
+            image = self.transform(image)
+        noise = self.strategy.draw(self.grid, generator_of(self.seed, "mask", *key))
+        predict = torch.rand(1, noise.shape[1], generator=generator_of(self.seed, "predict", *key))
+        shift = torch.rand(2, generator=generator_of(self.seed, "shift", *key)) - 0.5
+        return {
+            "image": image,
+            "noise": torch.cat([noise, predict]),
+            "shift": shift,
+            "label": label,
+            "index": key.index,
+            "bad": bad_slots(bad),
+        }
+
+
+def default_workers(processes_here: int) -> int:
+    """Loading processes of each training process: its share of the usable cores, at most 10."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(10, max(1, (cores or 1) // processes_here))
+
+
+def _init_worker(leaving: Tensor, worker: int) -> None:
+    # Workers are the parallelism; threads inside them would fight each other for the cores.
+    torch.set_num_threads(1)
+
+    # A scheduler signals every process of a job. The training process answers for its workers: one
+    # that died of the signal would take the run down before it reached its checkpoint. Only when
+    # that process leaves, a signal of its own ends them.
+    def note(number: int, frame: Any) -> None:
+        if leaving.item():
+            os._exit(0)
+
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, note)
+
+
+def build_loader(
+    samples: Dataset, sampler: Sampler[list[Key]], *, num_workers: int, pin_memory: bool
+) -> DataLoader:
+    """The loader of every job: batches of the keys that the sampler yields.
+
+    Args:
+        num_workers: processes that load, per training process; 0 loads in this one.
+        pin_memory: page-locked batches, for copies to a GPU that do not block.
+    """
+    leaving = torch.zeros(1, dtype=torch.uint8).share_memory_()
+    # Before multiprocessing ends its children by SIGTERM and waits for them.
+    multiprocessing.util.Finalize(None, leaving.fill_, args=(1,), exitpriority=100)
+    return DataLoader(
+        samples,
+        batch_sampler=sampler,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        persistent_workers=num_workers > 0,
+        worker_init_fn=partial(_init_worker, leaving),
+        # Its own generator: the loader's base seed must not advance torch's global one.
+        generator=torch.Generator().manual_seed(0),
+    )

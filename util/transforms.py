@@ -1,0 +1,130 @@
+"""Augmentation and evaluation transforms on the CPU, normalisation on the device.
+
+The transforms take a PIL image or a uint8 tensor [C, H, W] and give a uint8 tensor [C, h, w]: a
+quarter of the bytes of floats to carry to the device.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import InterpolationMode, v2
+
+from util.errors import BadInput
+
+Pair = tuple[int, int]
+BICUBIC = InterpolationMode.BICUBIC
+
+# Evaluation keeps the centre 224 of 256; above 224 the recipe has no margin (FIELD.md, section 1).
+CROP_SHARE = 0.875
+LARGEST_WITH_MARGIN = 224
+
+
+class PretrainTransform:
+    """MAE's pretraining augmentation: random resized crop (bicubic) and horizontal flip, no more.
+
+    Draws come from torch's global CPU generator alone, so the caller seeds them for each sample.
+
+    Args:
+        size: (h, w) of the result, pixels.
+        crop_scale: smallest and largest share of the image's area that a crop covers.
+        flip: flip half of the crops left to right.
+
+    Source: He et al., "Masked Autoencoders Are Scalable Vision Learners", appendix A.1.
+    """
+
+    def __init__(
+        self, size: Pair, crop_scale: tuple[float, float] = (0.2, 1.0), flip: bool = True
+    ) -> None:
+        if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
+            raise BadInput(
+                f"crop_scale {crop_scale} is not a smallest and a largest share in (0, 1]"
+            )
+        steps: list[torch.nn.Module] = [
+            v2.RandomResizedCrop(size, scale=crop_scale, interpolation=BICUBIC, antialias=True)
+        ]
+        if flip:
+            steps.append(v2.RandomHorizontalFlip())
+        self.steps = v2.Compose([*steps, v2.PILToTensor()])
+
+    def __call__(self, image: Image.Image | Tensor) -> Tensor:
+        """One augmented view: uint8 [C, h, w]."""
+        return self.steps(image)
+
+
+class EvalTransform:
+    """Evaluation: scale until the image covers size / .875, keep its aspect, crop the centre.
+
+    For a square size that is Resize(int(size / .875), bicubic) on the short side and CenterCrop.
+    There is no margin when the longer side of `size` is above 224.
+
+    Args:
+        size: (h, w) of the result, pixels.
+        margin: False scales to `size` itself, for sets whose border matters (digits).
+    """
+
+    def __init__(self, size: Pair, margin: bool = True) -> None:
+        self.size = size
+        share = CROP_SHARE if margin and max(size) <= LARGEST_WITH_MARGIN else 1.0
+        self.cover = (int(size[0] / share), int(size[1] / share))
+
+    def __call__(self, image: Image.Image | Tensor) -> Tensor:
+        """The centre view: uint8 [C, h, w]."""
+        longest = 16 * min(v2.functional.get_size(image))
+        # Covering with a strip would enlarge it to gigabytes, of which the crop keeps the middle.
+        if max(v2.functional.get_size(image)) > longest:
+            shape = [min(side, longest) for side in v2.functional.get_size(image)]
+            image = v2.functional.center_crop(image, shape)
+        H, W = v2.functional.get_size(image)
+        h, w = self.cover
+        # Whole numbers, because a float could round the free side to one pixel below the target.
+        scaled = [h, h * W // H] if h * W >= w * H else [w * H // W, w]
+        image = v2.functional.resize(image, scaled, interpolation=BICUBIC, antialias=True)
+        image = v2.functional.center_crop(image, list(self.size))
+        return image if isinstance(image, Tensor) else v2.functional.pil_to_tensor(image)
+
+
+def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Gray levels to zero mean and unit deviation: (x / 255 - mean) / std, without a host sync.
+
+    Args:
+        images: uint8 [B, C, H, W], on any device.
+        mean, std: C numbers each, in units of 0..1.
+
+    Returns:
+        float32 [B, C, H, W] on the same device.
+
+    Raises:
+        ValueError: mean or std is not C long.
+    """
+    shift, scale = _per_channel(images, mean), _per_channel(images, std)
+    return images.float().div(255).sub(shift).div(scale)
+
+
+def denormalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """The inverse of `normalize`, neither rounded nor clamped: a prediction may leave 0..255.
+
+    Args:
+        images: float [B, C, H, W], normalised.
+        mean, std: C numbers each, in units of 0..1.
+
+    Returns:
+        float32 [B, C, H, W], gray levels 0 to 255.
+
+    Raises:
+        ValueError: mean or std is not C long.
+    """
+    shift, scale = _per_channel(images, mean), _per_channel(images, std)
+    return images.float().mul(scale).add(shift).mul(255)
+
+
+def _per_channel(images: Tensor, values: Sequence[float]) -> Tensor:
+    """[1, C, 1, 1] on the images' device."""
+    if len(values) != images.shape[1]:
+        raise ValueError(
+            f"{len(values)} values of mean or std for images of {images.shape[1]} channels"
+        )
+    column = torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1)
+    # A blocking copy would make the host wait for every kernel in flight.
+    return column.to(images.device, non_blocking=True)

@@ -1,6 +1,6 @@
 """Pretraining: one epoch of training, and reconstruction measured on held-out images."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,7 +18,7 @@ from util.metrics import (
     masked_patches,
 )
 from util.patches import patch_averages
-from util.step import OptimizerStep, Stopwatch
+from util.step import OptimizerStep, Stopwatch, steps_of
 from util.transforms import denormalize, normalize
 
 Stats = Sequence[float]
@@ -116,17 +116,6 @@ def train_one_epoch(
         if after_step(StepReport(step, result, lr, waiting.lap(), indices, bad)):
             break
     return step
-
-
-def steps_of(loader: Iterable[Any], accum_iter: int) -> Iterator[list[Any]]:
-    """Group micro-batches into optimiser steps; the sampler yields whole steps only."""
-    group: list[Any] = []
-    for batch in loader:
-        group.append(batch)
-        if len(group) == accum_iter:
-            yield group
-            group = []
-    assert not group, "the sampler ended in the middle of an optimiser step"
 
 
 @torch.inference_mode()

@@ -5,7 +5,6 @@ Several:                      torchrun --nproc_per_node 8 main_pretrain.py ...
 """
 
 import argparse
-import signal
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,57 +12,43 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 import models_zoo
 from engine_pretrain import STATISTICS_NOTE, Masker, evaluate, reconstruct, train_one_epoch
 from util import checkpoint as ckpt
 from util.config import (
     FlagParser,
+    add_checkpoint_flags,
     add_data_flags,
     add_method_flags,
+    add_optimisation_flags,
     add_run_flags,
+    arithmetic_of,
     number,
     resolve_method,
     settings_of,
     size_pair,
 )
 from util.datasets import DATASETS, build_dataset
-from util.dist import Agreement, Processes, peers_lost, processes
-from util.errors import BadInput, Stopped, command, needs
+from util.dist import Processes, distribute, processes
+from util.errors import BadInput, command, needs
 from util.images import ImageSource
-from util.logger import (
-    METRICS,
-    BadImages,
-    RunLogger,
-    StepLog,
-    StepReport,
-    prepare_folder,
-    progress_bar,
-    rank_log,
-    save_settings,
-    say,
-)
+from util.logger import RunLogger, say
 from util.masking import count_visible, create_strategy
 from util.optim import create_adamw, parameter_groups
 from util.randomness import EpochSampler, EvalSampler, evenly
-from util.replace import fault_of
+from util.run import Run, due
 from util.samples import PretrainSamples, build_loader, default_workers
 from util.schedule import CosineSchedule, scaled_lr
-from util.step import PRECISIONS, OptimizerStep
+from util.step import OptimizerStep
 from util.transforms import EvalTransform, PretrainTransform
 from util.visualize import panels, picture_grid, save_png
 
 TASK = "pretrain"
 # Held-out images are measured and shown under masks that no flag changes, so that runs compare.
 EVAL_SEED, EVAL_MASK, EVAL_RATIO, PICTURES = 0, "random", 0.75, 8
-# Settings that say where and how often, not what is computed; all others change the numbers.
-HOUSEKEEPING = {
-    "output_dir", "log_dir", "device", "num_workers", "pin_mem", "log_every", "save_every",
-    "eval_every", "eval_images", "picture_every", "resume", "list_models", "data_path",
-    "batch_size", "accum_iter", "save_minutes", "keep", "allow_changes", "nan_policy",
-    "grad_checkpointing", "max_bad_images",
-}  # fmt: skip
+# Beside those of every main: what is only looked at.
+HOUSEKEEPING = {"eval_images", "picture_every"}
 
 
 def build_parser() -> FlagParser:
@@ -80,12 +65,6 @@ def build_parser() -> FlagParser:
         metavar=("MIN", "MAX"),
         help="share of the image's area that a random crop covers",
     )
-    group.add_argument(
-        "--max_bad_images",
-        type=number(int, 0),
-        default=100,
-        help="more that cannot be decoded end the run; until then others take their places",
-    )
     group.add_argument("--no_flip", action="store_true", help="no horizontal flip")
     group = parser.add_argument_group("model (unset sizes follow --model)")
     group.add_argument("--model", default="mae_vit_base_patch16", metavar="NAME")
@@ -99,55 +78,13 @@ def build_parser() -> FlagParser:
     group.add_argument(
         "--norm_pix_loss", action="store_true", help="predict patches normalised by themselves"
     )
-    group = parser.add_argument_group("optimisation")
-    group.add_argument("--batch_size", type=number(int, 1), default=64, help="per process")
-    group.add_argument("--accum_iter", type=number(int, 1), default=1, help="micro-steps per step")
-    group.add_argument("--epochs", type=number(int, 1), default=400)
-    group.add_argument("--warmup_epochs", type=number(float, 0), default=40)
-    group.add_argument(
-        "--blr",
-        type=number(float, 0),
-        default=1.5e-4,
-        help="base lr: lr = blr x global batch / 256",
-    )
-    group.add_argument("--lr", type=number(float, 0), help="absolute; overrides --blr")
-    group.add_argument("--min_lr", type=number(float, 0), default=0.0)
-    group.add_argument("--weight_decay", type=number(float, 0), default=0.05)
-    group.add_argument("--clip_grad", type=number(float, 0, open_low=True), help="largest norm")
-    group.add_argument("--precision", choices=list(PRECISIONS), default="fp32")
-    group.add_argument(
-        "--grad_checkpointing",
-        action="store_true",
-        help="compute activations again instead of keeping them: less memory, more time",
-    )
-    group.add_argument(
-        "--nan_policy",
-        choices=("stop", "skip"),
-        default="stop",
-        help="after a loss or gradient that is not finite; its update is left out in any case",
-    )
-    group.add_argument("--tf32", action="store_true", help="allow TF32 products on a GPU")
+    add_optimisation_flags(parser)
+    parser.set_defaults(epochs=400, warmup_epochs=40.0, blr=1.5e-4)
     add_run_flags(parser)
-    group = parser.add_argument_group("checkpoints and measurement (epochs; 0: never)")
-    group.add_argument("--save_every", type=number(int, 0), default=20)
-    group.add_argument(
-        "--save_minutes", type=number(float, 0), default=30.0, help="within an epoch; 0: never"
-    )
-    group.add_argument("--keep", type=number(int, 0), default=0, help="numbered ones; 0: all")
+    group = add_checkpoint_flags(parser)
     group.add_argument("--picture_every", type=number(int, 0), default=20)
     group.add_argument("--eval_every", type=number(int, 0), default=0, help="PSNR and SSIM")
     group.add_argument("--eval_images", type=number(int, 1), default=256)
-    group.add_argument(
-        "--resume",
-        default="auto",
-        help="auto: the newest checkpoint of the run folder, if any; or a checkpoint to start from "
-        "where there is none; none: start anew, in a folder without one",
-    )
-    group.add_argument(
-        "--allow_changes",
-        action="store_true",
-        help="go on although flags that change the numbers differ from the checkpoint's",
-    )
     return parser
 
 
@@ -291,10 +228,7 @@ def pretrain(args: argparse.Namespace, procs: Processes) -> None:
     # ------------------------------------------------------------------------------ model
     model.to(device)
     model.set_grad_checkpointing(args.grad_checkpointing)
-    trained = model
-    if procs.world_size > 1:
-        ids = [device.index] if device.type == "cuda" else None
-        trained = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+    trained = distribute(model, procs)
 
     # ------------------------------------------------------------- optimiser and schedule
     steps_per_epoch = sampler.steps_per_epoch
@@ -314,56 +248,50 @@ def pretrain(args: argparse.Namespace, procs: Processes) -> None:
 
     # ----------------------------------------------------------------------------- resume
     settings = settings_of(args)
-    arithmetic = {k: v for k, v in settings.items() if k not in HOUSEKEEPING} | {
+    arithmetic = arithmetic_of(settings, HOUSEKEEPING) | {
         "model_args": model_args,
         "global_batch": sampler.global_batch,
         "images": len(source),
     }
-    path, notes = ckpt.find_resume(folder, TASK, args.resume)
-    path = procs.gather(path)[0]  # a file system may show the others an older state of the folder
-    state, step, first_epoch, stage = None, 0, 0, "training"
+    path, notes = ckpt.start_of(folder, TASK, args.resume, procs.gather)
+    state = None
     if path is not None:
         state = ckpt.load_resume(path, TASK, arithmetic, notes, allow_changes=args.allow_changes)
-        step = state["step"]
-        # Stopped at the last step of an epoch, what is due after that epoch is still to be done.
-        stage = state["stage"]
-        first_epoch = state["epoch"] + (stage == "done")
         ckpt.load_weights(model, state["model"], "the checkpoint")
         optimizer.load_state_dict(state["optimizer"])
         optimizer_step.scaler.load_state_dict(state["scaler"])
-    procs.barrier()  # every process has read its checkpoint before anything is written
-    prepare_folder(folder)
-    logger = RunLogger(
-        folder,
-        Path(args.log_dir or folder),
-        step,
-        keep_bytes=state["log_bytes"] if state else 0,
-        write=procs.main,
-    )
-    bad_images = BadImages(
-        folder,
-        lambda i: f"{source.file_name(i)}: {fault_of(source, i)}",
-        args.max_bad_images,
-        procs.gather,
-        write=procs.main,
-    )
-    step_log = StepLog(
-        logger,
+
+    def snapshot() -> dict[str, Any]:
+        return {
+            "model_name": args.model,
+            "model_args": model_args,
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "scaler": optimizer_step.scaler.state_dict(),
+            "data": {"dataset": args.dataset, "mean": source.mean, "std": source.std},
+        }
+
+    run = Run(
         folder,
         procs,
-        every=args.log_every,
+        task=TASK,
+        source=source,
+        settings=settings,
+        arithmetic=arithmetic,
+        snapshot=snapshot,
+        state=state,
+        notes=notes,
+        steps_per_epoch=steps_per_epoch,
+        epochs=args.epochs,
         global_batch=sampler.global_batch,
+        log_dir=args.log_dir,
+        log_every=args.log_every,
         nan_policy=args.nan_policy,
-        bad_images=bad_images,
-        bar=progress_bar(args.epochs * steps_per_epoch, step, show=procs.main),
+        max_bad_images=args.max_bad_images,
+        save_minutes=args.save_minutes,
+        keep=args.keep,
     )
-    if state is not None:
-        step_log.load_state(state["sums"])
-        bad_images.load(state["bad_images"])
     if procs.main:
-        save_settings(folder, settings)
-        for note in notes:
-            say(note)
         say(
             f"{args.model} ({args.method}), {sum(p.numel() for p in model.parameters()):,} "
             f"parameters; {len(source):,} images of {args.dataset}; global batch "
@@ -371,51 +299,13 @@ def pretrain(args: argparse.Namespace, procs: Processes) -> None:
             f"{args.accum_iter}; lr {lr:.3g}; {args.precision} on {device}"
         )
 
-    def save(step: int, stage: str, epoch: int | None = None) -> None:
-        """Write what a resume needs; every process takes part, the main one writes.
-
-        The stage is that of the epoch: training, measuring (trained and recorded) or done.
-        """
-        bad_images.agree()
-        state = {
-            "task": TASK,
-            "epoch": (step - 1) // steps_per_epoch,
-            "stage": stage,
-            "step": step,
-            "log_bytes": logger.size(),
-            "model_name": args.model,
-            "model_args": model_args,
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "scaler": optimizer_step.scaler.state_dict(),
-            "sums": step_log.state(),
-            "bad_images": sorted(bad_images.indices),
-            "arithmetic": arithmetic,
-            "data": {"dataset": args.dataset, "mean": source.mean, "std": source.std},
-        }
-        if procs.main:
-            ckpt.save_checkpoint(folder, state, epoch, args.keep)
-        step_log.restart_clock()
-
-    agreement = Agreement(procs, args.save_minutes)
-    stopped_by = 0
-
-    def after_step(report: StepReport) -> bool:
-        """Log; save or stop where all processes agreed to."""
-        nonlocal stopped_by
-        step_log(report)
-        wish = agreement.after_step()
-        if wish.save or wish.stop:
-            save(report.step, "training")
-        stopped_by = wish.stop
-        return bool(wish.stop)
-
     # ----------------------------------------------------------------------------- epochs
-    with rank_log(folder, procs.rank), peers_lost(procs.rank), agreement:
-        for epoch in range(first_epoch, args.epochs):
+    step = run.step
+    with run:
+        for epoch in range(run.first_epoch, args.epochs):
             measuring = held_out is not None and due(args.eval_every, epoch, args.epochs)
             drawing = held_out is not None and due(args.picture_every, epoch, args.epochs)
-            if not (stage == "measuring" and epoch == first_epoch):
+            if not (run.stage == "measuring" and epoch == run.first_epoch):
                 sampler.start(epoch, step - epoch * steps_per_epoch)
                 step = train_one_epoch(
                     trained,
@@ -427,17 +317,11 @@ def pretrain(args: argparse.Namespace, procs: Processes) -> None:
                     std=source.std,
                     jitter=args.pos_offset == "jitter",
                     first_step=step,
-                    after_step=after_step,
+                    after_step=run.after_step,
                 )
-                if stopped_by:
-                    raise Stopped(
-                        f"{signal.Signals(stopped_by).name} after step {step}, in epoch {epoch}; "
-                        "the checkpoint is written, the same command goes on from there"
-                    )
-                loss = step_log.end_epoch()
-                logger.record("epoch", step, epoch=epoch, loss=loss)
+                run.end_epoch(epoch, step)
                 numbered = epoch if due(args.save_every, epoch, args.epochs) else None
-                save(step, "measuring" if measuring or drawing else "done", numbered)
+                run.save(step, "measuring" if measuring or drawing else "done", numbered)
             if held_out and measuring:
                 table = evaluate(
                     model,
@@ -448,25 +332,25 @@ def pretrain(args: argparse.Namespace, procs: Processes) -> None:
                     device=device,
                     sum_over_ranks=procs.sum,
                 )
-                report(logger, table, step, epoch, held_out.sampler.total)
+                report(run.logger, table, step, epoch, held_out.sampler.total)
             if held_out and drawing and procs.main:
                 title = f"{args.model} ({args.method}) after epoch {epoch}, held-out images"
                 picture = draw_pictures(model, held_out, device, title)
                 save_png(folder / "pictures" / f"epoch-{epoch}.png", picture)
-                logger.picture("reconstruction", step, np.asarray(picture))
+                run.logger.picture("reconstruction", step, np.asarray(picture))
             if measuring or drawing:
-                save(step, "done")
+                run.save(step, "done")
 
         # -------------------------------------------------------------------------- close
-        logger.close()
-        step_log.bar.close()
         if procs.main:
-            say_results(folder, Path(args.log_dir or folder))
+            run.say_results()
+            if pictures := sorted((folder / "pictures").glob("epoch-*.png"), key=written_at):
+                say(f"pictures    {pictures[-1]}")
 
 
-def due(every: int, epoch: int, epochs: int) -> bool:
-    """Whether something done every so many epochs, and after the last, is due after this one."""
-    return bool(every) and ((epoch + 1) % every == 0 or epoch == epochs - 1)
+def written_at(path: Path) -> float:
+    """When a file was written."""
+    return path.stat().st_mtime
 
 
 def report(
@@ -480,18 +364,6 @@ def report(
     say(f"held-out reconstruction, {EVAL_RATIO:.0%} random masks, masked pixels only:")
     for arm, row in table.items():
         say(f"  {arm:8s} PSNR {row['psnr']:6.2f} dB   SSIM {row['ssim']:.4f}")
-
-
-def say_results(folder: Path, log_dir: Path) -> None:
-    """Name what the run wrote."""
-    pictures = sorted((folder / "pictures").glob("epoch-*.png"), key=lambda p: p.stat().st_mtime)
-    events = sorted(log_dir.glob("events.out.tfevents.*"), key=lambda p: p.stat().st_mtime)
-    say(f"checkpoint  {folder / ckpt.LAST}")
-    say(f"metrics     {folder / METRICS}")
-    if events:
-        say(f"events      {events[-1]}  (tensorboard --logdir {log_dir})")
-    if pictures:
-        say(f"pictures    {pictures[-1]}")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,11 @@ from util.errors import BadInput
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 
 
+def pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    """A side given once or twice, as (height, width)."""
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
 def check_lscale(lscale_init: float | None) -> None:
     """Refuse an LScale that could not learn: at 0 a branch and its gradients are 0 for ever."""
     if lscale_init is not None and not (math.isfinite(lscale_init) and lscale_init != 0):

@@ -20,6 +20,7 @@ from models_layers import (
     embed_patches,
     init_weights,
     make_block,
+    pair,
     run,
     split_ids,
     take,
@@ -29,11 +30,6 @@ from util.patches import patch_statistics, patchify
 from util.pos_embed import COORDINATES, sincos_2d
 
 Pair = tuple[int, int]
-
-
-def pair(size: int | Pair) -> Pair:
-    """A side given once or twice, as (height, width)."""
-    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
 class MaskedAutoencoderViT(nn.Module):

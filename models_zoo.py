@@ -1,15 +1,19 @@
 """The one list of model names."""
 
-import argparse
 import difflib
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
+from models_layers import pair
 from models_mmae import MaskedAutoencoderViT
+from models_vit import VisionTransformer
 from util.checkpoint import load_file, load_weights
+from util.convert import HEAD_KEYS, NORM_KEYS, EncoderWeights, flags_of, read_encoder
 from util.errors import BadInput
+
+Pair = tuple[int, int]
 
 DEFAULT = "mae_vit_base_patch16"
 
@@ -58,9 +62,26 @@ MODELS: dict[str, tuple[Callable[..., nn.Module], dict[str, Any]]] = {
 }
 
 
+def _vit(size: str, patch_size: int, img_size: int) -> dict[str, Any]:
+    arguments = _mae(size, patch_size, img_size)
+    return {k: v for k, v in arguments.items() if not k.startswith("decoder_")}
+
+
+CLASSIFIERS: dict[str, tuple[Callable[..., nn.Module], dict[str, Any]]] = {
+    f"vit_{size}_patch{patch}": (VisionTransformer, _vit(size, patch, side))
+    for size, patches in SIZES.items()
+    for patch, side in patches.items()
+}
+
+
 def list_models() -> list[str]:
-    """All names that `create_model` knows."""
+    """All names of pretraining models."""
     return list(MODELS)
+
+
+def list_classifiers() -> list[str]:
+    """All names of encoders with a head."""
+    return list(CLASSIFIERS)
 
 
 def model_arguments(name: str) -> dict[str, Any]:
@@ -69,11 +90,12 @@ def model_arguments(name: str) -> dict[str, Any]:
     Raises:
         BadInput: unknown name; the message lists the valid ones, the nearest first.
     """
-    if name not in MODELS:
-        near = difflib.get_close_matches(name, MODELS, n=1)
+    known = MODELS | CLASSIFIERS
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
-        raise BadInput(f"unknown model {name!r}{hint}; valid names: {', '.join(MODELS)}")
-    return dict(MODELS[name][1])
+        raise BadInput(f"unknown model {name!r}{hint}; valid names: {', '.join(known)}")
+    return dict(known[name][1])
 
 
 def create_model(name: str, **kwargs: Any) -> Any:
@@ -81,12 +103,13 @@ def create_model(name: str, **kwargs: Any) -> Any:
 
     >>> create_model("mae_vit_base_patch16")  # MAE
     >>> create_model("mae_vit_base_patch16", lscale_init=0.1, pos_offset="learned")  # M-MAE
+    >>> create_model("vit_base_patch16", num_classes=365)  # its encoder, with a head
 
     Raises:
         BadInput: unknown name or settings that do not fit.
     """
     arguments = model_arguments(name) | kwargs
-    return MODELS[name][0](**arguments)
+    return (MODELS | CLASSIFIERS)[name][0](**arguments)
 
 
 def load_pretrained(
@@ -115,7 +138,7 @@ def load_pretrained(
             f"{path} holds no decoder: encoder-only weights cannot reconstruct; use a pretraining "
             "checkpoint of ours or official weights with their decoder (mae_visualize_*)"
         )
-    flags = vars(state.get("args", argparse.Namespace()))
+    flags = flags_of(state)
     if name and state.get("model_name", name) != name:
         raise BadInput(f"{path} is a {state['model_name']}, not a {name}; leave --model out")
     name = name or state.get("model_name") or flags.get("model")
@@ -131,3 +154,112 @@ def load_pretrained(
     model = create_model(name, **arguments)
     load_weights(model, weights, path)
     return model, state
+
+
+def load_classifier(
+    path: str,
+    name: str | None = None,
+    *,
+    head: str = "new",
+    img_size: Pair | None = None,
+    pos_resize: str = "rescale",
+    **overrides: Any,
+) -> tuple[VisionTransformer, dict[str, Any], dict[str, Any]]:
+    """An encoder with a head, from a file of ours, of the official MAE code, or of timm.
+
+    Size, LScale and positions are the file's. Heads of attention are not in foreign files: they
+    are those of our model of that width and depth, or one for every 64 channels.
+
+    Args:
+        path: checkpoint file or https URL.
+        name: model name that the file has to agree with; None: whatever it is.
+        head: own: the file's head; new: a fresh one, and a fresh norm where the file has no such;
+            none: features only.
+        img_size: (height, width) to run at; None: the file's.
+        pos_resize: rescale | extend, see `EncoderWeights.positions`.
+        overrides: `VisionTransformer`'s num_classes, global_pool, probe and drop_path; None is
+            ignored.
+
+    Returns:
+        the model, on the CPU; its arguments in plain types; what else the file holds.
+
+    Raises:
+        BadInput: unreadable, of another architecture, or weights that do not fit.
+    """
+    for what, given, known in (
+        ("head", head, ("own", "new", "none")),
+        ("pos_resize", pos_resize, ("rescale", "extend")),
+    ):
+        if given not in known:
+            raise BadInput(f"unknown {what} {given!r}, choose from {', '.join(known)}")
+    state = load_file(path)
+    stored = read_encoder(state, path, img_size)
+    arguments = stored.arguments | {"num_heads": _heads(stored, name)}
+    _check_name(name, arguments, path)
+    if head == "own" and not stored.classes:
+        raise BadInput(f"{path} holds no classification head; fine-tune it first (--finetune)")
+    arguments |= {"num_classes": stored.classes, "global_pool": stored.pool, "probe": stored.probe}
+    if head == "none":
+        arguments |= {"num_classes": 0, "probe": False}
+    arguments |= {k: v for k, v in overrides.items() if v is not None}
+    arguments["img_size"] = img_size or arguments["img_size"]
+    arguments = {k: list(v) if isinstance(v, tuple) else v for k, v in arguments.items()}
+    model = VisionTransformer(**arguments)
+    weights = dict(stored.weights)
+    weights["pos_embed"] = stored.positions(model.grid, pos_resize)
+    if head != "own":
+        weights = {k: v for k, v in weights.items() if not k.startswith(HEAD_KEYS)}
+        fresh = (*HEAD_KEYS, NORM_KEYS["avg"])
+        own = model.state_dict()
+        weights |= {k: v for k, v in own.items() if k.startswith(fresh) and k not in weights}
+        unused = NORM_KEYS["cls" if arguments["global_pool"] == "avg" else "avg"]
+        weights = {k: v for k, v in weights.items() if not k.startswith(unused)}
+    load_weights(model, weights, path)
+    return model, arguments, state
+
+
+def load_encoder(
+    path: str,
+    name: str | None = None,
+    *,
+    img_size: Pair | None = None,
+    pos_resize: str = "rescale",
+) -> tuple[VisionTransformer, dict[str, Any]]:
+    """An encoder for its features, from any file that `load_classifier` takes; arguments as there.
+
+    Returns:
+        the model without a head, on the CPU; what else the file holds.
+    """
+    model, _, state = load_classifier(
+        path, name, head="none", img_size=img_size, pos_resize=pos_resize
+    )
+    return model, state
+
+
+def _heads(stored: EncoderWeights, name: str | None) -> int:
+    """Attention heads of weights that do not say."""
+    if "num_heads" in stored.arguments:
+        return stored.arguments["num_heads"]
+    if name is not None:
+        return model_arguments(name)["num_heads"]
+    width, depth = stored.arguments["embed_dim"], stored.arguments["depth"]
+    known = {(w, d): heads for w, d, heads in ENCODERS.values()}
+    return known.get((width, depth), max(1, width // 64))
+
+
+def _check_name(name: str | None, arguments: dict[str, Any], path: str) -> None:
+    """Refuse weights of another architecture than the name's."""
+    if name is None:
+        return
+    expected = model_arguments(name)
+    expected["patch_size"] = pair(expected["patch_size"])
+    differing = [
+        f"{key} {arguments[key]}, {name} has {expected[key]}"
+        for key in ("embed_dim", "depth", "num_heads", "patch_size")
+        if arguments[key] != expected[key]
+    ]
+    if differing:
+        raise BadInput(
+            f"{path} is another architecture: {'; '.join(differing)}; leave --model out to take "
+            "the file's"
+        )

@@ -114,7 +114,8 @@ def test_keeping_some_never_deletes_another_tasks(tmp_path: Path) -> None:
     for epoch in range(4):
         save_checkpoint(tmp_path, state_of(epoch + 1), epoch, keep=2)
     names = {p.name for p in tmp_path.iterdir()}
-    assert names == {"checkpoint-2.pth", "checkpoint-3.pth", "checkpoint-7.pth", LAST}
+    moved = "checkpoint-last-finetune.pth"
+    assert names == {"checkpoint-2.pth", "checkpoint-3.pth", "checkpoint-7.pth", LAST, moved}
 
 
 def test_files_are_plain_torch_files(tmp_path: Path) -> None:

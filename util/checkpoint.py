@@ -11,14 +11,16 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, BinaryIO
+from urllib.request import urlopen
 
 import torch
 
-from util.errors import BadInput
+from util.errors import BadInput, needs
 
 MAGIC = b"mmae-sha256:"
 COMMENT = len(MAGIC) + 64
@@ -62,8 +64,13 @@ def save_checkpoint(
 
     Raises:
         BadInput: the disk is full or the folder not writable; earlier checkpoints are untouched.
+
+    Tasks may share a folder: a file of that name that is another task's gets its task into its
+    name first, so that no run loses what another one needs to go on.
     """
     path = folder / (LAST if epoch is None else f"checkpoint-{epoch}.pth")
+    for name in {path, folder / LAST}:
+        set_aside(name, state["task"])
     write_signed(path, state)
     if epoch is not None:
         link(path, folder / LAST)
@@ -73,11 +80,17 @@ def save_checkpoint(
     return path
 
 
+def set_aside(path: Path, task: str) -> None:
+    """Rename a checkpoint of another task: `checkpoint-5.pth` to `checkpoint-5-pretrain.pth`."""
+    if path.exists() and (head := peek(path)) is not None and head["task"] != task:
+        path.replace(path.with_name(f"{path.stem}-{head['task']}{path.suffix}"))
+
+
 def numbered_of(folder: Path, task: str) -> list[Path]:
     """The numbered checkpoints of a task, oldest first; unreadable ones are left out."""
     found = []
     for path in checkpoints_of(folder):
-        if path.name != LAST and (head := peek(path)) is not None and head["task"] == task:
+        if LAST[:-4] not in path.name and (head := peek(path)) is not None and head["task"] == task:
             found.append((head["step"], path))
     return [path for _, path in sorted(found)]
 
@@ -157,12 +170,13 @@ def verify(path: Path) -> str | None:
 def load_file(path: str | Path) -> dict[str, Any]:
     """Read a file of weights safely: tensors and plain types, and the Namespace of official files.
 
-    Ours are verified by their checksum; foreign files, which have none, by torch's own reading.
+    An https URL is fetched first, see `local_file`; `.safetensors` files are read as such. Ours are
+    verified by their checksum; foreign files, which have none, by torch's own reading.
 
     Raises:
         BadInput: missing, damaged, or holding anything that would run code.
     """
-    path = Path(path)
+    path = local_file(str(path))
     if not path.is_file():
         raise BadInput(f"checkpoint {path} does not exist or is not a file")
     with path.open("rb") as file:
@@ -171,13 +185,57 @@ def load_file(path: str | Path) -> dict[str, Any]:
     if ours and (fault := verify(path)):
         raise BadInput(f"checkpoint {path} is not readable: {fault}")
     try:
+        if path.suffix == ".safetensors":
+            return needs("safetensors.torch", "safetensors").load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             state = torch.load(path, map_location="cpu", weights_only=True)
+    except BadInput:
+        raise
     except Exception as error:
         raise BadInput(f"checkpoint {path} is not readable: {refusal(error)}") from error
     if not isinstance(state, dict):
         raise BadInput(f"checkpoint {path} holds a {type(state).__name__}, expected a dictionary")
     return state
+
+
+def local_file(path: str) -> Path:
+    """The path itself, or that of a downloaded copy in `$MMAE_CACHE` or ~/.cache/mmae.
+
+    Raises:
+        BadInput: the download failed, or the address is not https.
+    """
+    scheme, separator, rest = path.partition("://")
+    if not separator:
+        return Path(path)
+    if scheme != "https":
+        raise BadInput(f"{path} is neither a path nor an https address")
+    root = Path(os.environ.get("MMAE_CACHE") or Path.home() / ".cache/mmae") / "weights"
+    # The address is part of the name: two files may both be called checkpoint-last.pth.
+    name = f"{hashlib.sha256(path.encode()).hexdigest()[:12]}-{rest.split('?')[0].split('/')[-1]}"
+    if not (root / name).exists():
+        temporary = root / f".{name}.{os.getpid()}.tmp"
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            download(path, temporary)
+            temporary.replace(root / name)
+        except (OSError, HTTPException) as error:
+            temporary.unlink(missing_ok=True)
+            raise BadInput(f"cannot fetch {path}: {error}") from error
+    return root / name
+
+
+def download(address: str, to: Path) -> None:
+    """Fetch a file.
+
+    Raises:
+        OSError, HTTPException: it could not be fetched whole.
+    """
+    with urlopen(address, timeout=60) as response, to.open("wb") as file:
+        shutil.copyfileobj(response, file)
+        expected, size = response.info().get("Content-Length"), file.tell()
+    # http.client reads a body that ends too early in silence.
+    if expected is not None and size != int(expected):
+        raise OSError(f"only {size} of {expected} bytes came")
 
 
 def refusal(error: Exception) -> str:
@@ -226,7 +284,7 @@ def newest(folder: Path, task: str) -> Found:
         if head is None:
             skipped.append(f"{path.name}: {verify(path) or 'not a checkpoint of this program'}")
         elif head["task"] == task:
-            candidates.append((head["step"], path.name == LAST, path))
+            candidates.append((head["step"], LAST[:-4] in path.name, path))
     for _, _, path in sorted(candidates, reverse=True):
         fault = verify(path)
         if fault is None:
@@ -263,6 +321,29 @@ def find_resume(folder: Path, task: str, resume: str) -> tuple[Path | None, list
     return found.path or (None if resume in ("auto", "none") else Path(resume)), notes
 
 
+def start_of(
+    folder: Path, task: str, resume: str, gather: Callable[[Any], list[Any]]
+) -> tuple[Path | None, list[str]]:
+    """`find_resume`, the main process's answer on all of them. A collective."""
+    path, notes = find_resume(folder, task, resume)
+    # A file system may show the others an older state of the folder.
+    return gather(path)[0], notes
+
+
+def load_task(path: Path, task: str) -> dict[str, Any]:
+    """A checkpoint of ours of one task.
+
+    Raises:
+        BadInput: unreadable, or of another task.
+    """
+    state = load_file(path)
+    if state.get("task") != task:
+        raise BadInput(
+            f"{path} is a checkpoint of {state.get('task', 'another program')}, not {task}"
+        )
+    return state
+
+
 def load_resume(
     path: Path,
     task: str,
@@ -281,11 +362,7 @@ def load_resume(
     Raises:
         BadInput: unreadable, of another task, or of other settings; with the differences.
     """
-    state = load_file(path)
-    if state.get("task") != task:
-        raise BadInput(
-            f"{path} is a checkpoint of {state.get('task', 'another program')}, not {task}"
-        )
+    state = load_task(path, task)
     changed = "; ".join(differences(state["arithmetic"], arithmetic))
     if changed and not allow_changes:
         raise BadInput(
@@ -309,7 +386,7 @@ def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[st
 
 def checkpoints_of(folder: Path) -> list[Path]:
     """The checkpoints in a run folder, by name; the order of training is inside the files."""
-    pattern = re.compile(r"checkpoint-(\d+|last)\.pth")
+    pattern = re.compile(r"checkpoint-(\d+|last)(-[a-z]+)?\.pth")
     return sorted(p for p in folder.glob("checkpoint-*.pth") if pattern.fullmatch(p.name))
 
 

@@ -3,7 +3,7 @@
 import argparse
 import difflib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -12,6 +12,14 @@ import yaml
 from util.errors import BadInput
 from util.masking import ORDERS, STRATEGIES
 from util.pos_embed import COORDINATES
+from util.step import PRECISIONS
+
+# Settings that say where and how often, not what is computed; all others change the numbers.
+HOUSEKEEPING = {
+    "output_dir", "log_dir", "device", "num_workers", "pin_mem", "log_every", "save_every",
+    "eval_every", "resume", "list_models", "data_path", "batch_size", "accum_iter", "save_minutes",
+    "keep", "allow_changes", "nan_policy", "grad_checkpointing", "max_bad_images",
+}  # fmt: skip
 
 # What `--method` presets; each flag of its own overrides.
 METHODS: dict[str, dict[str, Any]] = {
@@ -177,7 +185,12 @@ def add_method_flags(parser: FlagParser) -> None:
 
 def resolve_method(settings: argparse.Namespace) -> None:
     """Fill the terms that no flag set from `--method`, in place."""
-    for name, value in METHODS[settings.method].items():
+    fill_unset(settings, METHODS[settings.method])
+
+
+def fill_unset(settings: argparse.Namespace, preset: Mapping[str, Any]) -> None:
+    """Set what no flag has set, in place; such flags have the default `argparse.SUPPRESS`."""
+    for name, value in preset.items():
         if not hasattr(settings, name):
             setattr(settings, name, value)
 
@@ -205,6 +218,80 @@ def add_data_flags(parser: FlagParser, datasets: Sequence[str]) -> None:
         help="loading processes per training process; default: its share of the cores, at most 10",
     )
     group.add_argument("--no_pin_mem", action="store_false", dest="pin_mem")
+
+
+def add_optimisation_flags(parser: FlagParser, unset: Sequence[str] = ()) -> None:
+    """Batches, lengths, learning rates and precision; each main sets its own defaults.
+
+    Args:
+        unset: flags that are to be absent where nobody gave them, for `fill_unset`.
+    """
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--batch_size", type=number(int, 1), default=64, help="per process")
+    group.add_argument("--accum_iter", type=number(int, 1), default=1, help="micro-steps per step")
+    group.add_argument("--epochs", type=number(int, 1))
+    group.add_argument("--warmup_epochs", type=number(float, 0))
+    group.add_argument(
+        "--blr", type=number(float, 0), help="base lr: lr = blr x global batch / 256"
+    )
+    group.add_argument("--lr", type=number(float, 0), help="absolute; overrides --blr")
+    group.add_argument("--min_lr", type=number(float, 0), default=0.0)
+    group.add_argument("--weight_decay", type=number(float, 0), default=0.05)
+    group.add_argument("--clip_grad", type=number(float, 0, open_low=True), help="largest norm")
+    group.add_argument("--precision", choices=list(PRECISIONS), default="fp32")
+    group.add_argument(
+        "--grad_checkpointing",
+        action="store_true",
+        help="compute activations again instead of keeping them: less memory, more time",
+    )
+    group.add_argument(
+        "--nan_policy",
+        choices=("stop", "skip"),
+        default="stop",
+        help="after a loss or gradient that is not finite; its update is left out in any case",
+    )
+    group.add_argument("--tf32", action="store_true", help="allow TF32 products on a GPU")
+    # Not set_defaults, which would put the marker itself into the settings.
+    for action in parser._actions:
+        if action.dest in unset:
+            action.default = argparse.SUPPRESS
+
+
+def add_checkpoint_flags(parser: FlagParser) -> Any:
+    """When to save and how to go on; returns the group, for what else is done every so often."""
+    group = parser.add_argument_group("checkpoints and measurement (epochs; 0: never)")
+    group.add_argument("--save_every", type=number(int, 0), default=20)
+    group.add_argument(
+        "--save_minutes", type=number(float, 0), default=30.0, help="within an epoch; 0: never"
+    )
+    group.add_argument("--keep", type=number(int, 0), default=0, help="numbered ones; 0: all")
+    group.add_argument(
+        "--max_bad_images",
+        type=number(int, 0),
+        default=100,
+        help="more that cannot be decoded end the run; until then others take their places",
+    )
+    group.add_argument(
+        "--resume",
+        default="auto",
+        help="auto: the newest checkpoint of the run folder, if any; or a checkpoint to start from "
+        "where there is none; none: start anew, in a folder without one",
+    )
+    group.add_argument(
+        "--allow_changes",
+        action="store_true",
+        help="go on although flags that change the numbers differ from the checkpoint's",
+    )
+    return group
+
+
+def arithmetic_of(settings: Mapping[str, Any], more_housekeeping: Iterable[str]) -> dict[str, Any]:
+    """The settings that change the numbers, for the checkpoint to refuse others.
+
+    Args:
+        more_housekeeping: flags of one main that do not change its numbers.
+    """
+    return {k: v for k, v in settings.items() if k not in HOUSEKEEPING | set(more_housekeeping)}
 
 
 def add_run_flags(parser: FlagParser) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from util.errors import BadInput, RunFailed, Stopped
 
@@ -202,6 +204,17 @@ def processes(device_name: str, folder: Path) -> Iterator[Processes]:
     with peers_lost(place.rank):
         yield Processes(*us, control=dist.new_group(backend="gloo"))
     dist.destroy_process_group()
+
+
+def distribute(model: nn.Module, procs: Processes) -> nn.Module:
+    """The model itself, or wrapped so that its gradients are those of all processes."""
+    if procs.world_size == 1:
+        return model
+    ids = [procs.device.index] if procs.device.type == "cuda" else None
+    # Buffers are the same everywhere already: statistics are taken over all processes.
+    return DistributedDataParallel(
+        model, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False
+    )
 
 
 @contextmanager

@@ -33,9 +33,11 @@ class ImageSource(Dataset):
         mean, std: one number per channel, in units of 0..1.
         classes: names of the labels.
         eval_margin: whether evaluation cuts a margin off, as it does for photographs of any size.
+        labelled: whether its labels can be learnt.
     """
 
     eval_margin = False
+    labelled = True
 
     def __init__(self, name: str, split: str, mean: Stats, std: Stats, classes: list[str]) -> None:
         self.name = name
@@ -105,6 +107,29 @@ class ImageSource(Dataset):
             repeats = self.channels // len(values)
             setattr(self, name, tuple(float(value) for value in values) * repeats)
         return self
+
+
+class Subset(ImageSource):
+    """Some images of another source.
+
+    Args:
+        source: the whole.
+        indices: which of its images, in this order.
+    """
+
+    def __init__(self, source: ImageSource, indices: Sequence[int]) -> None:
+        super().__init__(source.name, source.split, source.mean, source.std, source.classes)
+        self.source, self.indices = source, np.asarray(indices)
+        self.eval_margin, self.labelled = source.eval_margin, source.labelled
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image | Tensor, int]:
+        return self.source[int(self.indices[index])]
+
+    def file_name(self, index: int) -> str:
+        return self.source.file_name(int(self.indices[index]))
 
 
 class ArraySource(ImageSource):

@@ -59,7 +59,7 @@ class RunLogger:
     """Writes the records of one run.
 
     Args:
-        folder: run folder.
+        path: JSONL file.
         log_dir: where TensorBoard's events go; None: no events.
         first_step: optimiser steps done before this start; TensorBoard's later events are hidden.
         keep_bytes: of records written when the checkpoint was. Later ones are from a run that got
@@ -69,14 +69,14 @@ class RunLogger:
 
     def __init__(
         self,
-        folder: Path,
+        path: Path,
         log_dir: Path | None,
         first_step: int = 0,
         *,
         keep_bytes: int = 0,
         write: bool = True,
     ) -> None:
-        self.path = folder / METRICS
+        self.path = path
         self.file: TextIO | None = None
         self.writer = None
         if write:
@@ -130,9 +130,9 @@ class RunLogger:
             self.writer.close()
 
 
-def save_settings(folder: Path, settings: dict[str, Any]) -> None:
+def save_settings(path: Path, settings: dict[str, Any]) -> None:
     """The resolved settings of a run, readable as a recipe."""
-    write_text(folder / SETTINGS, yaml.safe_dump(settings))
+    write_text(path, yaml.safe_dump(settings))
 
 
 def progress_bar(total: int, initial: int, show: bool) -> tqdm:
@@ -180,7 +180,7 @@ class BadImages:
     """The images of a run that could not be decoded: counted over all processes, and listed.
 
     Args:
-        folder: run folder; the list is `bad_images.txt` there.
+        path: of the list.
         describe: index to path and fault.
         limit: more bad images than this end the run.
         gather: a thing of every process, for all of them.
@@ -189,14 +189,14 @@ class BadImages:
 
     def __init__(
         self,
-        folder: Path,
+        path: Path,
         describe: Callable[[int], str],
         limit: int,
         gather: Callable[[Any], list[Any]],
         *,
         write: bool,
     ) -> None:
-        self.path, self.describe, self.limit = folder / BAD_IMAGES, describe, limit
+        self.path, self.describe, self.limit = path, describe, limit
         self.gather, self.write = gather, write
         self.indices: set[int] = set()
         self.listed: set[int] = set()

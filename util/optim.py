@@ -1,9 +1,12 @@
 """Parameter groups and optimisers."""
 
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from util.errors import BadInput
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -35,3 +38,145 @@ def create_adamw(
 ) -> torch.optim.AdamW:
     """AdamW, fused: one kernel for all parameters, which can also skip an update on the device."""
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+
+
+def layer_decay_groups(
+    model: nn.Module, weight_decay: float, layer_decay: float
+) -> list[dict[str, Any]]:
+    """Groups whose learning rate falls from output to input, for fine-tuning (BEiT, MAE).
+
+    Layer `i` of `n` has the factor `layer_decay ** (n - 1 - i)`: for ViT-B, n = 14, the embeddings
+    have .65 ** 13, block i .65 ** (12 - i), what comes after the blocks 1. Parameters of at most
+    one dimension are not decayed, nor those that the model names (MAE: position code and class
+    token).
+
+    Args:
+        model: has `layer_groups() -> list of lists of parameter names`, from input to output, and
+            `no_weight_decay() -> set of names`.
+        layer_decay: in (0, 1]; 1 gives all parameters the full rate.
+
+    Returns:
+        at most two groups a layer, decayed and not, from input to output, with `params`,
+        `param_names`, `weight_decay` and `lr_scale` (see `util.step`). Frozen parameters are left
+        out, and so are groups without any.
+
+    Raises:
+        BadInput: `layer_decay` out of range.
+        ValueError: a trainable parameter that stands in no layer, or in more than one.
+    """
+    if not 0 < layer_decay <= 1:
+        raise BadInput(
+            f"layer_decay {layer_decay} must be above 0 and at most 1; 1 gives every layer the "
+            "full learning rate"
+        )
+    described = cast(Any, model)
+    layers: list[list[str]] = described.layer_groups()
+    exempt: set[str] = described.no_weight_decay()
+    homes: dict[str, list[int]] = {}
+    for layer, names in enumerate(layers):
+        for name in names:
+            homes.setdefault(name, []).append(layer)
+
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if len(homes.get(name, [])) != 1:
+            raise ValueError(
+                f"parameter {name} must stand in exactly one of the {len(layers)} layers of "
+                f"layer_groups(), it stands in {homes.get(name) or 'none'}"
+            )
+        layer, plain = homes[name][0], parameter.ndim <= 1 or name in exempt
+        new: dict[str, Any] = {
+            "weight_decay": 0.0 if plain else weight_decay,
+            "lr_scale": layer_decay ** (len(layers) - 1 - layer),
+            "params": [],
+            "param_names": [],
+        }
+        group = groups.setdefault((layer, plain), new)
+        group["params"].append(parameter)
+        group["param_names"].append(name)
+    return [groups[key] for key in sorted(groups)]
+
+
+class LARS(torch.optim.Optimizer):
+    """Momentum SGD whose step is a set fraction of each parameter's norm (You et al., 1708.03888).
+
+    For more than one dimension, as MAE uses it for linear probing (arXiv 2111.06377, A.1):
+    g += weight_decay p; g *= trust_coefficient |p| / |g|, or 1 where a norm is 0. For biases and
+    norms neither. Then v = momentum v + g and p -= lr v.
+
+    It leaves out a step like a fused optimiser: where the tensor `found_inf` is not 0, neither
+    parameter nor momentum changes, and the host need not know. So it works in `util.step`.
+
+    Args:
+        params: parameters or groups; a group may have `lr`, `weight_decay`, `momentum` and
+            `trust_coefficient` of its own.
+
+    Raises:
+        ValueError: a negative setting.
+    """
+
+    # Asks GradScaler to set `found_inf` and `grad_scale` here, not to read them on the host.
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float,
+        weight_decay: float = 0.0,
+        momentum: float = 0.9,
+        trust_coefficient: float = 0.001,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "trust_coefficient": trust_coefficient,
+        }
+        super().__init__(params, defaults)
+        for group in self.param_groups:
+            for name in defaults:
+                if not group[name] >= 0:
+                    raise ValueError(f"LARS: {name} {group[name]} must not be negative")
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update; returns what `closure` returns, which may compute the gradients anew."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        grad_scale: Tensor | None = getattr(self, "grad_scale", None)
+        skip = None if found_inf is None else found_inf.reshape(()) != 0
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    gradient = p.grad if grad_scale is None else p.grad / grad_scale
+                    self._update(p, gradient, group, skip)
+        return loss
+
+    def _update(
+        self, p: Tensor, gradient: Tensor, group: dict[str, Any], skip: Tensor | None
+    ) -> None:
+        if p.ndim > 1:
+            gradient = gradient.add(p, alpha=group["weight_decay"])
+            p_norm, norm = p.norm(), gradient.norm()
+            trust = group["trust_coefficient"] * p_norm / norm
+            gradient = gradient * trust.where((p_norm > 0) & (norm > 0), 1.0)
+        state = self.state[p]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(p)
+        before = state["momentum_buffer"]
+        velocity = before * group["momentum"] + gradient
+        moved = p - group["lr"] * velocity
+        if skip is not None:  # chosen, not multiplied by 0: the gradient may be NaN
+            velocity, moved = before.where(skip, velocity), p.where(skip, moved)
+        before.copy_(velocity)
+        p.copy_(moved)
+
+
+def create_lars(groups: list[dict[str, Any]], lr: float) -> LARS:
+    """LARS with momentum .9 and trust coefficient .001 (MAE's linear probing)."""
+    return LARS(groups, lr)

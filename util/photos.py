@@ -33,6 +33,8 @@ class PhotosSource(ImageSource):
     visit gets a crop of its own from the augmentation. Val: fixed square crops by index.
     """
 
+    labelled = False  # every photograph is its own class
+
     def __init__(self, split: str, images: list[Image.Image]) -> None:
         classes = [Path(name).stem for name in PHOTOS["train"] + PHOTOS["val"]]
         super().__init__("photos", split, IMAGENET_MEAN, IMAGENET_STD, classes)

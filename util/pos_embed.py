@@ -12,6 +12,7 @@ arithmetic is float64, so that a code does not depend on the device or on autoca
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from util.errors import BadInput
@@ -37,6 +38,21 @@ COORDINATES: dict[str, Callable[[int, torch.device | None], Tensor]] = {
     "learned": centered,
     "jitter": centered,
 }
+
+
+def spread(coordinates: Tensor, size: int) -> Tensor:
+    """`size` patches over the extent of those at `coordinates` (1 apart): their centres.
+
+    Args:
+        coordinates: float64 [n].
+
+    Returns:
+        float64 [size].
+    """
+    if size == len(coordinates):
+        return coordinates
+    centres = (indices(size, coordinates.device) + 0.5) * (len(coordinates) / size) - 0.5
+    return coordinates[0] + centres
 
 
 def axis_code(coordinates: Tensor, dim: int, phase: Tensor | None = None) -> Tensor:
@@ -66,6 +82,7 @@ def sincos_2d(
     phase: Tensor | None = None,
     shift: Tensor | None = None,
     device: torch.device | None = None,
+    extent: Pair | None = None,
 ) -> Tensor:
     """The position code of a grid of patches.
 
@@ -76,6 +93,8 @@ def sincos_2d(
         phase: [2, dim / 4], row axis then column axis, radians; `learned` hands its own.
         shift: [B, 2], row then column, in patches; added to the coordinates of each image.
         device: where to compute; a given phase or shift decides it otherwise.
+        extent: grid whose image this one covers with more or fewer patches; None: patches keep
+            their distance of 1.
 
     Returns:
         float64 [gh*gw, dim], or [B, gh*gw, dim] with a shift.
@@ -90,6 +109,11 @@ def sincos_2d(
         device = given.device if given is not None else device
     gh, gw = grid
     rows, columns = (COORDINATES[pos_offset](size, device) for size in grid)
+    if extent is not None:
+        rows, columns = (
+            spread(COORDINATES[pos_offset](of, device), size)
+            for of, size in zip(extent, grid, strict=True)
+        )
     if shift is not None:
         rows = rows + shift[:, 0:1].double()  # [B, gh]
         columns = columns + shift[:, 1:2].double()  # [B, gw]
@@ -104,3 +128,21 @@ def sincos_2d(
         dim=-1,
     )
     return code.reshape(*batch, gh * gw, dim)
+
+
+def resize_table(table: Tensor, grid: Pair, to: Pair) -> Tensor:
+    """A learned table of positions for another grid, as MAE's code does: bicubic, no antialiasing.
+
+    Args:
+        table: [1, 1 + gh*gw, D], the class token's first.
+        grid, to: (gh, gw) before and after.
+
+    Returns:
+        [1, 1 + gh'*gw', D]; the class token's and, for an equal grid, all are unchanged.
+    """
+    if tuple(grid) == tuple(to):
+        return table
+    D = table.shape[-1]
+    patches_1DHW = table[:, 1:].reshape(1, *grid, D).permute(0, 3, 1, 2)
+    resized = F.interpolate(patches_1DHW, size=tuple(to), mode="bicubic", align_corners=False)
+    return torch.cat([table[:, :1], resized.permute(0, 2, 3, 1).reshape(1, -1, D)], dim=1)

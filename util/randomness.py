@@ -42,12 +42,18 @@ def generator_of(seed: int, stream: str, *key: int) -> torch.Generator:
 
 
 @contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seed python's, numpy's and torch's CPU generators inside the block; restore them after."""
+def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
+    """Seed python's, numpy's and torch's CPU generators inside the block; restore them after.
+
+    Args:
+        device: a GPU whose generator is seeded too; that one is not restored.
+    """
     states = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.random.default_generator.manual_seed(seed)
+    if device is not None and device.type == "cuda":
+        torch.cuda.manual_seed(seed)
     try:
         yield
     finally:

@@ -69,6 +69,34 @@ class PretrainSamples(Dataset):
         }
 
 
+class LabelledSamples(Dataset):
+    """Images with their labels, a function of (seed, key).
+
+    Args:
+        source: images by index.
+        transform: image to uint8 [C, H, W]; may use python's, numpy's and torch's generators.
+        seed: of the run; evaluation passes a constant of its own.
+
+    A sample is a dict:
+        image: uint8 [C, H, W].
+        label: int, of the image that is shown.
+        index: int, the key's.
+        bad: int64 [4], images that could not be decoded on the way to this one, then -1.
+    """
+
+    def __init__(self, source: Source, transform: Callable[[Any], Tensor], seed: int) -> None:
+        self.source, self.transform, self.seed = source, transform, seed
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, key: Key) -> dict[str, Any]:
+        with seeded(seed_of(self.seed, "augment", *key)):
+            image, label, bad = decode(self.source, key, self.seed)
+            image = self.transform(image)
+        return {"image": image, "label": label, "index": key.index, "bad": bad_slots(bad)}
+
+
 def default_workers(processes_here: int) -> int:
     """Loading processes of each training process: its share of the usable cores, at most 10."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

@@ -40,6 +40,17 @@ class Stopwatch:
         return seconds
 
 
+def steps_of(loader: Iterable[Any], accum_iter: int) -> Iterator[list[Any]]:
+    """Group micro-batches into optimiser steps; the sampler yields whole steps only."""
+    group: list[Any] = []
+    for batch in loader:
+        group.append(batch)
+        if len(group) == accum_iter:
+            yield group
+            group = []
+    assert not group, "the sampler ended in the middle of an optimiser step"
+
+
 @dataclass(frozen=True)
 class StepResult:
     """What a step computed, still on the device.

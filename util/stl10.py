@@ -82,7 +82,9 @@ def read_part(name: str, split: str, part: str, data_path: PathLike | None) -> I
         labels = np.fromfile(folder / f"{part}_y.bin", np.uint8).astype(np.int64) - 1
         if labels.min() < 0 or labels.max() >= len(CLASSES):
             raise BadInput(f"{folder / f'{part}_y.bin'} holds labels outside 1..10; {AGAIN}")
-    return Stl10Source(name, split, folder / images, labels)
+    source = Stl10Source(name, split, folder / images, labels)
+    source.labelled = part != "unlabeled"
+    return source
 
 
 def check_size(path: Path, expected: int) -> None:

@@ -4,10 +4,13 @@ The transforms take a PIL image or a uint8 tensor [C, H, W] and give a uint8 ten
 quarter of the bytes of floats to carry to the device.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from PIL import Image
+from timm.data import auto_augment as auto_augmentation
+from timm.data import create_transform
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
@@ -51,6 +54,76 @@ class PretrainTransform:
     def __call__(self, image: Image.Image | Tensor) -> Tensor:
         """One augmented view: uint8 [C, h, w]."""
         return self.steps(image)
+
+
+class FinetuneTransform:
+    """Fine-tuning's augmentation: random resized crop, flip, and timm's RandAugment or jitter.
+
+    Draws come from python's, numpy's and torch's global generators, which the caller seeds.
+
+    Args:
+        size: (h, w) of the result, pixels.
+        auto_augment: timm's policy, for example rand-m9-mstd0.5-inc1; None: none.
+        color_jitter: strength, without a policy; None: none.
+        crop_scale: smallest and largest share of the image's area that a crop covers.
+        flip: flip half of the crops left to right.
+        mean: of the data set, in 0..1 units: what RandAugment fills with.
+
+    Raises:
+        BadInput: a policy that timm does not know, or one for images that Pillow cannot hold.
+
+    Source: MAE's fine-tuning recipe (appendix A.1), by timm.
+    """
+
+    def __init__(
+        self,
+        size: Pair,
+        *,
+        auto_augment: str | None,
+        color_jitter: float | None,
+        crop_scale: tuple[float, float] = (0.08, 1.0),
+        flip: bool = True,
+        mean: Sequence[float],
+    ) -> None:
+        if len(mean) not in (1, 3) and (auto_augment or color_jitter):
+            raise BadInput(
+                f"RandAugment and jitter know gray and RGB, not images of {len(mean)} channels; "
+                "give --aa none and no --color_jitter"
+            )
+        if not auto_augment and color_jitter is None:
+            self.steps: Callable = PretrainTransform(size, crop_scale, flip)
+            return
+        try:
+            steps = create_transform(
+                (len(mean), *size),
+                is_training=True,
+                use_prefetcher=True,  # uint8 tensors: normalisation is the device's
+                scale=crop_scale,
+                hflip=0.5 if flip else 0.0,
+                color_jitter=color_jitter,
+                auto_augment=auto_augment,
+                interpolation="bicubic",
+                mean=tuple(mean),
+            )
+        except (AssertionError, ValueError, KeyError) as error:
+            raise BadInput(f"timm does not know the policy {auto_augment!r}: {error}") from error
+        for step in steps.transforms:
+            rows = getattr(step, "policy", [getattr(step, "ops", [])])
+            for operation in (operation for row in rows for operation in row):
+                if operation.aug_fn is auto_augmentation.posterize:
+                    operation.aug_fn = posterize
+        self.steps = steps
+
+    def __call__(self, image: Image.Image | Tensor) -> Tensor:
+        """One augmented view: uint8 [C, h, w]."""
+        return self.steps(image)
+
+
+def posterize(image: Image.Image, bits: int, **unused: Any) -> Image.Image:
+    """timm's operation, also at 0 bits: black. RandAugment asks for them, Pillow 13 refuses."""
+    if bits < 1:
+        return Image.new(image.mode, image.size)
+    return auto_augmentation.posterize(image, bits)
 
 
 class EvalTransform:

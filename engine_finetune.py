@@ -1,0 +1,148 @@
+"""Fine-tuning: one epoch of training a classifier, and its exact evaluation."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.data.mixup import Mixup
+from timm.data.random_erasing import RandomErasing
+from torch import Tensor, nn
+
+from util.accuracy import Accuracy, AccuracyMeter
+from util.errors import BadInput
+from util.logger import StepReport
+from util.randomness import seed_of, seeded
+from util.step import OptimizerStep, Stopwatch, steps_of
+from util.transforms import normalize
+
+Stats = Sequence[float]
+
+
+@dataclass(frozen=True)
+class BatchAugmentation:
+    """What is done to a batch on the device: random erasing, then mixup or cutmix (timm's).
+
+    Attributes:
+        erasing: of single images, with noise of their normalised pixels' size; None: none.
+        mixup: mixes images and targets, and smooths them; None: none.
+        smoothing: of the targets, where there is no mixup.
+    """
+
+    erasing: RandomErasing | None = None
+    mixup: Mixup | None = None
+    smoothing: float = 0.0
+
+    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Images float [B, C, H, W], changed in place; labels int64 [B] to what `loss` takes."""
+        if self.erasing is not None:
+            images = self.erasing(images)
+        if self.mixup is not None:
+            images, labels = self.mixup(images, labels)
+        return images, labels
+
+    def loss(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Cross-entropy with labels [B] or with probabilities [B, C]; mean over images, float32."""
+        smoothing = self.smoothing if target.ndim == 1 else 0.0  # mixup has smoothed its own
+        return F.cross_entropy(logits.float(), target, label_smoothing=smoothing)
+
+
+def train_one_epoch(
+    model: nn.Module,
+    loader: Iterable[dict[str, Any]],
+    optimizer_step: OptimizerStep,
+    augmentation: BatchAugmentation,
+    schedule: Callable[[int], float],
+    *,
+    mean: Stats,
+    std: Stats,
+    seed: int,
+    rank: int,
+    first_step: int,
+    after_step: Callable[[StepReport], bool],
+    after_update: Callable[[], None] | None = None,
+) -> int:
+    """Train on what the loader yields, one optimiser step after another.
+
+    Args:
+        model: possibly wrapped for several processes or compiled.
+        loader: batches of `LabelledSamples`; `accum_iter` of them are one step.
+        schedule: optimiser step, counted from 0 over the run, to learning rate.
+        mean, std: per channel, in 0..1 units.
+        seed, rank: with step and micro-step they decide drop path, erasing and mixup.
+        first_step: optimiser steps done before.
+        after_step: takes in each step; where it returns True, the epoch is left there.
+        after_update: called after each update, before `after_step`: averages of the weights.
+
+    Returns:
+        optimiser steps done after.
+    """
+    model.train()
+    device = optimizer_step.device
+    step = first_step
+
+    def forward(numbered: tuple[int, dict[str, Any]]) -> Tensor:
+        number, batch = numbered
+        images = batch["image"].to(device, non_blocking=True)
+        labels = batch["label"].to(device, non_blocking=True)
+        with seeded(seed_of(seed, "model", step, number, rank), device):
+            # Normalisation in float32, outside autocast's reach: it only touches matrix products.
+            x, target = augmentation(normalize(images, mean, std), labels)
+            return augmentation.loss(model(x), target)
+
+    waiting = Stopwatch()
+    for micro_batches in steps_of(waiting.around(loader), optimizer_step.accum_iter):
+        lr = schedule(step)
+        result = optimizer_step(forward, enumerate(micro_batches), lr)
+        step += 1
+        if after_update is not None:
+            after_update()
+        indices = [batch["index"] for batch in micro_batches]
+        bad = [i for batch in micro_batches for i in batch["bad"].flatten().tolist() if i >= 0]
+        if after_step(StepReport(step, result, lr, waiting.lap(), indices, bad)):
+            break
+    return step
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    loader: Iterable[dict[str, Any]],
+    num_classes: int,
+    *,
+    mean: Stats,
+    std: Stats,
+    device: torch.device,
+    sum_over_ranks: Callable[[Tensor], Tensor],
+    gather: Callable[[Any], list[Any]],
+) -> Accuracy:
+    """Classify every image once, in float32.
+
+    Args:
+        model: not wrapped.
+        loader: batches of `LabelledSamples`, the whole set over all ranks.
+        num_classes: outputs of the model.
+        sum_over_ranks: adds a tensor over all processes.
+        gather: a thing of every process, for all of them.
+
+    Raises:
+        BadInput: an image could not be decoded, on all processes: without it the numbers would be
+            another set's.
+    """
+    model.eval()
+    meter = AccuracyMeter(num_classes, device)
+    bad: list[int] = []
+    for batch in loader:
+        images = batch["image"].to(device, non_blocking=True)
+        labels = batch["label"].to(device, non_blocking=True)
+        meter.update(model(normalize(images, mean, std)), labels)
+        bad += [i for i in batch["bad"].flatten().tolist() if i >= 0]
+    bad = sorted({i for of in gather(bad) for i in of})
+    if bad:
+        raise BadInput(
+            f"{len(bad)} images of the evaluation set cannot be decoded (numbers "
+            f"{', '.join(map(str, bad[:8]))}{' ...' if len(bad) > 8 else ''}): replace the files, "
+            "evaluation leaves none out"
+        )
+    return meter.total(sum_over_ranks)

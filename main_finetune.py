@@ -1,0 +1,594 @@
+"""Train a classifier on a pretrained encoder: all of it, its last blocks, or a linear probe.
+
+    python main_finetune.py --finetune CHECKPOINT --data_path IMAGENET ...        all of it
+    python main_finetune.py --finetune CHECKPOINT --tune partial:4 ...            the last 4 blocks
+    python main_finetune.py --finetune CHECKPOINT --tune linear ...               a linear probe
+    python main_finetune.py --model vit_base_patch16 ...                          from scratch
+    python main_finetune.py --eval --resume CHECKPOINT --data_path IMAGENET       measure one
+
+Several processes: torchrun --nproc_per_node 8 main_finetune.py ...
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data.mixup import Mixup
+from timm.data.random_erasing import RandomErasing
+from timm.utils import ModelEmaV3
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+import models_zoo
+from engine_finetune import BatchAugmentation, evaluate, train_one_epoch
+from models_vit import blocks_of
+from util import checkpoint as ckpt
+from util.accuracy import Accuracy, save_accuracy
+from util.config import (
+    FlagParser,
+    add_checkpoint_flags,
+    add_data_flags,
+    add_optimisation_flags,
+    add_run_flags,
+    arithmetic_of,
+    fill_unset,
+    number,
+    optional,
+    settings_of,
+    size_pair,
+)
+from util.datasets import DATASETS, build_dataset
+from util.dist import Processes, distribute, processes
+from util.errors import BadInput, RunFailed, command
+from util.images import ImageSource, Subset
+from util.logger import prepare_folder, say
+from util.optim import create_adamw, create_lars, layer_decay_groups
+from util.randomness import EpochSampler, EvalSampler, evenly
+from util.run import Run, due
+from util.samples import LabelledSamples, build_loader, default_workers
+from util.schedule import CosineSchedule, scaled_lr
+from util.step import OptimizerStep
+from util.transforms import EvalTransform, FinetuneTransform
+
+TASK = "finetune"
+BEST = "checkpoint-best.pth"
+EVAL_SEED = 0
+# Beside those of every main: what is only measured.
+HOUSEKEEPING = {"eval", "dist_eval"}
+# What --tune presets; each flag of its own overrides. Sources: MAE, appendix A.1 (end-to-end, with
+# the defaults of its main_finetune.py) and its main_linprobe.py. Partial tuning is as full.
+FULL: dict[str, Any] = {
+    "epochs": 50,
+    "warmup_epochs": 5.0,
+    "blr": 1e-3,
+    "min_lr": 1e-6,
+    "weight_decay": 0.05,
+    "layer_decay": 0.75,
+    "drop_path": 0.1,
+    "global_pool": "avg",
+    "aa": "rand-m9-mstd0.5-inc1",
+    "smoothing": 0.1,
+    "reprob": 0.25,
+}
+LINEAR: dict[str, Any] = {
+    "epochs": 90,
+    "warmup_epochs": 10.0,
+    "blr": 0.1,
+    "min_lr": 0.0,
+    "weight_decay": 0.0,
+    "layer_decay": 1.0,
+    "drop_path": 0.0,
+    "global_pool": "cls",
+    "aa": None,
+    "smoothing": 0.0,
+    "reprob": 0.0,
+}
+
+
+def build_parser() -> FlagParser:
+    """The flags; MAE's keep their names and meaning."""
+    parser = FlagParser(description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--tune",
+        default="full",
+        help="full | partial:K (the last K blocks; 0.5: the last MLP; 0: linear) | linear; presets "
+        "the flags below that say so",
+    )
+    add_data_flags(parser, list(DATASETS))
+    parser.add_argument(
+        "--train_images",
+        type=number(int, 1),
+        help="learn from so many, evenly spaced; default: all",
+    )
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", metavar="NAME", help="default: the checkpoint's")
+    group.add_argument("--list_models", action="store_true", help="print the names and leave")
+    group.add_argument("--finetune", metavar="CHECKPOINT", help="path or https URL to start from")
+    group.add_argument(
+        "--pos_resize",
+        choices=("rescale", "extend"),
+        default="rescale",
+        help="positions at another size: rescale keeps the image's extent, extend the distance of "
+        "patches",
+    )
+    group.add_argument("--nb_classes", type=number(int, 1), help="default: the data set's")
+    group.add_argument("--in_chans", type=number(int, 1), help="from scratch; default: the data's")
+    group.add_argument("--patch_size", type=size_pair, help="from scratch; overrides the name's")
+    group.add_argument(
+        "--lscale_init",
+        type=optional(number(float, 0, open_low=True)),
+        help="from scratch: LScale's gamma at the start",
+    )
+    unset: dict[str, Any] = {"default": argparse.SUPPRESS}
+    group.add_argument(
+        "--global_pool", nargs="?", const="avg", choices=("avg", "cls"), help="by --tune", **unset
+    )
+    group.add_argument(
+        "--cls_token", action="store_const", const="cls", dest="global_pool", **unset
+    )
+    group.add_argument("--drop_path", type=number(float, 0, 1), help="by --tune", **unset)
+    group = parser.add_argument_group("augmentation and regularisation")
+    group.add_argument(
+        "--aa", type=optional(str), help="timm's policy, by --tune; none: crop and flip", **unset
+    )
+    group.add_argument("--color_jitter", type=number(float, 0), help="without --aa")
+    group.add_argument(
+        "--crop_scale",
+        type=number(float, 0, 1, open_low=True),
+        nargs=2,
+        default=[0.08, 1.0],
+        metavar=("MIN", "MAX"),
+        help="share of the image's area that a random crop covers",
+    )
+    group.add_argument("--no_flip", action="store_true", help="no horizontal flip")
+    group.add_argument(
+        "--smoothing", type=number(float, 0, 1), help="of labels, by --tune", **unset
+    )
+    group.add_argument("--reprob", type=number(float, 0, 1), help="erasing, by --tune", **unset)
+    group.add_argument("--remode", choices=("pixel", "rand", "const"), default="pixel")
+    group.add_argument("--recount", type=number(int, 1), default=1)
+    group.add_argument("--mixup", type=number(float, 0), default=0.0, help="alpha; 0: off")
+    group.add_argument("--cutmix", type=number(float, 0), default=0.0, help="alpha; 0: off")
+    group.add_argument("--cutmix_minmax", type=number(float, 0, 1), nargs=2)
+    group.add_argument("--mixup_prob", type=number(float, 0, 1), default=1.0)
+    group.add_argument("--mixup_switch_prob", type=number(float, 0, 1), default=0.5)
+    group.add_argument("--mixup_mode", choices=("batch", "pair", "elem"), default="batch")
+    group.add_argument(
+        "--ema_decay", type=number(float, 0, 1), help="also keep averaged weights, measured too"
+    )
+    add_optimisation_flags(
+        parser, unset=("epochs", "warmup_epochs", "blr", "min_lr", "weight_decay")
+    )
+    group = parser.add_argument_group("optimisation, fine-tuning")
+    group.add_argument(
+        "--layer_decay", type=number(float, 0, 1, open_low=True), help="by --tune", **unset
+    )
+    group.add_argument("--betas", type=number(float, 0, 1), nargs=2, default=[0.9, 0.999])
+    add_run_flags(parser)
+    group = add_checkpoint_flags(parser)
+    group.add_argument("--eval_every", type=number(int, 0), default=1)
+    group.add_argument("--eval", action="store_true", help="measure --resume or --finetune, leave")
+    group.add_argument(
+        "--dist_eval", action="store_true", help="accepted; evaluation is exact on any processes"
+    )
+    return parser
+
+
+def resolve_tune(args: argparse.Namespace) -> None:
+    """Fill the flags that were not set from --tune, in place."""
+    linear = blocks_of(args.tune) == 0
+    if linear:
+        args.tune = "linear"
+    fill_unset(args, LINEAR if linear else FULL)
+
+
+def open_set(args: argparse.Namespace, split: str, channels: int | None) -> ImageSource:
+    """A labelled split of the data set that the flags name."""
+    source = build_dataset(
+        args.dataset, split, args.data_path, channels=channels, mean=args.mean, std=args.std
+    )
+    if not source.labelled:
+        labelled = ", ".join(name for name in DATASETS if name not in ("photos", "stl10_unlabeled"))
+        raise BadInput(f"{args.dataset} has no labels to learn from; sets with labels: {labelled}")
+    return source
+
+
+def check_classes(found: Sequence[str], expected: Sequence[str] | None, outputs: int) -> None:
+    """Refuse a head that was trained for other classes than the data's.
+
+    Args:
+        found: classes of the data set.
+        expected: those that the head was trained for; None: nobody knows their names.
+        outputs: of the head.
+
+    Raises:
+        BadInput: with what differs.
+    """
+    if expected is not None and list(found) != list(expected):
+        differing = [f"{a!r} and {b!r}" for a, b in zip(expected, found, strict=False) if a != b]
+        raise BadInput(
+            f"the head was trained for {len(expected)} classes, the data set has {len(found)}; "
+            f"they differ{': ' + ', '.join(differing[:3]) if differing else ' in number'}; "
+            "fine-tune for these classes with --finetune"
+        )
+    if len(found) > outputs or (expected is None and len(found) != outputs):
+        raise BadInput(
+            f"the head has {outputs} outputs, the data set {len(found)} classes; fine-tune for "
+            "these classes with --finetune, or choose the data set it was trained on"
+        )
+
+
+def new_model(
+    args: argparse.Namespace, source: ImageSource, num_classes: int
+) -> tuple[Any, dict[str, Any]]:
+    """The model that the flags describe, with a fresh head, and its arguments in plain types."""
+    own = {
+        "num_classes": num_classes,
+        "global_pool": args.global_pool,
+        "probe": args.tune == "linear",
+        "drop_path": args.drop_path,
+    }
+    if args.finetune:
+        model, arguments, _ = models_zoo.load_classifier(
+            args.finetune,
+            args.model,
+            img_size=args.input_size,
+            pos_resize=args.pos_resize,
+            **own,
+        )
+        # As MAE's codes do: a fine-tuned head starts at almost nothing, a probe's at .01.
+        model.init_head(0.01 if args.tune == "linear" else 2e-5)
+        return model, arguments
+    if args.model is None:
+        raise BadInput("give --finetune CHECKPOINT, or --model NAME to train from scratch")
+    arguments = models_zoo.model_arguments(args.model) | own
+    if args.model not in models_zoo.CLASSIFIERS:
+        raise BadInput(
+            f"{args.model} is no classifier; choose from {', '.join(models_zoo.CLASSIFIERS)}"
+        )
+    arguments |= {"in_chans": source.channels, "lscale_init": args.lscale_init}
+    arguments["img_size"] = list(args.input_size or (arguments["img_size"],) * 2)
+    if args.patch_size is not None:
+        arguments["patch_size"] = list(args.patch_size)
+    return models_zoo.create_model(args.model, **arguments), arguments
+
+
+def channels_of(args: argparse.Namespace) -> int | None:
+    """Channels that the encoder to start from takes; None: those of the data set."""
+    if not args.finetune:
+        return args.in_chans
+    state = ckpt.load_file(args.finetune)
+    return models_zoo.read_encoder(state, args.finetune, args.input_size).arguments["in_chans"]
+
+
+def build_augmentation(
+    args: argparse.Namespace, num_classes: int, device: torch.device
+) -> BatchAugmentation:
+    """Erasing, mixup, cutmix and smoothing as the flags say; timm's."""
+    erasing = mixup = None
+    if args.reprob:
+        erasing = RandomErasing(
+            args.reprob, mode=args.remode, max_count=args.recount, device=device
+        )
+    if args.mixup or args.cutmix or args.cutmix_minmax:
+        if args.batch_size % 2:
+            raise BadInput(f"mixup pairs images: --batch_size {args.batch_size} must be even")
+        mixup = Mixup(
+            mixup_alpha=args.mixup,
+            cutmix_alpha=args.cutmix,
+            cutmix_minmax=args.cutmix_minmax,
+            prob=args.mixup_prob,
+            switch_prob=args.mixup_switch_prob,
+            mode=args.mixup_mode,
+            label_smoothing=args.smoothing,
+            num_classes=num_classes,
+        )
+    return BatchAugmentation(erasing, mixup, args.smoothing)
+
+
+def eval_loader(
+    source: ImageSource, size: tuple[int, int], batch_size: int, workers: int, procs: Processes
+) -> DataLoader:
+    """Every image once, dealt out to the processes."""
+    samples = LabelledSamples(source, EvalTransform(size, margin=source.eval_margin), EVAL_SEED)
+    sampler = EvalSampler(
+        range(len(source)), batch_size, world_size=procs.world_size, rank=procs.rank
+    )
+    return build_loader(
+        samples, sampler, num_workers=workers, pin_memory=procs.device.type == "cuda"
+    )
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one fine-tuning, or one evaluation; see the module."""
+    args = build_parser().parse(argv)
+    if args.list_models:
+        print("\n".join(models_zoo.list_classifiers()))
+        return
+    resolve_tune(args)
+    with processes(args.device, Path(args.output_dir)) as procs:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
+        if args.eval:
+            evaluate_checkpoint(args, procs)
+        else:
+            finetune(args, procs)
+
+
+def evaluate_checkpoint(args: argparse.Namespace, procs: Processes) -> None:
+    """Measure one checkpoint on the held-out split, and write what was measured."""
+    folder = Path(args.output_dir)
+    path = args.resume if args.resume not in ("auto", "none") else args.finetune
+    if path is None:
+        own = [p for p in (folder / BEST, ckpt.newest(folder, TASK).path) if p and p.exists()]
+        if not own:
+            raise BadInput(f"{folder} holds no fine-tuned checkpoint; name one with --resume")
+        path = str(own[0])
+    with procs.main_first():  # an address is fetched once
+        ckpt.local_file(path)
+    model, _, state = models_zoo.load_classifier(
+        path, args.model, head="own", img_size=args.input_size, pos_resize=args.pos_resize
+    )
+    with procs.main_first():
+        source = open_set(args, "val", model.in_chans)
+    check_classes(source.classes, state.get("classes"), model.num_classes)
+    workers = default_workers(procs.local_size) if args.num_workers is None else args.num_workers
+    loader = eval_loader(source, model.img_size, args.batch_size, workers, procs)
+    measure = measurement(loader, source, model.num_classes, procs)
+    model.to(procs.device)
+    arms = {"": model.state_dict()}
+    if "ema" in state:
+        arms["ema_"] = state["ema"]
+    prepare_folder(folder)
+    more: dict[str, Any] = {"checkpoint": str(path), "dataset": args.dataset}
+    for prefix, weights in arms.items():
+        ckpt.load_weights(model, weights, path)
+        result = measure(model)
+        more |= {f"{prefix}{k}": v for k, v in result.summary().items()}
+        if procs.main:
+            say_accuracy(f"{args.dataset} val{' (averaged weights)' if prefix else ''}", result)
+            save_accuracy(folder, result, source.classes, more)
+    if procs.main:
+        say(f"written     {folder}/result.json, per_class.csv, confusion.csv")
+
+
+def measurement(
+    loader: DataLoader, source: ImageSource, num_classes: int, procs: Processes
+) -> Callable[[Any], Accuracy]:
+    """A function that measures a model on the held-out set. A collective."""
+
+    def measure(model: Any) -> Accuracy:
+        result = evaluate(
+            model,
+            loader,
+            num_classes,
+            mean=source.mean,
+            std=source.std,
+            device=procs.device,
+            sum_over_ranks=procs.sum,
+            gather=procs.gather,
+        )
+        if result.broken:
+            raise RunFailed(f"the logits of {result.broken} images are not finite numbers")
+        return result
+
+    return measure
+
+
+def say_accuracy(of: str, result: Accuracy) -> None:
+    """One line for the reader."""
+    values = result.summary()
+    say(
+        f"{of}: top-1 {values['top1']:.3f}  top-5 {values['top5']:.3f}  loss {values['loss']:.4f}  "
+        f"({result.images:,} images)"
+    )
+
+
+def finetune(args: argparse.Namespace, procs: Processes) -> None:
+    """The run, from top to bottom."""
+    # ------------------------------------------------------------------ run and processes
+    device, folder = procs.device, Path(args.output_dir)
+    torch.manual_seed(args.seed)
+    path, notes = ckpt.start_of(folder, TASK, args.resume, procs.gather)
+    saved = None if path is None else ckpt.load_task(path, TASK)
+
+    # ------------------------------------------------------------------------------- data
+    # One process lists a folder or fetches a file; the others find what it left on the disk.
+    with procs.main_first():
+        channels = saved["model_args"]["in_chans"] if saved else channels_of(args)
+        source = open_set(args, "train", channels)
+        if args.train_images is not None:
+            source = Subset(source, evenly(len(source), args.train_images))
+        val_source = open_set(args, "val", source.channels) if args.eval_every else None
+    if val_source is not None:
+        check_classes(val_source.classes, source.classes, len(source.classes))
+    num_classes = args.nb_classes or len(source.classes)
+    if num_classes < len(source.classes):
+        raise BadInput(
+            f"--nb_classes {num_classes}, but {args.dataset} has labels up to "
+            f"{len(source.classes) - 1}"
+        )
+
+    # ------------------------------------------------------------------------------ model
+    if saved:
+        model_args = saved["model_args"]
+        model = models_zoo.VisionTransformer(**model_args)
+        check_classes(source.classes, saved["classes"], model_args["num_classes"])
+    else:
+        model, model_args = new_model(args, source, num_classes)
+    tuned = model.freeze_to(args.tune)
+    model.to(device)
+    model.set_grad_checkpointing(args.grad_checkpointing)
+    trained = distribute(model, procs)
+    ema = ModelEmaV3(model, decay=args.ema_decay) if args.ema_decay is not None else None
+
+    transform = FinetuneTransform(
+        model.img_size,
+        auto_augment=args.aa,
+        color_jitter=args.color_jitter,
+        crop_scale=tuple(args.crop_scale),
+        flip=not args.no_flip,
+        mean=source.mean,
+    )
+    sampler = EpochSampler(
+        len(source),
+        args.batch_size,
+        accum_iter=args.accum_iter,
+        world_size=procs.world_size,
+        rank=procs.rank,
+        seed=args.seed,
+    )
+    workers = default_workers(procs.local_size) if args.num_workers is None else args.num_workers
+    loader = build_loader(
+        LabelledSamples(source, transform, args.seed),
+        sampler,
+        num_workers=workers,
+        pin_memory=args.pin_mem and device.type == "cuda",
+    )
+    augmentation = build_augmentation(args, num_classes, device)
+    measure = None
+    if val_source is not None:
+        held_out = eval_loader(val_source, model.img_size, args.batch_size, workers, procs)
+        measure = measurement(held_out, val_source, num_classes, procs)
+
+    # ------------------------------------------------------------- optimiser and schedule
+    steps_per_epoch = sampler.steps_per_epoch
+    lr = scaled_lr(args.blr, sampler.global_batch) if args.lr is None else args.lr
+    schedule = CosineSchedule(
+        lr, args.min_lr, args.warmup_epochs * steps_per_epoch, args.epochs * steps_per_epoch
+    )
+    groups = layer_decay_groups(model, args.weight_decay, args.layer_decay)
+    optimizer: torch.optim.Optimizer
+    if args.tune == "linear":
+        optimizer = create_lars(groups, lr)
+    else:
+        optimizer = create_adamw(groups, lr, betas=(args.betas[0], args.betas[1]))
+    optimizer_step = OptimizerStep(
+        trained,
+        optimizer,
+        device=device,
+        precision=args.precision,
+        accum_iter=args.accum_iter,
+        clip_grad=args.clip_grad,
+    )
+
+    # ----------------------------------------------------------------------------- resume
+    settings = settings_of(args)
+    arithmetic = arithmetic_of(settings, HOUSEKEEPING) | {
+        "model_args": model_args,
+        "global_batch": sampler.global_batch,
+        "processes": procs.world_size,  # mixup and drop path are drawn by process and micro-step
+        "micro_steps": args.accum_iter,
+        "images": len(source),
+    }
+    best: dict[str, Any] = {"top1": -1.0, "epoch": -1}
+    if path is not None:
+        saved = ckpt.load_resume(path, TASK, arithmetic, notes, allow_changes=args.allow_changes)
+        ckpt.load_weights(model, saved["model"], "the checkpoint")
+        if ema is not None:
+            ckpt.load_weights(ema.module, saved.get("ema", saved["model"]), "the checkpoint")
+        optimizer.load_state_dict(saved["optimizer"])
+        optimizer_step.scaler.load_state_dict(saved["scaler"])
+        best = saved["best"]
+
+    def snapshot() -> dict[str, Any]:
+        averaged: dict[str, Tensor] = {} if ema is None else ema.module.state_dict()
+        return {
+            "model_name": args.model,
+            "model_args": model_args,
+            "model": model.state_dict(),
+            **({"ema": averaged} if averaged else {}),
+            "classes": list(source.classes),
+            "tune": args.tune,
+            "best": best,
+            "optimizer": optimizer.state_dict(),
+            "scaler": optimizer_step.scaler.state_dict(),
+            "data": {"dataset": args.dataset, "mean": source.mean, "std": source.std},
+        }
+
+    run = Run(
+        folder,
+        procs,
+        task=TASK,
+        source=source,
+        settings=settings,
+        arithmetic=arithmetic,
+        snapshot=snapshot,
+        state=saved,
+        notes=notes,
+        steps_per_epoch=steps_per_epoch,
+        epochs=args.epochs,
+        global_batch=sampler.global_batch,
+        log_dir=args.log_dir,
+        log_every=args.log_every,
+        nan_policy=args.nan_policy,
+        max_bad_images=args.max_bad_images,
+        save_minutes=args.save_minutes,
+        keep=args.keep,
+    )
+    if procs.main:
+        sizes = {name: p.numel() for name, p in model.named_parameters()}
+        learning = sum(sizes[name] for name in tuned)
+        say(
+            f"{args.tune}: {learning:,} of {sum(sizes.values()):,} parameters learn "
+            f" ({len(tuned)} tensors); {len(source):,} images of {args.dataset}, "
+            f"{num_classes} classes; global batch {sampler.global_batch} = {args.batch_size} x "
+            f"{procs.world_size} processes x {args.accum_iter}; lr {lr:.3g}; {args.precision} on "
+            f"{device}"
+        )
+
+    # ----------------------------------------------------------------------------- epochs
+    step = run.step
+    with run:
+        for epoch in range(run.first_epoch, args.epochs):
+            measuring = measure is not None and due(args.eval_every, epoch, args.epochs)
+            if not (run.stage == "measuring" and epoch == run.first_epoch):
+                sampler.start(epoch, step - epoch * steps_per_epoch)
+                step = train_one_epoch(
+                    trained,
+                    loader,
+                    optimizer_step,
+                    augmentation,
+                    schedule,
+                    mean=source.mean,
+                    std=source.std,
+                    seed=args.seed,
+                    rank=procs.rank,
+                    first_step=step,
+                    after_step=run.after_step,
+                    after_update=None if ema is None else lambda: ema.update(model),
+                )
+                run.end_epoch(epoch, step)
+                numbered = epoch if due(args.save_every, epoch, args.epochs) else None
+                run.save(step, "measuring" if measuring else "done", numbered)
+            if measure is not None and measuring:
+                result = measure(model)
+                values = result.summary()
+                if ema is not None:
+                    result = measure(ema.module)
+                    values |= {f"ema_{k}": v for k, v in result.summary().items() if k != "images"}
+                run.logger.record("eval", step, epoch=epoch, **values)
+                better = result.summary()["top1"] > best["top1"]
+                if better:
+                    best = {"top1": result.summary()["top1"], "epoch": epoch}
+                if procs.main:
+                    say_accuracy(f"epoch {epoch}{', averaged weights' if ema else ''}", result)
+                    if epoch == args.epochs - 1:
+                        more = {**values, "best": best, "epoch": epoch, "dataset": args.dataset}
+                        save_accuracy(folder, result, source.classes, more)
+                if better and procs.main:  # killed in between, the run measures and links again
+                    ckpt.link(folder / ckpt.LAST, folder / BEST)
+                run.save(step, "done")
+
+        # -------------------------------------------------------------------------- close
+        if procs.main:
+            run.say_results()
+            if best["epoch"] >= 0:
+                say(f"best        {json.dumps(best)}  {folder / BEST}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,418 @@
+"""Weighted k-nearest-neighbour accuracy of an encoder's features, without any training.
+
+One process on a CPU or GPU:  python main_knn.py --checkpoint RUN/checkpoint-last.pth --data_path D
+Several:                      torchrun --nproc_per_node 8 main_knn.py --checkpoint ...
+"""
+
+import argparse
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import models_zoo
+from util.config import FlagParser, add_data_flags, number
+from util.datasets import DATASETS, SPLITS, build_dataset
+from util.dist import Processes, processes
+from util.errors import BadInput, command
+from util.images import ImageSource
+from util.knn import Bank, neighbours, rank_of, unit, vote
+from util.logger import prepare_folder, progress_bar, rank_log, say, write_text
+from util.randomness import EvalSampler
+from util.replace import fault_of
+from util.samples import LabelledSamples, build_loader, default_workers
+from util.transforms import EvalTransform, normalize
+
+RESULT = "knn.json"
+FEATURES = ("cls", "avg", "both")
+# Images whose labels no file lists are few and quickly drawn: up to so many are read beforehand.
+FEW = 4096
+NAMED = 10  # broken images that are named on the screen; the result names all
+
+
+def build_parser() -> FlagParser:
+    """The flags."""
+    parser = FlagParser(description=__doc__.split("\n")[0])
+    group = parser.add_argument_group("model")
+    group.add_argument("--checkpoint", help="of ours, official MAE or timm: a file or https URL")
+    group.add_argument("--model", metavar="NAME", help="for weights that do not say what they are")
+    group.add_argument(
+        "--pos_resize",
+        choices=("rescale", "extend"),
+        default="rescale",
+        help="positions at another --input_size: the image keeps its extent, or its scale",
+    )
+    add_data_flags(parser, list(DATASETS))
+    group = parser.add_argument_group("features and neighbours")
+    group.add_argument(
+        "--features",
+        choices=FEATURES,
+        default="avg",
+        help="class token, mean of the patch tokens, or one after the other",
+    )
+    group.add_argument(
+        "--k", type=number(int, 1), nargs="+", default=[20], help="neighbours; several in one pass"
+    )
+    group.add_argument(
+        "--temperature",
+        type=number(float, 0, open_low=True),
+        default=0.07,
+        help="of the weight exp(similarity / temperature) of a neighbour's vote",
+    )
+    group.add_argument("--batch_size", type=number(int, 1), default=128, help="per process")
+    group.add_argument(
+        "--query_chunk",
+        type=number(int, 1),
+        default=2048,
+        help="queries at a time, over all processes; changes memory and time, never the result",
+    )
+    group.add_argument(
+        "--bank_chunk",
+        type=number(int, 1),
+        default=8192,
+        help="training images that they are compared with at a time, per process",
+    )
+    group = parser.add_argument_group("run")
+    group.add_argument("--output_dir", default="./output_dir", help=f"takes {RESULT}")
+    group.add_argument("--device", default="auto", help="auto | cpu | cuda")
+    group.add_argument(
+        "--save_features",
+        action="store_true",
+        help="write features-{train,val}.npy, float32 [N, D] in the data set's order and not "
+        "normalised, and labels-{train,val}.npy, -1 (and a row of zeros) for undecodable images",
+    )
+    return parser
+
+
+def check_labels(sources: dict[str, ImageSource]) -> None:
+    """See that both splits have labels, and the same classes, before hours of features.
+
+    Raises:
+        BadInput: they do not.
+    """
+    train, val = (sources[split] for split in SPLITS)
+    known = [labels_of(source) for source in (train, val)]
+    for source, labels in zip((train, val), known, strict=True):
+        if not source.classes or (labels is not None and labels.min() < 0):
+            raise BadInput(
+                f"{source.name} has no labels in {source.split}, and neighbours vote with theirs; "
+                "choose another --dataset"
+            )
+    if train.classes != val.classes:
+        alone = sorted(set(train.classes) ^ set(val.classes))
+        raise BadInput(
+            f"train of {train.name} has {len(train.classes)} classes, val {len(val.classes)}; they "
+            f"differ in {', '.join(alone[:5]) or 'order'}; expected the same in both"
+        )
+    of_train, of_val = known
+    if of_train is not None and of_val is not None and not np.isin(of_val, of_train).any():
+        raise BadInput(
+            f"no image in val of {val.name} is of a class that train has, so no neighbour can be "
+            "right; choose another --dataset"
+        )
+
+
+def labels_of(source: ImageSource) -> np.ndarray | None:
+    """All labels of a set that lists them, or is small: int [N]. None: only its images say."""
+    if hasattr(source, "labels"):
+        return np.asarray(source.labels)
+    if len(source) > FEW:
+        return None
+    return np.array([source[i][1] for i in range(len(source))])
+
+
+class FeatureFiles:
+    """`features-{split}.npy` and `labels-{split}.npy`, into which each process writes its own rows.
+
+    Written under temporary names, which `close` changes. Rows go by position and not through a
+    memory map: maps of one page on two machines would overwrite each other's rows.
+
+    Args:
+        folder: takes the files.
+        split: train | val.
+        shape: (N, D) of the features.
+
+    Raises:
+        BadInput: the disk is full or the folder not writable.
+    """
+
+    def __init__(self, folder: Path, split: str, shape: tuple[int, int], procs: Processes) -> None:
+        self.paths = [folder / f"{name}-{split}.npy" for name in ("features", "labels")]
+        self.temporary = [path.with_name(f".{path.name}.tmp") for path in self.paths]
+        self.procs, self.row_bytes = procs, (4 * shape[1], 8)
+        needed = shape[0] * sum(self.row_bytes)
+        free = shutil.disk_usage(folder).free
+        procs.barrier()  # all have asked before one takes the space
+        if needed > free:
+            raise BadInput(
+                f"the features of {split} take {needed:,} bytes, and {folder} has {free:,}; choose "
+                "another --output_dir, or leave --save_features out"
+            )
+        try:
+            with procs.main_first():
+                if procs.main:
+                    self._create(shape)
+            self.offsets = [np.lib.format.open_memmap(path, "r").offset for path in self.temporary]
+            self.files = [path.open("r+b", buffering=0) for path in self.temporary]
+        except OSError as error:
+            raise BadInput(f"cannot write {self.paths[0]}: {error.strerror}") from error
+
+    def _create(self, shape: tuple[int, int]) -> None:
+        """Files of the right size: zeros, and labels -1."""
+        np.lib.format.open_memmap(self.temporary[0], "w+", np.dtype("<f4"), shape).flush()
+        labels = np.lib.format.open_memmap(self.temporary[1], "w+", np.dtype("<i8"), shape[:1])
+        labels[:] = -1
+        labels.flush()
+
+    def write(self, index: Tensor, features: Tensor, label: Tensor) -> None:
+        """Rows of this process: int64 [B], float32 [B, D], int64 [B]."""
+        rows = (features.numpy().astype("<f4"), label.numpy().astype("<i8"))
+        for n, values in enumerate(rows):
+            for i, row in zip(index.tolist(), values, strict=True):
+                try:
+                    place = self.offsets[n] + i * self.row_bytes[n]
+                    written = os.pwrite(self.files[n].fileno(), row.tobytes(), place)
+                except OSError as error:
+                    raise BadInput(f"cannot write {self.paths[n]}: {error.strerror}") from error
+                if written < self.row_bytes[n]:
+                    raise BadInput(f"cannot write {self.paths[n]}: the disk is full")
+
+    def close(self) -> None:
+        """Give the files their names. A collective."""
+        for file in self.files:
+            os.fsync(file.fileno())
+            file.close()
+        self.procs.barrier()
+        if self.procs.main:
+            for temporary, path in zip(self.temporary, self.paths, strict=True):
+                os.replace(temporary, path)
+
+
+@torch.inference_mode()
+def features_of(model: Any, images: Tensor, kind: str, source: ImageSource) -> Tensor:
+    """uint8 [B, C, H, W], on the model's device, to float32 [B, D] or [B, 2D] on the CPU."""
+    return model.features(normalize(images, source.mean, source.std), kind).float().cpu()
+
+
+def extract(
+    model: Any,
+    source: ImageSource,
+    kind: str,
+    procs: Processes,
+    *,
+    batch_size: int,
+    num_workers: int,
+    pin_memory: bool,
+    files: FeatureFiles | None = None,
+) -> tuple[Bank, list[int]]:
+    """Features of this process's share of a split. A collective.
+
+    Args:
+        kind: cls | avg | both.
+        batch_size, num_workers: per process.
+        files: take the features as they are.
+
+    Returns:
+        unit features of the images that could be decoded; the indices of those of all processes
+        that could not.
+
+    Raises:
+        BadInput: features that are not finite, or images without a label; on every process alike.
+    """
+    transform = EvalTransform(model.img_size, margin=source.eval_margin)
+    sampler = EvalSampler(
+        range(len(source)), batch_size, world_size=procs.world_size, rank=procs.rank
+    )
+    loader = build_loader(
+        LabelledSamples(source, transform, seed=0),
+        sampler,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+    )
+    share = len(sampler.indices)
+    bank = Bank(
+        torch.empty(share, width_of(model, kind)),
+        torch.empty(share, dtype=torch.int64),
+        torch.empty(share, dtype=torch.int64),
+    )
+    done, bad, finite, labelled = 0, [], True, True
+    with progress_bar(len(sampler), 0, show=procs.main) as bar:
+        bar.set_description(source.split)
+        for batch in loader:
+            images = batch["image"].to(procs.device, non_blocking=True)
+            features = features_of(model, images, kind, source)
+            finite = finite and bool(features.isfinite().all())
+            labelled = labelled and bool((batch["label"] >= 0).all())
+            # What stands in for an image that cannot be decoded has had, or gets, its own turn.
+            good = batch["bad"][:, 0] < 0
+            bad += batch["index"][~good].tolist()
+            features, index, label = (t[good] for t in (features, batch["index"], batch["label"]))
+            if files is not None:
+                files.write(index, features, label)
+            rows = slice(done, done + len(index))
+            bank.features[rows], bank.number[rows], bank.label[rows] = unit(features), index, label
+            done = rows.stop
+            bar.update()
+    if not all(procs.gather(labelled)):
+        raise BadInput(f"{source.name} has images without a label in {source.split}")
+    if not all(procs.gather(finite)):
+        raise BadInput(f"the checkpoint's features of {source.split} are not finite (NaN, inf)")
+    everyones = sorted(i for part in procs.gather(bad) for i in part)
+    return Bank(*(tensor[:done] for tensor in bank)), everyones
+
+
+def width_of(model: Any, kind: str) -> int:
+    """Features of one image."""
+    return model.num_features * (2 if kind == "both" else 1)
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure one encoder; see the module."""
+    args = build_parser().parse(argv)
+    if not args.checkpoint:
+        raise BadInput("--checkpoint is missing: whose features are to be measured?")
+    with processes(args.device, Path(args.output_dir)) as procs:
+        measure(args, procs)
+
+
+def measure(args: argparse.Namespace, procs: Processes) -> None:
+    """The run, from top to bottom."""
+    # ------------------------------------------------------------------ run and processes
+    device, folder = procs.device, Path(args.output_dir)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
+    # ------------------------------------------------------------------------------- data
+    # One process lists a folder or fetches a set; the others find what it left on the disk.
+    with procs.main_first():
+        sources = {s: build_dataset(args.dataset, s, args.data_path) for s in SPLITS}
+        check_labels(sources)
+    train, val = (sources[split] for split in SPLITS)
+    if max(args.k) > len(train):
+        raise BadInput(f"k is {max(args.k)}, but the bank holds {len(train)} images; lower --k")
+
+    # ------------------------------------------------------------------------------ model
+    with procs.main_first():
+        model, state = models_zoo.load_encoder(
+            args.checkpoint, args.model, img_size=args.input_size, pos_resize=args.pos_resize
+        )
+    model.to(device).eval()
+    train, val = (
+        source.with_channels(model.in_chans).with_stats(args.mean, args.std)
+        for source in (train, val)
+    )
+    prepare_folder(folder)
+
+    with rank_log(folder, procs.rank):
+        if procs.main:
+            stats = [tuple(state.get("data", {}).get(name, ())) for name in ("mean", "std")]
+            if all(stats) and stats != [val.mean, val.std]:
+                say(
+                    f"note: the checkpoint learned with --mean {numbers(stats[0])} --std "
+                    f"{numbers(stats[1])}; these images get {numbers(val.mean)} and "
+                    f"{numbers(val.std)}"
+                )
+
+        # ---------------------------------------------------------------------- features
+        banks, bad = {}, {}
+        workers = args.num_workers
+        # The smaller part first: an image of it that cannot be decoded ends the run.
+        for source in (val, train):
+            files = None
+            if args.save_features:
+                shape = (len(source), width_of(model, args.features))
+                files = FeatureFiles(folder, source.split, shape, procs)
+            banks[source.split], bad[source.split] = extract(
+                model,
+                source,
+                args.features,
+                procs,
+                batch_size=args.batch_size,
+                num_workers=default_workers(procs.local_size) if workers is None else workers,
+                pin_memory=args.pin_mem and device.type == "cuda",
+                files=files,
+            )
+            if files is not None:
+                files.close()
+            broken = bad[source.split]
+            names = [f"{source.file_name(i)}: {fault_of(source, i)}" for i in broken[:NAMED]]
+            if broken and source is val:
+                raise BadInput(
+                    f"{len(broken)} of {len(val)} images to classify cannot be decoded, and an "
+                    f"accuracy without them would be another; replace them: {'; '.join(names)}"
+                )
+            if broken and procs.main:
+                say(f"{len(broken)} of {len(train)} training images cannot be decoded, left out:")
+                say("\n".join(f"  {name}" for name in names))
+                if len(broken) > NAMED:
+                    say(f"  and {len(broken) - NAMED} more, see {folder / RESULT}")
+
+        # -------------------------------------------------------------------- neighbours
+        classes = len(train.classes)
+        hits = torch.zeros(len(args.k), 2, dtype=torch.int64)
+        with progress_bar(len(banks["val"].label), 0, show=procs.main) as bar:
+            bar.set_description("neighbours")
+            bar.unit = "query"
+            for found, label in neighbours(
+                banks["val"],
+                banks["train"],
+                max(args.k),
+                procs,
+                query_chunk=args.query_chunk,
+                bank_chunk=args.bank_chunk,
+            ):
+                for row, k in zip(hits, args.k, strict=True):
+                    rank = rank_of(vote(found, k, args.temperature, classes), label)
+                    row += torch.stack([(rank < 1).sum(), (rank < 5).sum()])
+                bar.update(len(label))
+        hits = procs.sum(hits)
+
+        # ------------------------------------------------------------------------- close
+        results = []
+        for k, row in zip(args.k, hits.tolist(), strict=True):
+            top1, top5 = (100 * count / len(val) for count in row)
+            results.append({"k": k, "top1": top1} | ({"top5": top5} if classes > 5 else {}))
+        if procs.main:
+            summary = results[0] | {
+                "temperature": args.temperature,
+                "features": args.features,
+                "images": len(val),
+                "bank_images": len(train) - len(bad["train"]),
+                "bad_images": [train.file_name(i) for i in bad["train"]],
+                "checkpoint": args.checkpoint,
+                "model": args.model or state.get("model_name"),
+                "input_size": list(model.img_size),
+                "dataset": args.dataset,
+                "data_path": args.data_path,
+                "mean": list(val.mean),
+                "std": list(val.std),
+                "results": results,
+            }
+            write_text(folder / RESULT, json.dumps(summary, indent=1) + "\n")
+            say(
+                f"{args.features} features of {args.checkpoint}: {len(val):,} images of "
+                f"{args.dataset} among {summary['bank_images']:,}, temperature {args.temperature}"
+            )
+            for result in results:
+                shares = [
+                    f"{key} {result[key]:6.2f} %" for key in ("top1", "top5") if key in result
+                ]
+                say(f"  k {result['k']:4d}   {'   '.join(shares)}")
+            say(f"result      {folder / RESULT}")
+            if args.save_features:
+                say(f"features    {folder}/features-*.npy, labels-*.npy")
+
+
+def numbers(values: Sequence[float]) -> str:
+    """As they would be given to a flag."""
+    return " ".join(f"{value:.4g}" for value in values)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,216 @@
+"""The encoder as a classifier: timm's vision transformer with what fine-tuning asks of it.
+
+Shape legend: B images, L patches, N = 1 + L tokens, D channels.
+"""
+
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
+from torch import Tensor, nn
+
+from models_batchnorm import GlobalBatchNorm
+from models_layers import LayerNorm, check_lscale, pair
+from util.errors import BadInput
+from util.pos_embed import sincos_2d
+
+Pair = tuple[int, int]
+
+# What pools the tokens, in our flags and in timm's.
+POOLS = {"avg": "avg", "cls": "token"}
+
+
+class VisionTransformer(TimmVisionTransformer):
+    """A vision transformer with a classification head, or none.
+
+    Args:
+        img_size: side or (height, width), pixels; multiples of the patch size.
+        patch_size: side or (height, width), pixels.
+        in_chans: channels of the image.
+        num_classes: outputs of the head; 0: no head, features only.
+        embed_dim, depth, num_heads, mlp_ratio: the encoder.
+        global_pool: avg: mean of the patch tokens, then `fc_norm`, and no final `norm`; cls: the
+            class token after `norm`.
+        drop_path: stochastic depth, from 0 in the first block to this in the last.
+        lscale_init: LScale's gamma at the start; None: no LScale.
+        probe: BatchNorm without affine before the linear head, over all processes (`head.0`, the
+            head itself is `head.1`).
+
+    Attributes:
+        grid: (gh, gw) patches; num_features: D; img_size, patch_size: (height, width).
+
+    The parameters are named as in timm and in MAE's fine-tuned weights. `pos_embed` is trained; it
+    starts from MAE's sin-cos code, from which weights that are loaded may differ. Everything else
+    starts as timm's does.
+
+    Raises:
+        BadInput: sizes that do not fit each other.
+    """
+
+    def __init__(
+        self,
+        img_size: int | Pair = 224,
+        patch_size: int | Pair = 16,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        global_pool: str = "avg",
+        drop_path: float = 0.0,
+        lscale_init: float | None = None,
+        probe: bool = False,
+    ) -> None:
+        size, patch = pair(img_size), pair(patch_size)
+        if any(p < 1 or s < 1 or s % p for s, p in zip(size, patch, strict=True)):
+            raise BadInput(f"image size {size} is not a multiple of the patch size {patch}")
+        if num_heads < 1 or embed_dim % num_heads or embed_dim % 4:
+            raise BadInput(
+                f"width {embed_dim} must be a multiple of its {num_heads} heads, and of 4 for the "
+                "position code"
+            )
+        if global_pool not in POOLS:
+            raise BadInput(f"unknown global_pool {global_pool!r}, choose from {list(POOLS)}")
+        check_lscale(lscale_init)
+        super().__init__(
+            img_size=size,
+            patch_size=patch,
+            in_chans=in_chans,
+            num_classes=num_classes,
+            global_pool=POOLS[global_pool],
+            embed_dim=embed_dim,
+            depth=depth,
+            num_heads=num_heads,
+            mlp_ratio=mlp_ratio,
+            drop_path_rate=drop_path,
+            init_values=lscale_init,
+            norm_layer=LayerNorm,
+        )
+        self.img_size, self.patch_size = size, patch
+        self.grid = (size[0] // patch[0], size[1] // patch[1])
+        with torch.no_grad():
+            self.pos_embed.zero_()
+            self.pos_embed[0, 1:] = sincos_2d(embed_dim, self.grid)
+        if probe:
+            norm = GlobalBatchNorm(embed_dim, affine=False, eps=1e-6)
+            self.head: nn.Module = nn.Sequential(norm, self.head)
+
+    @property
+    def linear(self) -> nn.Linear:
+        """The linear layer of the head, with or without a BatchNorm before it."""
+        head = self.head[1] if isinstance(self.head, nn.Sequential) else self.head
+        assert isinstance(head, nn.Linear), "a model without a head"
+        return head
+
+    def init_head(self, std: float) -> None:
+        """Start the head anew from N(0, std), cut at two deviations of 1 as MAE's code does."""
+        nn.init.trunc_normal_(self.linear.weight, std=std)
+        nn.init.zeros_(self.linear.bias)
+
+    def layer_groups(self) -> list[list[str]]:
+        """Names of all parameters from input to output: embeddings, each block, all after them.
+
+        Depth + 2 groups; the one source of freezing, partial tuning and layer decay.
+        """
+        groups: list[list[str]] = [[] for _ in range(len(self.blocks) + 2)]
+        for name, _ in self.named_parameters():
+            part, _, rest = name.partition(".")
+            if part == "blocks":
+                groups[1 + int(rest.split(".")[0])].append(name)
+            else:
+                groups[0 if part in ("cls_token", "pos_embed", "patch_embed") else -1].append(name)
+        return groups
+
+    def freeze_to(self, tune: str) -> list[str]:
+        """Let only part of the parameters learn, and return the names of that part.
+
+        Args:
+            tune: full; linear (the linear layer of the head); or partial:K, K a number of blocks
+                from the end, with the final norm and the head: 0 is linear, 0.5 the MLP of the last
+                block with its norm and LScale, the depth full.
+
+        What is frozen is deterministic: whole frozen blocks run without drop path.
+
+        Raises:
+            BadInput: no such part.
+
+        Source: He et al. (arXiv 2111.06377), section 4.3, "partial fine-tuning".
+        """
+        tuned = self._tuned_names(tune)
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(name in tuned)
+        self.train(self.training)
+        return [name for name, _ in self.named_parameters() if name in tuned]
+
+    def _tuned_names(self, tune: str) -> set[str]:
+        *early, last, after = self.layer_groups()
+        depth = len(self.blocks)
+        blocks = blocks_of(tune, depth)
+        if blocks is None or blocks == depth:
+            return {name for group in (*early, last, after) for name in group}
+        if blocks == 0:
+            # A final norm before the head would be part of the encoder that is probed.
+            return {name for name in after if name.startswith("head.")}
+        if blocks == 0.5:
+            mlp = {name for name in last if name.split(".")[2] in ("norm2", "mlp", "ls2")}
+            return mlp | set(after)
+        groups = [*early, last][-int(blocks) :]
+        return {name for group in (*groups, after) for name in group}
+
+    def train(self, mode: bool = True) -> "VisionTransformer":
+        """Training mode for what learns; whole blocks that are frozen stay in evaluation mode."""
+        super().train(mode)
+        for block in self.blocks:
+            if not any(p.requires_grad for p in block.parameters()):
+                block.eval()
+        return self
+
+    def features(self, images: Tensor, kind: str) -> Tensor:
+        """What the encoder says of an image, without the head.
+
+        Args:
+            images: float [B, C, H, W], normalised.
+            kind: cls: class token; avg: mean of the patch tokens; both: one after the other. Each
+                after the model's own final norm (`norm` before, or `fc_norm` after pooling).
+
+        Returns:
+            [B, D], or [B, 2D] for both.
+        """
+        x_BND = self.forward_features(images)
+        parts = {"cls": x_BND[:, 0], "avg": x_BND[:, 1:].mean(dim=1)}
+        if kind not in (*parts, "both"):
+            raise BadInput(f"unknown features {kind!r}, choose from cls, avg, both")
+        kinds = ("cls", "avg") if kind == "both" else (kind,)
+        return torch.cat([self.fc_norm(parts[k]) for k in kinds], dim=1)
+
+    def forward_features(self, images: Tensor, **kwargs: Any) -> Tensor:
+        """Tokens [B, 1 + L, D] of normalised images, float [B, C, H, W]; class token first."""
+        if images.shape[1:] != (self.in_chans, *self.img_size):
+            raise BadInput(
+                f"images are {tuple(images.shape[1:])}, the model was built for "
+                f"{(self.in_chans, *self.img_size)} (channels, height, width)"
+            )
+        return super().forward_features(images, **kwargs)
+
+
+def blocks_of(tune: str, depth: int | None = None) -> float | None:
+    """How many blocks `tune` trains: None for full, 0 for linear, K for partial:K.
+
+    Raises:
+        BadInput: no such part, or more blocks than `depth`.
+    """
+    if tune in ("full", "linear"):
+        return None if tune == "full" else 0.0
+    kind, _, count = tune.partition(":")
+    try:
+        blocks = float(count)
+    except ValueError:
+        blocks = -1.0
+    whole = blocks == 0.5 or (blocks >= 0 and blocks.is_integer())
+    if kind != "partial" or not whole or blocks > (depth or blocks):
+        most = f"{depth} blocks" if depth else "the model's depth"
+        raise BadInput(
+            f"tune {tune!r} is not full, linear, or partial:K with K 0, 0.5, 1, 2 ... up to {most}"
+        )
+    return blocks

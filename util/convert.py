@@ -1,0 +1,182 @@
+"""Key maps: what files of other programs hold, in the names of our encoders.
+
+Every list of keys that a loading may leave out or add stands here. An encoder's names are timm's,
+which the official MAE weights share.
+"""
+
+import argparse
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from util.errors import BadInput
+from util.pos_embed import resize_table, sincos_2d
+
+Pair = tuple[int, int]
+Weights = dict[str, Tensor]
+
+# A masked autoencoder's own: no encoder has them.
+PRETRAINING_KEYS = ("decoder_", "mask_token", "pos_phase")
+# Of a classifier that starts anew on pretrained weights.
+HEAD_KEYS = ("head.",)
+# The final norm before pooling is the class token's, the one after it the mean's: a model has one.
+NORM_KEYS = {"avg": "fc_norm.", "cls": "norm."}
+# How far the stored code of an official file may be from the formula, to be taken for it.
+CODE_TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class EncoderWeights:
+    """An encoder's weights, and what they say of themselves.
+
+    Attributes:
+        weights: by timm's names; without positions, and without what only pretraining needs.
+        arguments: of the encoder, as far as the file says: img_size, patch_size, in_chans,
+            embed_dim, depth, mlp_ratio, lscale_init, and num_heads for files of ours.
+        grid: (gh, gw) patches that the positions are of.
+        table: [1, 1 + gh*gw, D] positions as stored.
+        offset: pos_offset of a sin-cos code, which the table then is; None: a trained table.
+        phase: [2, D / 4] of a learned offset, or None.
+        classes: rows of the head, 0: none. probe: whether a BatchNorm comes before it.
+        pool: avg | cls, which the norm tells.
+    """
+
+    weights: Weights
+    arguments: dict[str, Any]
+    grid: Pair
+    table: Tensor
+    offset: str | None
+    phase: Tensor | None
+    classes: int
+    probe: bool
+    pool: str
+
+    def positions(self, to: Pair, resize: str) -> Tensor:
+        """The positions on a grid: [1, 1 + gh*gw, D], float32.
+
+        Args:
+            resize: rescale: the image keeps its extent, so patches come closer or farther; extend:
+                patches keep their distance. A trained table is rescaled as MAE's code does.
+
+        Raises:
+            BadInput: a trained table cannot be extended: nobody knows what is beyond its edge.
+        """
+        if self.offset is None:
+            if resize == "extend" and tuple(to) != tuple(self.grid):
+                raise BadInput(
+                    f"--pos_resize extend from {self.grid} to {tuple(to)} patches needs a sin-cos "
+                    "code; these positions were trained: use --pos_resize rescale"
+                )
+            return resize_table(self.table, self.grid, to)
+        extent = self.grid if resize == "rescale" else None
+        D = self.table.shape[-1]
+        code = sincos_2d(D, to, self.offset, phase=self.phase, extent=extent)
+        return torch.cat([self.table[:, :1], code.unsqueeze(0).to(self.table.dtype)], dim=1)
+
+
+def weights_of(state: Mapping[str, Any], source: str) -> Weights:
+    """The tensors of a file: under `model` or `state_dict`, or the file itself.
+
+    Raises:
+        BadInput: there are none.
+    """
+    for name in ("model", "state_dict"):
+        if isinstance(state.get(name), Mapping):
+            state = state[name]
+    weights = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    if not weights:
+        raise BadInput(f"{source} holds no weights, only {', '.join(map(str, list(state)[:8]))}")
+    return weights
+
+
+def read_encoder(
+    state: Mapping[str, Any], source: str, img_size: Pair | None = None
+) -> EncoderWeights:
+    """The encoder in a file of ours, of the official MAE code, or of timm.
+
+    Args:
+        state: the file's contents.
+        source: its name, for messages.
+        img_size: (height, width) that the weights are of, for non-square files that do not say.
+
+    Raises:
+        BadInput: no vision transformer of that naming, or one whose positions fit no grid.
+    """
+    weights = weights_of(state, source)
+    projection, table = weights.get("patch_embed.proj.weight"), weights.pop("pos_embed", None)
+    depth = len({key.split(".")[1] for key in weights if key.startswith("blocks.")})
+    hidden = weights.get("blocks.0.mlp.fc1.weight")
+    if projection is None or projection.ndim != 4 or table is None or hidden is None:
+        raise BadInput(
+            f"{source} holds no encoder in timm's names (patch_embed.proj, pos_embed, blocks.0 ...)"
+            f"; its keys begin {', '.join(list(weights)[:4])}"
+        )
+    D, channels, *patch = projection.shape
+    own = dict(state.get("model_args", {}))
+    arguments = {
+        "patch_size": tuple(patch),
+        "in_chans": channels,
+        "embed_dim": D,
+        "depth": depth,
+        "mlp_ratio": hidden.shape[0] / D,
+        # Which value it started from does not matter: the scales come with the weights.
+        "lscale_init": 1.0 if "blocks.0.ls1.gamma" in weights else None,
+    }
+    if "num_heads" in own:
+        arguments["num_heads"] = own["num_heads"]
+    grid = grid_of(table.shape[1] - 1, (patch[0], patch[1]), own.get("img_size"), img_size)
+    if grid is None:
+        raise BadInput(
+            f"{source} has positions for {table.shape[1] - 1} patches, which is no square grid; "
+            "give the --input_size that it was trained at"
+        )
+    arguments["img_size"] = (grid[0] * patch[0], grid[1] * patch[1])
+    phase = weights.get("pos_phase")
+    offset = own.get("pos_offset")
+    if offset is None and is_plain_code(table, grid):
+        offset = "none"
+    head = weights.get("head.weight", weights.get("head.1.weight"))
+    return EncoderWeights(
+        {k: v for k, v in weights.items() if not k.startswith(PRETRAINING_KEYS)},
+        arguments,
+        grid,
+        table,
+        offset,
+        phase,
+        classes=0 if head is None else head.shape[0],
+        probe="head.1.weight" in weights,
+        pool="avg" if "fc_norm.weight" in weights else "cls",
+    )
+
+
+def grid_of(count: int, patch: Pair, own_size: Any, hint: Pair | None) -> Pair | None:
+    """(gh, gw) of `count` patches: by the file's own image size; or a square; or by the hint.
+
+    None where none of these has that many.
+    """
+    side = math.isqrt(max(count, 0))
+    sizes = [own_size] if own_size is not None else [(side * patch[0], side * patch[1]), hint]
+    for size in sizes:
+        height, width = (size, size) if isinstance(size, int) else size or (0, 0)
+        grid = (height // patch[0], width // patch[1])
+        if count > 0 and grid[0] * grid[1] == count:
+            return grid
+    return None
+
+
+def is_plain_code(table: Tensor, grid: Pair) -> bool:
+    """Whether a table is MAE's frozen sin-cos code, and not one that was trained."""
+    if table.shape[-1] % 4:
+        return False
+    code = sincos_2d(table.shape[-1], grid)
+    return bool((table[0, 1:].double() - code).abs().max() < CODE_TOLERANCE)
+
+
+def flags_of(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags that official files carry beside their weights, or none."""
+    flags = state.get("args")
+    return vars(flags) if isinstance(flags, argparse.Namespace) else {}

@@ -1,0 +1,211 @@
+"""What every training run does beside training: log, list bad images, save, answer to signals."""
+
+import signal
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from util import checkpoint as ckpt
+from util.dist import Agreement, Processes, peers_lost
+from util.errors import Stopped
+from util.images import ImageSource
+from util.logger import (
+    BAD_IMAGES,
+    METRICS,
+    SETTINGS,
+    BadImages,
+    RunLogger,
+    StepLog,
+    StepReport,
+    prepare_folder,
+    progress_bar,
+    rank_log,
+    save_settings,
+    say,
+)
+from util.replace import fault_of
+
+FIRST_TASK = "pretrain"
+
+
+def named(name: str, task: str) -> str:
+    """A file's name for a task: pretraining's plain, the others' with the task in it.
+
+    Tasks share a folder in the published commands, and none may cut or overwrite another's log.
+    """
+    path = Path(name)
+    return name if task == FIRST_TASK else f"{path.stem}-{task}{path.suffix}"
+
+
+class Run:
+    """One training run of a task, between its checkpoints.
+
+    Entered as a context it takes the stop signals and keeps the process's log; the epoch loop is
+    the caller's.
+
+    Args:
+        folder: run folder.
+        procs: the processes.
+        task: what the checkpoints call it.
+        source: training images, for the names of bad ones.
+        settings: resolved flags, for the run folder.
+        arithmetic: those of them that change the numbers.
+        snapshot: what the task adds to a checkpoint; a collective.
+        state: the checkpoint to go on from, None: from the start.
+        notes: what the reader should know of the resume.
+        steps_per_epoch, epochs: of the whole run.
+        global_batch: images per step.
+        log_dir: TensorBoard's folder; None: the run folder, or one of the task's own inside it.
+        log_every: steps between log lines.
+        nan_policy: stop | skip.
+        max_bad_images: more end the run.
+        save_minutes: minutes between checkpoints, 0: never.
+        keep: numbered checkpoints to keep, 0: all.
+
+    Attributes:
+        step: optimiser steps done when this start began.
+        first_epoch: the epoch to begin with, or to finish.
+        stage: how far that epoch is: training, measuring (trained and recorded) or done.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        procs: Processes,
+        *,
+        task: str,
+        source: ImageSource,
+        settings: dict[str, Any],
+        arithmetic: Mapping[str, Any],
+        snapshot: Callable[[], dict[str, Any]],
+        state: Mapping[str, Any] | None,
+        notes: list[str],
+        steps_per_epoch: int,
+        epochs: int,
+        global_batch: int,
+        log_dir: str | None,
+        log_every: int,
+        nan_policy: str,
+        max_bad_images: int,
+        save_minutes: float,
+        keep: int,
+    ) -> None:
+        self.folder, self.procs, self.task, self.keep = folder, procs, task, keep
+        self.arithmetic, self.snapshot = dict(arithmetic), snapshot
+        self.steps_per_epoch = steps_per_epoch
+        self.step, self.first_epoch, self.stage = 0, 0, "training"
+        if state is not None:
+            self.step, self.stage = state["step"], state["stage"]
+            # Stopped at the last step of an epoch, what is due after it is still to be done.
+            self.first_epoch = state["epoch"] + (self.stage == "done")
+        procs.barrier()  # every process has read its checkpoint before anything is written
+        prepare_folder(folder)
+        self.log_dir = Path(log_dir or (folder if task == FIRST_TASK else folder / task))
+        self.logger = RunLogger(
+            folder / named(METRICS, task),
+            self.log_dir,
+            self.step,
+            keep_bytes=state["log_bytes"] if state else 0,
+            write=procs.main,
+        )
+        self.bad_images = BadImages(
+            folder / named(BAD_IMAGES, task),
+            lambda i: f"{source.file_name(i)}: {fault_of(source, i)}",
+            max_bad_images,
+            procs.gather,
+            write=procs.main,
+        )
+        self.step_log = StepLog(
+            self.logger,
+            folder,
+            procs,
+            every=log_every,
+            global_batch=global_batch,
+            nan_policy=nan_policy,
+            bad_images=self.bad_images,
+            bar=progress_bar(epochs * steps_per_epoch, self.step, show=procs.main),
+        )
+        if state is not None:
+            self.step_log.load_state(state["sums"])
+            self.bad_images.load(state["bad_images"])
+        if procs.main:
+            save_settings(folder / named(SETTINGS, task), settings)
+            for note in notes:
+                say(note)
+        self.agreement = Agreement(procs, save_minutes)
+        self.stopped_by = 0
+        self.contexts = ExitStack()
+
+    def __enter__(self) -> "Run":
+        for context in (
+            rank_log(self.folder, self.procs.rank),
+            peers_lost(self.procs.rank),
+            self.agreement,
+        ):
+            self.contexts.enter_context(context)
+        return self
+
+    def __exit__(self, *exception: Any) -> bool | None:
+        if exception[0] is None:
+            self.logger.close()
+            self.step_log.bar.close()
+        return self.contexts.__exit__(*exception)
+
+    def after_step(self, report: StepReport) -> bool:
+        """Log the step; save, and say whether to stop, where all processes agreed to."""
+        self.step_log(report)
+        wish = self.agreement.after_step()
+        if wish.save or wish.stop:
+            self.save(report.step, "training")
+        self.stopped_by = wish.stop
+        return bool(wish.stop)
+
+    def end_epoch(self, epoch: int, step: int) -> None:
+        """Record the epoch's mean loss; or leave, if its training was stopped. A collective.
+
+        Raises:
+            Stopped: `after_step` was told to stop, and the checkpoint is written.
+        """
+        if self.stopped_by:
+            raise Stopped(
+                f"{signal.Signals(self.stopped_by).name} after step {step}, in epoch {epoch}; "
+                "the checkpoint is written, the same command goes on from there"
+            )
+        self.logger.record("epoch", step, epoch=epoch, loss=self.step_log.end_epoch())
+
+    def save(self, step: int, stage: str, epoch: int | None = None) -> None:
+        """Write what a resume needs; every process takes part, the main one writes.
+
+        Args:
+            stage: of the epoch, see the class.
+            epoch: also write the numbered checkpoint of this epoch.
+        """
+        self.bad_images.agree()
+        state = {
+            "task": self.task,
+            "epoch": (step - 1) // self.steps_per_epoch,
+            "stage": stage,
+            "step": step,
+            "log_bytes": self.logger.size(),
+            "sums": self.step_log.state(),
+            "bad_images": sorted(self.bad_images.indices),
+            "arithmetic": self.arithmetic,
+            **self.snapshot(),
+        }
+        if self.procs.main:
+            ckpt.save_checkpoint(self.folder, state, epoch, self.keep)
+        self.step_log.restart_clock()
+
+    def say_results(self) -> None:
+        """Name what the run wrote, for the reader."""
+        events = sorted(self.log_dir.glob("events.out.tfevents.*"), key=lambda p: p.stat().st_mtime)
+        say(f"checkpoint  {self.folder / ckpt.LAST}")
+        say(f"metrics     {self.logger.path}")
+        if events:
+            say(f"events      {events[-1]}  (tensorboard --logdir {self.log_dir})")
+
+
+def due(every: int, epoch: int, epochs: int) -> bool:
+    """Whether something done every so many epochs, and after the last, is due after this one."""
+    return bool(every) and ((epoch + 1) % every == 0 or epoch == epochs - 1)

@@ -21,10 +21,10 @@ from util.config import FlagParser, add_data_flags, number
 from util.datasets import DATASETS, SPLITS, build_dataset
 from util.dist import Processes, processes
 from util.errors import BadInput, command
-from util.images import ImageSource
+from util.images import ImageSource, Subset
 from util.knn import Bank, neighbours, rank_of, unit, vote
 from util.logger import prepare_folder, progress_bar, rank_log, say, write_text
-from util.randomness import EvalSampler
+from util.randomness import EvalSampler, evenly
 from util.replace import fault_of
 from util.samples import LabelledSamples, build_loader, default_workers
 from util.transforms import EvalTransform, normalize
@@ -65,6 +65,11 @@ def build_parser() -> FlagParser:
         default=0.07,
         help="of the weight exp(similarity / temperature) of a neighbour's vote",
     )
+    group.add_argument(
+        "--train_images",
+        type=number(int, 1),
+        help="neighbours among so many training images, evenly spaced; default: all",
+    )
     group.add_argument("--batch_size", type=number(int, 1), default=128, help="per process")
     group.add_argument(
         "--query_chunk",
@@ -99,7 +104,7 @@ def check_labels(sources: dict[str, ImageSource]) -> None:
     train, val = (sources[split] for split in SPLITS)
     known = [labels_of(source) for source in (train, val)]
     for source, labels in zip((train, val), known, strict=True):
-        if not source.classes or (labels is not None and labels.min() < 0):
+        if not source.labelled or (labels is not None and labels.min() < 0):
             raise BadInput(
                 f"{source.name} has no labels in {source.split}, and neighbours vote with theirs; "
                 "choose another --dataset"
@@ -292,6 +297,9 @@ def measure(args: argparse.Namespace, procs: Processes) -> None:
     # One process lists a folder or fetches a set; the others find what it left on the disk.
     with procs.main_first():
         sources = {s: build_dataset(args.dataset, s, args.data_path) for s in SPLITS}
+        if args.train_images is not None:
+            train = sources["train"]
+            sources["train"] = Subset(train, evenly(len(train), args.train_images))
         check_labels(sources)
     train, val = (sources[split] for split in SPLITS)
     if max(args.k) > len(train):

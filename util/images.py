@@ -128,6 +128,9 @@ class Subset(ImageSource):
     def __getitem__(self, index: int) -> tuple[Image.Image | Tensor, int]:
         return self.source[int(self.indices[index])]
 
+    def with_channels(self, channels: int) -> ImageSource:
+        return Subset(self.source.with_channels(channels), self.indices)
+
     def file_name(self, index: int) -> str:
         return self.source.file_name(int(self.indices[index]))
 

@@ -232,6 +232,9 @@ def new_model(
         "drop_path": args.drop_path,
     }
     if args.finetune:
+        given = [f"--{n}" for n in ("lscale_init", "patch_size", "in_chans") if getattr(args, n)]
+        if given:
+            raise BadInput(f"{', '.join(given)} with --finetune: the checkpoint says what it is")
         model, arguments, _ = models_zoo.load_classifier(
             args.finetune,
             args.model,
@@ -332,6 +335,9 @@ def evaluate_checkpoint(args: argparse.Namespace, procs: Processes) -> None:
     model, _, state = models_zoo.load_classifier(
         path, args.model, head="own", img_size=args.input_size, pos_resize=args.pos_resize
     )
+    # Images are normalised as in training, also those of another set.
+    trained_on = state.get("data", {})
+    args.mean, args.std = (args.mean or trained_on.get("mean"), args.std or trained_on.get("std"))
     with procs.main_first():
         source = open_set(args, "val", model.in_chans)
     check_classes(source.classes, state.get("classes"), model.num_classes)

@@ -117,7 +117,7 @@ class Subset(ImageSource):
         indices: which of its images, in this order.
     """
 
-    def __init__(self, source: ImageSource, indices: Sequence[int]) -> None:
+    def __init__(self, source: ImageSource, indices: Sequence[int] | np.ndarray) -> None:
         super().__init__(source.name, source.split, source.mean, source.std, source.classes)
         self.source, self.indices = source, np.asarray(indices)
         self.eval_margin, self.labelled = source.eval_margin, source.labelled

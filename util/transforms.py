@@ -24,6 +24,12 @@ CROP_SHARE = 0.875
 LARGEST_WITH_MARGIN = 224
 
 
+def check_crop_scale(crop_scale: tuple[float, float]) -> None:
+    """Refuse what are not a smallest and a largest share of the image's area."""
+    if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
+        raise BadInput(f"crop_scale {crop_scale} is not a smallest and a largest share in (0, 1]")
+
+
 class PretrainTransform:
     """MAE's pretraining augmentation: random resized crop (bicubic) and horizontal flip, no more.
 
@@ -40,10 +46,7 @@ class PretrainTransform:
     def __init__(
         self, size: Pair, crop_scale: tuple[float, float] = (0.2, 1.0), flip: bool = True
     ) -> None:
-        if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
-            raise BadInput(
-                f"crop_scale {crop_scale} is not a smallest and a largest share in (0, 1]"
-            )
+        check_crop_scale(crop_scale)
         steps: list[torch.nn.Module] = [
             v2.RandomResizedCrop(size, scale=crop_scale, interpolation=BICUBIC, antialias=True)
         ]
@@ -85,6 +88,7 @@ class FinetuneTransform:
         flip: bool = True,
         mean: Sequence[float],
     ) -> None:
+        check_crop_scale(crop_scale)
         if len(mean) not in (1, 3) and (auto_augment or color_jitter):
             raise BadInput(
                 f"RandAugment and jitter know gray and RGB, not images of {len(mean)} channels; "

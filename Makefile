@@ -2,6 +2,8 @@
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
+# Runs of `make results` at once, each with its share of the cores.
+JOBS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -33,7 +35,7 @@ demo: $(DEMO)
 	$(BIN)/python main_pretrain.py --config recipes/demo.yaml
 
 results: $(DEMO)
-	$(BIN)/python main_tables.py --plan recipes/tables/fashion_mnist.yaml
+	$(BIN)/python main_tables.py --plan recipes/tables/fashion_mnist.yaml --jobs $(JOBS)
 
 test: $(DEV)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -37,6 +37,7 @@ from util.config import (
     fill_unset,
     number,
     optional,
+    run_options,
     settings_of,
     size_pair,
 )
@@ -526,14 +527,8 @@ def finetune(args: argparse.Namespace, procs: Processes) -> None:
         state=saved,
         notes=notes,
         steps_per_epoch=steps_per_epoch,
-        epochs=args.epochs,
         global_batch=sampler.global_batch,
-        log_dir=args.log_dir,
-        log_every=args.log_every,
-        nan_policy=args.nan_policy,
-        max_bad_images=args.max_bad_images,
-        save_minutes=args.save_minutes,
-        keep=args.keep,
+        **run_options(args),
     )
     if procs.main:
         sizes = {name: p.numel() for name, p in model.named_parameters()}

@@ -26,6 +26,7 @@ from util.config import (
     arithmetic_of,
     number,
     resolve_method,
+    run_options,
     settings_of,
     size_pair,
 )
@@ -282,14 +283,8 @@ def pretrain(args: argparse.Namespace, procs: Processes) -> None:
         state=state,
         notes=notes,
         steps_per_epoch=steps_per_epoch,
-        epochs=args.epochs,
         global_batch=sampler.global_batch,
-        log_dir=args.log_dir,
-        log_every=args.log_every,
-        nan_policy=args.nan_policy,
-        max_bad_images=args.max_bad_images,
-        save_minutes=args.save_minutes,
-        keep=args.keep,
+        **run_options(args),
     )
     if procs.main:
         say(

@@ -22,6 +22,7 @@ from launch import TINY, records, steps_done
 import main_tables
 from util.errors import BadInput
 from util.plan import cells_of, read_plan
+from util.tables import mean_and_deviation, show
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -335,18 +336,18 @@ def test_damaged_record_and_unknown_metric_are_told(tmp_path, fake, run_main) ->
 
 def test_mean_and_deviation_equal_numpys() -> None:
     values = np.random.default_rng(0).normal(90, 0.3, 7).tolist()
-    mean, deviation = main_tables.mean_and_deviation(values)
+    mean, deviation = mean_and_deviation(values)
     assert mean == pytest.approx(np.mean(values), rel=1e-14)
     assert deviation == pytest.approx(np.std(values, ddof=1), rel=1e-12)
-    assert main_tables.mean_and_deviation([1.5]) == (1.5, None)
-    assert main_tables.mean_and_deviation([]) == (None, None)
+    assert mean_and_deviation([1.5]) == (1.5, None)
+    assert mean_and_deviation([]) == (None, None)
 
 
 def test_shown_digits() -> None:
-    assert main_tables.show(92.126, 0.204) == "92.13 ± 0.20"
-    assert main_tables.show(0.71234, 0.0004) == "0.7123 ± 0.0004"
-    assert main_tables.show(10.0) == "10.00"
-    assert main_tables.show(None) == "-"
+    assert show(92.126, 0.204) == "92.13 ± 0.20"
+    assert show(0.71234, 0.0004) == "0.7123 ± 0.0004"
+    assert show(10.0) == "10.00"
+    assert show(None) == "-"
 
 
 def test_pretraining_metrics_are_the_last_of_each_kind(tmp_path: Path) -> None:

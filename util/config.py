@@ -285,6 +285,14 @@ def add_checkpoint_flags(parser: FlagParser) -> Any:
     return group
 
 
+def run_options(settings: argparse.Namespace) -> dict[str, Any]:
+    """What `util.run.Run` takes from the flags as it is."""
+    names = (
+        "epochs", "log_dir", "log_every", "nan_policy", "max_bad_images", "save_minutes", "keep",
+    )  # fmt: skip
+    return {name: getattr(settings, name) for name in names}
+
+
 def arithmetic_of(settings: Mapping[str, Any], more_housekeeping: Iterable[str]) -> dict[str, Any]:
     """The settings that change the numbers, for the checkpoint to refuse others.
 

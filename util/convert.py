@@ -40,6 +40,7 @@ class EncoderWeights:
         grid: (gh, gw) patches that the positions are of.
         table: [1, 1 + gh*gw, D] positions as stored.
         offset: pos_offset of a sin-cos code, which the table then is; None: a trained table.
+        ours: whether the file says so itself; foreign codes are rescaled as MAE's code does.
         phase: [2, D / 4] of a learned offset, or None.
         classes: rows of the head, 0: none. probe: whether a BatchNorm comes before it.
         pool: avg | cls, which the norm tells.
@@ -50,6 +51,7 @@ class EncoderWeights:
     grid: Pair
     table: Tensor
     offset: str | None
+    ours: bool
     phase: Tensor | None
     classes: int
     probe: bool
@@ -60,12 +62,13 @@ class EncoderWeights:
 
         Args:
             resize: rescale: the image keeps its extent, so patches come closer or farther; extend:
-                patches keep their distance. A trained table is rescaled as MAE's code does.
+                patches keep their distance. A table that is not our own code is rescaled as MAE's
+                code does, bicubic and without antialiasing.
 
         Raises:
             BadInput: a trained table cannot be extended: nobody knows what is beyond its edge.
         """
-        if self.offset is None:
+        if self.offset is None or (resize == "rescale" and not self.ours):
             if resize == "extend" and tuple(to) != tuple(self.grid):
                 raise BadInput(
                     f"--pos_resize extend from {self.grid} to {tuple(to)} patches needs a sin-cos "
@@ -137,6 +140,7 @@ def read_encoder(
     arguments["img_size"] = (grid[0] * patch[0], grid[1] * patch[1])
     phase = weights.get("pos_phase")
     offset = own.get("pos_offset")
+    ours = offset is not None
     if offset is None and is_plain_code(table, grid):
         offset = "none"
     head = weights.get("head.weight", weights.get("head.1.weight"))
@@ -146,6 +150,7 @@ def read_encoder(
         grid,
         table,
         offset,
+        ours,
         phase,
         classes=0 if head is None else head.shape[0],
         probe="head.1.weight" in weights,

@@ -36,6 +36,7 @@ class PretrainModel(Protocol):
         mask: Tensor,
         num_visible: int | None = None,
         shift: Tensor | None = None,
+        order: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """See `MaskedAutoencoderViT.forward`."""
         ...
@@ -77,6 +78,7 @@ def train_one_epoch(
     mean: Stats,
     std: Stats,
     jitter: bool,
+    partial: bool = False,
     first_step: int,
     after_step: Callable[[StepReport], bool],
 ) -> int:
@@ -88,6 +90,7 @@ def train_one_epoch(
         schedule: optimiser step, counted from 0 over the run, to learning rate.
         mean, std: per channel, in 0..1 units.
         jitter: hand the samples' shifts to the model (`pos_offset` jitter).
+        partial: hand it the samples' last row of noise, which orders what it predicts.
         first_step: optimiser steps done before.
         after_step: takes in each step; where it returns True, the epoch is left there.
 
@@ -99,11 +102,13 @@ def train_one_epoch(
 
     def forward(batch: dict[str, Any]) -> Tensor:
         images = batch["image"].to(device, non_blocking=True)
-        mask = masker(images, batch["noise"].to(device, non_blocking=True))
+        noise = batch["noise"].to(device, non_blocking=True)
+        mask = masker(images, noise)
+        order = noise[:, -1] if partial else None
         shift = batch["shift"].to(device, non_blocking=True) if jitter else None
         # Normalisation in float32, outside autocast's reach: it only touches matrix products.
         x = normalize(images, mean, std)
-        return model(x, mask, masker.num_visible, shift)["loss"]
+        return model(x, mask, masker.num_visible, shift, order)["loss"]
 
     step = first_step
     waiting = Stopwatch()

@@ -15,6 +15,7 @@ import torch
 
 import models_zoo
 from engine_pretrain import STATISTICS_NOTE, Masker, evaluate, reconstruct, train_one_epoch
+from models_mmae import DECODERS
 from util import checkpoint as ckpt
 from util.config import (
     FlagParser,
@@ -72,6 +73,18 @@ def build_parser() -> FlagParser:
     group.add_argument("--list_models", action="store_true", help="print the names and leave")
     group.add_argument("--patch_size", type=size_pair, help="overrides the name's")
     group.add_argument("--in_chans", type=number(int, 1), help="default: the data set's")
+    group.add_argument(
+        "--decoder",
+        choices=DECODERS,
+        default="full",
+        help="cross: CrossMAE's, masked tokens read the encoder's outputs and not each other",
+    )
+    group.add_argument(
+        "--predict_ratio",
+        type=number(float, 0, 1, open_low=True),
+        default=1.0,
+        help="share of the masked patches that --decoder cross predicts; the lr follows it",
+    )
     group.add_argument("--decoder_depth", type=number(int, 1))
     group.add_argument("--decoder_embed_dim", type=number(int, 4), help="decoder width")
     group.add_argument("--decoder_num_heads", type=number(int, 1))
@@ -96,6 +109,8 @@ def build_model(args: argparse.Namespace, in_chans: int) -> tuple[Any, dict[str,
         "norm_pix_loss": args.norm_pix_loss,
         "lscale_init": args.lscale_init,
         "pos_offset": args.pos_offset,
+        "decoder": args.decoder,
+        "predict_ratio": args.predict_ratio,
     }
     flags = {
         "img_size": args.input_size,
@@ -234,6 +249,8 @@ def pretrain(args: argparse.Namespace, procs: Processes) -> None:
     # ------------------------------------------------------------- optimiser and schedule
     steps_per_epoch = sampler.steps_per_epoch
     lr = scaled_lr(args.blr, sampler.global_batch) if args.lr is None else args.lr
+    if args.lr is None:  # CrossMAE's rule: fewer predictions, smaller steps
+        lr *= model.num_predicted(masker.num_visible) / (num_patches - masker.num_visible)
     schedule = CosineSchedule(
         lr, args.min_lr, args.warmup_epochs * steps_per_epoch, args.epochs * steps_per_epoch
     )
@@ -311,6 +328,7 @@ def pretrain(args: argparse.Namespace, procs: Processes) -> None:
                     mean=source.mean,
                     std=source.std,
                     jitter=args.pos_offset == "jitter",
+                    partial=args.predict_ratio < 1,
                     first_step=step,
                     after_step=run.after_step,
                 )

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import Block
+from timm.layers import Mlp
+from timm.models.vision_transformer import Block, LayerScale
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -106,6 +107,101 @@ class DecoderTrunk(nn.ModuleList):
         for block in blocks:
             x_BND = run(block, x_BND, recompute=self.grad_checkpointing)
         return run(last, x_BND, num_queries, recompute=self.grad_checkpointing)
+
+
+class CrossAttention(nn.Module):
+    """Attention of queries to a memory of another width; parameters q, kv, proj.
+
+    Args:
+        dim: width of the queries and of the result.
+        memory_dim: width of the memory.
+    """
+
+    def __init__(self, dim: int, memory_dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.q = nn.Linear(dim, dim)
+        self.kv = nn.Linear(memory_dim, 2 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x_BMD: Tensor, memory_BND: Tensor) -> Tensor:
+        """Queries [B, M, D] and memory [B, N, memory_dim] to [B, M, D]."""
+        (B, M, D), N, heads = x_BMD.shape, memory_BND.shape[1], self.num_heads
+        q = self.q(x_BMD).reshape(B, M, heads, D // heads).transpose(1, 2)
+        kv = self.kv(memory_BND).reshape(B, N, 2, heads, D // heads)
+        k, v = kv.permute(2, 0, 3, 1, 4)  # each [B, heads, N, D / heads]
+        mixed = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(mixed.transpose(1, 2).reshape(B, M, D))
+
+
+class CrossBlock(nn.Module):
+    """A decoder block without self-attention: each query reads the memory and no other query.
+
+    Names as in `Block`, plus `norm_memory` before the keys and values.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        memory_dim: int,
+        num_heads: int,
+        mlp_ratio: float,
+        lscale_init: float | None,
+    ) -> None:
+        super().__init__()
+        self.norm_memory = LayerNorm(memory_dim)
+        self.norm1 = LayerNorm(dim)
+        self.attn = CrossAttention(dim, memory_dim, num_heads)
+        self.norm2 = LayerNorm(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.ls1, self.ls2 = (
+            nn.Identity() if lscale_init is None else LayerScale(dim, lscale_init) for _ in range(2)
+        )
+
+    def forward(self, x_BMD: Tensor, memory_BND: Tensor) -> Tensor:
+        """Queries [B, M, D] and memory [B, N, memory_dim] to [B, M, D]."""
+        x_BMD = x_BMD + self.ls1(self.attn(self.norm1(x_BMD), self.norm_memory(memory_BND)))
+        return x_BMD + self.ls2(self.mlp(self.norm2(x_BMD)))
+
+
+class CrossTrunk(nn.ModuleList):
+    """CrossMAE's decoder blocks: each reads its own learned weighted sum of the encoder's outputs.
+
+    Args:
+        dim: decoder width; memory_dim: encoder width.
+        depth: decoder blocks.
+        outputs: of the encoder that are mixed: its input and what each block gives.
+
+    Parameters `{i}.*`, and `mix` [depth, outputs], which starts from N(0, 1 / outputs).
+
+    Source: Fu et al., "Rethinking Patch Dependence for Masked Autoencoders" (arXiv 2401.14391).
+    """
+
+    grad_checkpointing = False
+
+    def __init__(
+        self,
+        dim: int,
+        memory_dim: int,
+        depth: int,
+        num_heads: int,
+        mlp_ratio: float,
+        lscale_init: float | None,
+        outputs: int,
+    ) -> None:
+        if depth < 1:
+            raise BadInput(f"the decoder needs at least one block, not {depth}")
+        super().__init__(
+            CrossBlock(dim, memory_dim, num_heads, mlp_ratio, lscale_init) for _ in range(depth)
+        )
+        self.mix = nn.Parameter(torch.randn(depth, outputs) / math.sqrt(outputs))
+
+    def forward(self, x_BMD: Tensor, outputs: list[Tensor]) -> Tensor:
+        """Queries [B, M, D] and the encoder's outputs, each [B, N, memory_dim], to [B, M, D]."""
+        memories = torch.einsum("io,obnd->ibnd", self.mix, torch.stack(outputs))
+        for block, memory_BND in zip(self, memories, strict=True):
+            x_BMD = run(block, x_BMD, memory_BND, recompute=self.grad_checkpointing)
+        return x_BMD
 
 
 def take(x_BLD: Tensor, ids_BM: Tensor) -> Tensor:

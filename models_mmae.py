@@ -8,12 +8,15 @@ Shape legend: B images, L patches, K visible, M masked (L = K + M), N tokens, D 
 of a patch (ph*pw*C).
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
 from models_layers import (
+    CrossTrunk,
     DecoderTrunk,
     LayerNorm,
     check_lscale,
@@ -31,6 +34,8 @@ from util.pos_embed import COORDINATES, sincos_2d
 
 Pair = tuple[int, int]
 
+DECODERS = ("full", "cross")
+
 
 class MaskedAutoencoderViT(nn.Module):
     """Masked autoencoder with a vision-transformer encoder.
@@ -44,6 +49,9 @@ class MaskedAutoencoderViT(nn.Module):
         norm_pix_loss: the target is each patch normalised by its own mean and deviation.
         lscale_init: LScale's gamma at the start; None: no LScale.
         pos_offset: none | center | learned | jitter, see `util.pos_embed`.
+        decoder: full: MAE's; cross: masked tokens read the encoder's outputs and not each other
+            (CrossMAE, see `CrossTrunk`).
+        predict_ratio: share of the masked patches that `cross` predicts while training.
 
     Attributes:
         grid: (gh, gw) patches.
@@ -72,11 +80,14 @@ class MaskedAutoencoderViT(nn.Module):
         norm_pix_loss: bool = False,
         lscale_init: float | None = None,
         pos_offset: str = "none",
+        decoder: str = "full",
+        predict_ratio: float = 1.0,
     ) -> None:
         super().__init__()
         self.img_size, self.patch_size = pair(img_size), pair(patch_size)
         self.in_chans, self.embed_dim = in_chans, embed_dim
         self.norm_pix_loss, self.pos_offset = norm_pix_loss, pos_offset
+        self.decoder, self.predict_ratio = decoder, predict_ratio
         self._check(num_heads, decoder_embed_dim, decoder_num_heads)
         if depth < 1 or not mlp_ratio > 0:
             raise BadInput(f"depth {depth} and mlp_ratio {mlp_ratio} must be positive")
@@ -93,14 +104,26 @@ class MaskedAutoencoderViT(nn.Module):
         )
         self.norm = LayerNorm(embed_dim)
 
-        self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
+        if decoder == "full":
+            self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
         self.decoder_pos_embed = nn.Parameter(
             torch.zeros(1, num_tokens, decoder_embed_dim), requires_grad=False
         )
-        self.decoder_blocks = DecoderTrunk(
-            decoder_embed_dim, decoder_depth, decoder_num_heads, mlp_ratio, lscale_init
-        )
+        if decoder == "full":
+            self.decoder_blocks: DecoderTrunk | CrossTrunk = DecoderTrunk(
+                decoder_embed_dim, decoder_depth, decoder_num_heads, mlp_ratio, lscale_init
+            )
+        else:
+            self.decoder_blocks = CrossTrunk(
+                decoder_embed_dim,
+                embed_dim,
+                decoder_depth,
+                decoder_num_heads,
+                mlp_ratio,
+                lscale_init,
+                outputs=depth + 1,
+            )
         self.decoder_norm = LayerNorm(decoder_embed_dim)
         self.decoder_pred = nn.Linear(decoder_embed_dim, ph * pw * in_chans)
 
@@ -124,6 +147,13 @@ class MaskedAutoencoderViT(nn.Module):
         if self.pos_offset not in COORDINATES:
             raise BadInput(
                 f"unknown pos_offset {self.pos_offset!r}, choose from {list(COORDINATES)}"
+            )
+        if self.decoder not in DECODERS:
+            raise BadInput(f"unknown decoder {self.decoder!r}, choose from {list(DECODERS)}")
+        if not 0 < self.predict_ratio <= 1 or (self.predict_ratio < 1 and self.decoder == "full"):
+            raise BadInput(
+                f"predict_ratio {self.predict_ratio} must be above 0 and at most 1, and below 1 "
+                "needs decoder 'cross': full blocks mix all masked tokens"
             )
         for part, dim, heads in (
             ("encoder", self.embed_dim, num_heads),
@@ -171,17 +201,36 @@ class MaskedAutoencoderViT(nn.Module):
         code = code if code.ndim == 3 else code.unsqueeze(0)
         return code.to(fixed.dtype)
 
-    def forward_encoder(
+    def encode(
         self, patches_BLV: Tensor, ids_visible: Tensor, shift_B2: Tensor | None = None
-    ) -> Tensor:
-        """Encode the visible patches: [B, L, V] and int64 [B, K] to [B, 1 + K, D]."""
+    ) -> Iterator[Tensor]:
+        """The visible patches' tokens before the blocks and after each, the last one normalised.
+
+        [B, L, V] and int64 [B, K] to depth + 1 times [B, 1 + K, D].
+        """
         x_BKD = embed_patches(self.patch_embed.proj, take(patches_BLV, ids_visible))
         x_BKD = x_BKD + take(self.position_code("encoder", shift_B2), ids_visible)
         cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(x_BKD), -1, -1)
         x_BND = torch.cat([cls_token, x_BKD], dim=1)
         for block in self.blocks:
+            yield x_BND
             x_BND = run(block, x_BND, recompute=self.grad_checkpointing)
-        return self.norm(x_BND)
+        yield self.norm(x_BND)
+
+    def forward_encoder(
+        self, patches_BLV: Tensor, ids_visible: Tensor, shift_B2: Tensor | None = None
+    ) -> Tensor:
+        """Encode the visible patches: [B, L, V] and int64 [B, K] to [B, 1 + K, D]."""
+        for x_BND in self.encode(patches_BLV, ids_visible, shift_B2):
+            latent_BND = x_BND
+        return latent_BND
+
+    def forward_cross_decoder(
+        self, outputs: list[Tensor], ids_BM: Tensor, shift_B2: Tensor | None = None
+    ) -> Tensor:
+        """Predict some masked patches: what `encode` gives, and int64 [B, M], to [B, M, V]."""
+        x_BMD = self.mask_token + take(self.position_code("decoder", shift_B2), ids_BM)
+        return self.decoder_pred(self.decoder_norm(self.decoder_blocks(x_BMD, outputs)))
 
     def forward_decoder(
         self,
@@ -214,6 +263,7 @@ class MaskedAutoencoderViT(nn.Module):
         mask: Tensor,
         num_visible: int | None = None,
         shift: Tensor | None = None,
+        order: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """One masked autoencoding.
 
@@ -223,10 +273,13 @@ class MaskedAutoencoderViT(nn.Module):
             num_visible: False entries in each row. None: counted, which waits for the device;
                 given, it is believed.
             shift: [B, 2] patches, the offset of `jitter`, for training. None: no shift.
+            order: [B, L]; with a `predict_ratio` below 1 only that share of the masked patches is
+                predicted, those of lowest order. None: all of them.
 
         Returns:
-            loss: scalar, squared error, mean over a patch's values and all masked patches.
-            pred: [B, M, V], the masked patches in raster order, in the space of the target.
+            loss: scalar, squared error, mean over a patch's values and all predicted patches.
+            pred: [B, M, V], the predicted patches (all masked ones, if there is no order) in raster
+                order, in the space of the target.
             mask: as given.
         """
         if num_visible is None:
@@ -244,11 +297,30 @@ class MaskedAutoencoderViT(nn.Module):
             raise BadInput(f"shift is {tuple(shift.shape)}, expected {(len(images), 2)}")
         patches_BLV = patchify(images, self.patch_size)
         ids_visible, ids_masked = split_ids(mask, num_visible)
-        latent = self.forward_encoder(patches_BLV, ids_visible, shift)
-        pred = self.forward_decoder(latent, ids_visible, ids_masked, shift)
+        if self.decoder == "cross":
+            ids_masked = self.chosen(ids_masked, order)
+            outputs = list(self.encode(patches_BLV, ids_visible, shift))
+            pred = self.forward_cross_decoder(outputs, ids_masked, shift)
+        else:
+            latent = self.forward_encoder(patches_BLV, ids_visible, shift)
+            pred = self.forward_decoder(latent, ids_visible, ids_masked, shift)
         target = self.target(take(patches_BLV, ids_masked))
         loss = F.mse_loss(pred.to(target.dtype), target)
         return {"loss": loss, "pred": pred, "mask": mask}
+
+    def num_predicted(self, num_visible: int) -> int:
+        """Masked patches of an image that are predicted while training, at least one."""
+        masked = self.grid[0] * self.grid[1] - num_visible
+        return max(1, round(self.predict_ratio * masked))
+
+    def chosen(self, ids_BM: Tensor, order_BL: Tensor | None) -> Tensor:
+        """Of the masked patches int64 [B, M] those to predict, in raster order: int64 [B, P]."""
+        num_visible = self.grid[0] * self.grid[1] - ids_BM.shape[1]
+        count = self.num_predicted(num_visible)
+        if order_BL is None or count == ids_BM.shape[1]:
+            return ids_BM
+        first = order_BL.gather(1, ids_BM).argsort(dim=1, stable=True)[:, :count]
+        return ids_BM.gather(1, first.sort(dim=1).values)
 
     def count_visible(self, mask: Tensor) -> int:
         """Visible patches of each row of a mask [B, L], after checking it.

@@ -31,6 +31,7 @@ from main_finetune import build_augmentation, build_parser, resolve_tune
 from models_zoo import CLASSIFIERS, MODELS, create_model
 from util.accuracy import Accuracy
 from util.checkpoint import load_file, save_checkpoint
+from util.config import settings_of
 from util.dist import Agreement, Wish
 from util.errors import EXIT_STOPPED, BadInput
 from util.optim import create_adamw, layer_decay_groups
@@ -966,6 +967,17 @@ def test_an_old_run_is_not_mixed_with_another(pretrained: str, tmp_path: Path, r
         assert code == 2 and named in err, err
         assert len(err.strip().splitlines()) == 1
     assert {p: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()} == before
+
+
+@pytest.mark.parametrize("flags", [[], ["--cls_token"], ["--global_pool"], ["--tune=linear"]])
+def test_saved_settings_are_a_recipe(flags: list[str], tmp_path: Path) -> None:
+    first = build_parser().parse(["--finetune=some.pth", *flags])
+    resolve_tune(first)
+    saved = tmp_path / "config.yaml"
+    saved.write_text(yaml.safe_dump(settings_of(first)))
+    again = build_parser().parse([f"--config={saved}"])
+    resolve_tune(again)
+    assert vars(again) == vars(first) | {"config": str(saved)}
 
 
 def test_list_models(run_main) -> None:

@@ -89,7 +89,8 @@ class FlagParser(argparse.ArgumentParser):
             self.error(f"--config {path} is not YAML: {' '.join(str(error).split())}")
         if not isinstance(recipe, dict):
             self.error(f"--config {path} must be a mapping of flags to values")
-        flags = {action.dest: action for action in self._actions if action.option_strings}
+        # Of flags that set the same, the first takes values; others are switches for one of them.
+        flags = {a.dest: a for a in reversed(self._actions) if a.option_strings}
         tokens: list[str] = []
         for key, value in recipe.items():
             if key not in flags or key in ("config", "help"):

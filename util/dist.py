@@ -202,7 +202,13 @@ def processes(device_name: str, folder: Path) -> Iterator[Processes]:
         timeout=timedelta(minutes=30),
     )
     with peers_lost(place.rank):
-        yield Processes(*us, control=dist.new_group(backend="gloo"))
+        procs = Processes(*us, control=dist.new_group(backend="gloo"))
+        try:
+            yield procs
+        except Stopped:
+            # Launchers kill the others when one leaves so, and the main process may be writing.
+            procs.barrier()
+            raise
     dist.destroy_process_group()
 
 
@@ -211,10 +217,7 @@ def distribute(model: nn.Module, procs: Processes) -> nn.Module:
     if procs.world_size == 1:
         return model
     ids = [procs.device.index] if procs.device.type == "cuda" else None
-    # Buffers are the same everywhere already: statistics are taken over all processes.
-    return DistributedDataParallel(
-        model, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False
-    )
+    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
 
 
 @contextmanager
@@ -223,7 +226,7 @@ def peers_lost(rank: int) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not is_peer_lost(error):
+        if isinstance(error, RunFailed) or not is_peer_lost(error):
             raise
         raise RunFailed(
             f"process {rank}: another process ended in the middle of the run; its own message says "

@@ -32,9 +32,17 @@ class RunFailed(RuntimeError):
 
 
 class Stopped(Exception):
-    """The run was asked to stop, has written a checkpoint, and can go on."""
+    """The run was asked to stop, has written a checkpoint, and can go on.
+
+    Attributes:
+        signal: number of the signal that asked; 0: none did.
+    """
 
     exit_code = EXIT_STOPPED
+
+    def __init__(self, message: str, signal: int = 0) -> None:
+        super().__init__(message)
+        self.signal = signal
 
 
 def needs(module: str, install: str) -> ModuleType:

@@ -170,7 +170,8 @@ class Run:
         if self.stopped_by:
             raise Stopped(
                 f"{signal.Signals(self.stopped_by).name} after step {step}, in epoch {epoch}; "
-                "the checkpoint is written, the same command goes on from there"
+                "the checkpoint is written, the same command goes on from there",
+                self.stopped_by,
             )
         self.logger.record("epoch", step, epoch=epoch, loss=self.step_log.end_epoch())
 

@@ -1,0 +1,20 @@
+"""Pretrain by Slurm: the flags of main_pretrain.py and those of the job; --help lists both.
+
+python submitit_pretrain.py --job_dir JOB_DIR --nodes 1 --ngpus 8 --data_path IMAGENET ...
+"""
+
+from collections.abc import Sequence
+
+import main_pretrain
+from util.errors import command
+from util.slurm import submit
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    """Submit one run; see the module."""
+    submit(main_pretrain, argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,471 @@
+"""Submit a main to Slurm, or to this machine, with submitit; stop on its signals and come back.
+
+Who does what: the step loop owns the signals and writes the checkpoint (`util.dist.Agreement`), all
+processes leave it together, and only then `Training` has the job queued again. Every start goes on
+from the newest checkpoint of the run folder, so that it does not matter who queued it again: this
+program, an operator (`scontrol requeue`) or Slurm itself (preemption, a node that failed).
+"""
+
+import argparse
+import hashlib
+import importlib
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import submitit
+import torch
+from submitit.core.utils import FailedSubmissionError, JobPaths, UncompletedJobError
+from submitit.helpers import DelayedSubmission
+from submitit.local.local import LOCAL_REQUEUE_RETURN_CODE
+
+from util.config import number
+from util.errors import EXIT_STOPPED, BadInput, RunFailed, Stopped
+from util.logger import prepare_folder
+
+PROJECT = Path(__file__).resolve().parent.parent
+# What a job runs: nothing else of the project is read after the submission.
+CODE = ("*.py", "util/**/*.py", "recipes/**/*.yaml")
+RECIPE = "submitted-recipe.yaml"
+# submitit gives up after so many time limits; a run may have any number of them.
+MANY = 1_000_000
+KILLED_WITHIN = 600  # seconds in which Slurm ends a job that it has queued again
+
+
+def add_job_flags(parser: argparse.ArgumentParser) -> None:
+    """What the job is; MAE's flags keep their names and meaning, and no site is a default."""
+    group = parser.add_argument_group("job")
+    group.add_argument(
+        "--job_dir",
+        default="output_dir/%j",
+        help="logs of the job, and the run folder where --output_dir is not given; %%j: job number",
+    )
+    group.add_argument("--nodes", type=number(int, 1), default=1)
+    group.add_argument(
+        "--ngpus", type=number(int, 0), default=8, help="per node, a task each; 0: CPU tasks"
+    )
+    group.add_argument(
+        "--cpu_tasks", type=number(int, 1), default=1, help="tasks per node with --ngpus 0"
+    )
+    group.add_argument("--timeout", type=number(int, 1), default=4320, help="minutes")
+    group.add_argument(
+        "--signal_seconds",
+        type=number(int, 1, 65535),
+        default=120,
+        help="before the time limit the job is told, saves and is queued again",
+    )
+    group.add_argument("--partition", help="default: the cluster's")
+    group.add_argument("--qos")
+    group.add_argument("--account")
+    group.add_argument("--constraint", help="features that nodes must have")
+    group.add_argument("--use_volta32", action="store_true", help="--constraint volta32gb")
+    group.add_argument("--comment")
+    group.add_argument(
+        "--mem_gb", type=number(float, 0, open_low=True), help="per node; default: the cluster's"
+    )
+    group.add_argument(
+        "--cpus_per_task", type=number(int, 1), help="default: 10 with a GPU, 1 without"
+    )
+    group.add_argument(
+        "--setup",
+        action="append",
+        default=[],
+        metavar="LINE",
+        help="shell line to run before the tasks, such as 'module load cuda'; can be repeated",
+    )
+    group.add_argument("--local", action="store_true", help="on this machine, in the background")
+    group.add_argument(
+        "--dry_run", action="store_true", help="print the job and its sbatch file, submit nothing"
+    )
+
+
+@dataclass
+class Training:
+    """What a task of the job does; submitit pickles it.
+
+    Args:
+        module: name of the main.
+        argv: its flags.
+        folder: where it was submitted; relative paths are meant from there.
+        port: where the tasks of a local job meet; 0: a Slurm job, which meets in a file.
+    """
+
+    module: str
+    argv: list[str]
+    folder: str
+    port: int
+
+    def __call__(self) -> None:
+        """Run the main; queue the job again where it stopped on a signal to do so.
+
+        Raises:
+            BadInput, RunFailed: what the main raises; submitit takes the job for a failed one.
+            SystemExit: stopped. submitit writes nothing, for the job is neither done nor failed.
+        """
+        here = submitit.JobEnvironment()
+        os.chdir(self.folder)  # only now: the code was imported from the snapshot
+        if here.name() == "local":
+            os.environ |= local_places(here, self.port)
+        restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+        if restarts and here.global_rank == 0:
+            print(f"job {here.job_id} starts again, restart {restarts}", flush=True)
+        main = importlib.import_module(self.module).main
+        try:
+            # Without its wrapper, which makes exit codes of errors: submitit would miss them.
+            main.__wrapped__([word.replace("%j", here.job_id) for word in self.argv])
+        except Stopped as error:
+            leave(here, error)
+        except (BadInput, RunFailed) as error:
+            raise type(error)(str(error)) from None  # the message says it, not where it came from
+
+    def checkpoint(self) -> DelayedSubmission:
+        """What submitit asks for on a signal outside of the step loop: the same again."""
+        return DelayedSubmission(self)
+
+
+def local_places(here: submitit.JobEnvironment, port: int) -> dict[str, str]:
+    """The variables by which torchrun would tell this task who it is."""
+    return {
+        "RANK": str(here.global_rank),
+        "WORLD_SIZE": str(here.num_tasks),
+        "LOCAL_RANK": str(here.local_rank),
+        "LOCAL_WORLD_SIZE": str(here.num_tasks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
+def leave(here: submitit.JobEnvironment, stopped: Stopped) -> None:
+    """End a stopped task; all of them have left the step loop, and the checkpoint is written.
+
+    Raises:
+        SystemExit: always, unless Slurm kills the task first.
+        RunFailed: the job could not be queued again.
+    """
+    # submitit's handlers are back: a signal that is repeated would queue the job a second time.
+    for repeated in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(repeated, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    first = here.global_rank == 0
+    if first:
+        print(f"stopped: {stopped}", flush=True)
+    again = stopped.signal in (signal.SIGUSR1, signal.SIGUSR2)
+    if here.name() == "local":
+        raise SystemExit(LOCAL_REQUEUE_RETURN_CODE if again else EXIT_STOPPED)
+    if first:
+        job = here.raw_job_id
+        if not again and not being_preempted(job):
+            print(f"job {job} was told to end; Slurm decides whether it comes back", flush=True)
+            raise SystemExit(EXIT_STOPPED)
+        requeue(job)
+    time.sleep(KILLED_WITHIN)
+    raise SystemExit(EXIT_STOPPED)
+
+
+def being_preempted(job: str) -> bool:
+    """Whether SIGTERM announced a preemption whose time of grace runs.
+
+    A job that ends by itself in that time would not be queued again by Slurm. One that was
+    cancelled or requeued is no longer RUNNING, and must be left alone.
+    """
+    answer = ask("scontrol", "show", "job", "--oneliner", job)
+    state = re.search(r"\bJobState=(\w+)", answer.stdout)
+    preempted = re.search(r"\bPreemptTime=(\S+)", answer.stdout)
+    return bool(
+        state and state.group(1) == "RUNNING" and preempted and preempted.group(1) != "None"
+    )
+
+
+def requeue(job: str) -> None:
+    """Queue the job again, under its number.
+
+    Raises:
+        RunFailed: Slurm would not.
+    """
+    answer = ask("scontrol", "requeue", job)
+    if answer.returncode:
+        raise RunFailed(
+            f"the checkpoint is written, but job {job} cannot be queued again: "
+            f"{answer.stderr.strip()}; submit the same command, with the same --job_dir, to go on"
+        )
+    print(f"requeued job {job}; it goes on from the checkpoint when Slurm starts it", flush=True)
+
+
+def ask(*command: str) -> subprocess.CompletedProcess[str]:
+    """A client command of Slurm; one that is missing or does not answer counts as failed."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return subprocess.CompletedProcess(command, 1, "", str(error))
+
+
+# ---- Submission --------------------------------------------------------------------------------
+
+
+def submit(main: ModuleType, argv: Sequence[str] | None) -> None:
+    """Check everything that can be known here, then submit, and tell how to follow the job.
+
+    Args:
+        main: module of the main, with `build_parser` and `main`.
+        argv: flags of the job and of the main; None: the program's own.
+
+    Raises:
+        BadInput: a flag of either; no cluster; a partition, node or folder that is not there.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    both = main.build_parser()
+    add_job_flags(both)
+    both.parse(argv)  # help for all flags, and a hint for a mistyped one
+    only_job = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    add_job_flags(only_job)
+    job, words = only_job.parse_known_args(argv)
+
+    parser = main.build_parser()
+    parser.set_defaults(output_dir=None)
+    settings = parser.parse(words)
+    if settings.list_models:
+        main.main(words)
+        return
+    if job.local:
+        job.job_dir = job.job_dir.replace("%j", time.strftime("local-%Y%m%d-%H%M%S"))
+    job_dir = Path(job.job_dir).expanduser().absolute()
+    shared = JobPaths.get_first_id_independent_folder(job_dir)
+    if job.local:
+        check_machine(job)
+    elif not job.dry_run or shutil.which("sbatch"):
+        check_cluster(job)
+
+    files = project_files()
+    if settings.config:
+        files[RECIPE] = Path(settings.config).read_bytes()
+    code = shared / f"code-{digest(files)}"
+    if settings.config:
+        words.append(f"--config={code / RECIPE}")  # the last one counts
+    run_folder = settings.output_dir or str(job_dir)
+    words.append(f"--output_dir={run_folder}")
+    if job.ngpus == 0 and settings.device == "auto":
+        words.append("--device=cpu")  # a GPU that is there all the same is not this job's
+    training = Training(main.__name__, words, os.getcwd(), free_port() if job.local else 0)
+    executor = create_executor(job, job_dir, code, name=f"mmae-{main.TASK}")
+    if job.dry_run:
+        describe(training, code, executor)
+        return
+
+    prepare_folder(shared)
+    write_code(code, files)
+    try:
+        submitted = executor.submit(training)
+    except (UncompletedJobError, FailedSubmissionError, subprocess.CalledProcessError) as error:
+        raise BadInput(f"Slurm refused the job: {' '.join(str(error).split())}") from None
+    tell(job, submitted, run_folder.replace("%j", submitted.job_id), code)
+
+
+def tasks_of(job: argparse.Namespace) -> int:
+    """Tasks per node."""
+    return int(job.ngpus or job.cpu_tasks)
+
+
+def cpus_of(job: argparse.Namespace) -> int:
+    """CPUs per task: 10 as in MAE's code, for loading; a CPU task computes on them."""
+    return int(job.cpus_per_task or (10 if job.ngpus else 1))
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def project_files() -> dict[str, bytes]:
+    """The code by its path in the project."""
+    found = {path for pattern in CODE for path in PROJECT.glob(pattern)}
+    return {path.relative_to(PROJECT).as_posix(): path.read_bytes() for path in sorted(found)}
+
+
+def digest(files: Mapping[str, bytes]) -> str:
+    """A name for what is in the files."""
+    total = hashlib.sha256()
+    for name, content in files.items():
+        total.update(f"{name}\0{len(content)}\0".encode() + content)
+    return total.hexdigest()[:12]
+
+
+def write_code(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write the snapshot, whole or not at all; one that is there already has the same content.
+
+    Raises:
+        BadInput: it cannot be written.
+    """
+    if folder.exists():
+        return
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        for name, content in files.items():
+            path = temporary / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        temporary.rename(folder)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if not folder.exists():  # else another submission was faster
+            raise BadInput(f"cannot write {folder}: {error.strerror}; check --job_dir") from None
+
+
+class _Paper(submitit.SlurmExecutor):
+    """Writes sbatch files also where there is no Slurm, for --dry_run."""
+
+    @classmethod
+    def affinity(cls) -> int:
+        return 2
+
+
+def create_executor(job: argparse.Namespace, folder: Path, code: Path, name: str) -> Any:
+    """submitit's executor for this job."""
+    # `python -m` imports from its working directory first, and so from the snapshot.
+    python = shlex.join(["env", f"--chdir={code}", sys.executable])
+    if job.local:
+        local = submitit.LocalExecutor(folder, max_num_timeout=MANY, python=python)
+        local.update_parameters(
+            timeout_min=job.timeout,
+            gpus_per_node=job.ngpus,
+            tasks_per_node=tasks_of(job),
+            signal_delay_s=job.signal_seconds,
+            setup=job.setup,
+        )
+        return local
+    constraint = "&".join(filter(None, ["volta32gb" * job.use_volta32, job.constraint]))
+    parameters = {
+        "job_name": name,
+        "nodes": job.nodes,
+        "ntasks_per_node": tasks_of(job),
+        "gpus_per_node": job.ngpus or None,
+        "cpus_per_task": cpus_of(job),
+        "mem": None if job.mem_gb is None else f"{int(job.mem_gb * 1024)}M",
+        "time": job.timeout,
+        "signal_delay_s": job.signal_seconds,
+        "partition": job.partition,
+        "qos": job.qos,
+        "account": job.account,
+        "constraint": constraint or None,
+        "comment": job.comment,
+        "setup": job.setup or None,
+        "additional_parameters": {"requeue": True},  # also where the cluster's default is not to
+        # srun does not take CPUs per task from sbatch (Slurm 22.05 and later). A task that fails
+        # ends the others: between GPUs they would wait for it until a timeout.
+        "srun_args": [f"--cpus-per-task={cpus_of(job)}", "--kill-on-bad-exit=1"],
+    }
+    create = _Paper if job.dry_run else submitit.SlurmExecutor
+    executor = create(folder, max_num_timeout=MANY, python=python)
+    executor.update_parameters(**{k: v for k, v in parameters.items() if v is not None})
+    return executor
+
+
+def check_machine(job: argparse.Namespace) -> None:
+    """Whether this machine can run a local job.
+
+    Raises:
+        BadInput: several nodes, or more GPUs than there are.
+    """
+    if job.nodes > 1:
+        raise BadInput(f"--nodes {job.nodes} with --local: this is one machine")
+    there = torch.cuda.device_count()
+    if job.ngpus > there:
+        raise BadInput(
+            f"--ngpus {job.ngpus}, but this machine has {there}; give --ngpus {there}"
+            f"{'' if there else ', and --cpu_tasks for their number'}"
+        )
+
+
+def check_cluster(job: argparse.Namespace) -> None:
+    """Whether the cluster has what the job asks for, as far as that can be known.
+
+    Raises:
+        BadInput: no Slurm here; no such partition; more nodes, GPUs or CPUs than it has.
+    """
+    if shutil.which("sbatch") is None or shutil.which("srun") is None:
+        raise BadInput(
+            "no sbatch and srun on the PATH: submit from a machine of the cluster that has them, "
+            "or give --local; without Slurm start with torchrun"
+        )
+    answer = ask("sinfo", "--noheader", "--format=%P|%D|%G|%c")
+    if answer.returncode:
+        raise BadInput(f"Slurm does not answer: {' '.join(answer.stderr.split())}")
+    rows = [line.split("|") for line in answer.stdout.split()]
+    names = sorted({name.rstrip("*") for name, *_ in rows})
+    asked = job.partition.split(",") if job.partition else []
+    for name in asked:
+        if name not in names:
+            raise BadInput(f"--partition {name}: there is none; partitions: {', '.join(names)}")
+    # Without --partition and without a default sbatch says so itself.
+    usable = [r for r in rows if (r[0].rstrip("*") in asked if asked else r[0].endswith("*"))]
+    if not usable:
+        return
+    where = job.partition or "the default partition"
+    wishes: list[tuple[str, int, Callable[[list[str]], int]]] = [
+        (f"--ngpus {job.ngpus}", job.ngpus, lambda row: gpus_of(row[2])),
+        (
+            f"{tasks_of(job)} tasks of {cpus_of(job)} CPUs (--cpus_per_task)",
+            tasks_of(job) * cpus_of(job),
+            lambda row: int(row[3].rstrip("+")),
+        ),
+    ]
+    for what, wish, has in wishes:
+        most = max(map(has, usable))
+        if wish > most:
+            raise BadInput(f"{what}, but no node of {where} has more than {most}")
+    # "%D" counts a partition's nodes of one kind.
+    nodes = max(sum(int(r[1]) for r in usable if r[0] == name) for name in {r[0] for r in usable})
+    if job.nodes > nodes:
+        raise BadInput(f"--nodes {job.nodes}, but {where} has {nodes}")
+
+
+def gpus_of(resources: str) -> int:
+    """GPUs of a node, from sinfo's `gpu:2`, `gpu:v100:4(S:0-1),gpu:a100:2` or `(null)`."""
+    return sum(map(int, re.findall(r"\bgpu(?::[^:,()]+)?:(\d+)", resources)))
+
+
+def describe(training: Training, code: Path, executor: Any) -> None:
+    """What would be submitted."""
+    print("dry run: nothing is submitted, nothing is written")
+    print(f"command  {training.module}.py {shlex.join(training.argv)}")
+    print(f"in       {training.folder}")
+    print(f"code     {code}")
+    print(f"folder   {executor.folder}")
+    for name, value in sorted(executor.parameters.items()):
+        print(f"  {name}: {value}")
+    if isinstance(executor, submitit.SlurmExecutor):
+        # Methods that submitit keeps to itself: it has no public way to see the file first.
+        command = executor._submitit_command_str
+        print(f"\n{executor._make_submission_file_text(command, uid='dry-run')}", end="")
+
+
+def tell(
+    job: argparse.Namespace, submitted: submitit.Job[None], run_folder: str, code: Path
+) -> None:
+    """Number, places, and what to type next."""
+    number_of, paths = submitted.job_id, submitted.paths
+    per_task = "a GPU" if job.ngpus else "CPUs only"
+    print(
+        f"job      {number_of}: {job.nodes} node{'s' * (job.nodes > 1)} x {tasks_of(job)} "
+        f"task{'s' * (tasks_of(job) > 1)}, {per_task} each; at most {job.timeout} minutes at a time"
+    )
+    print(f"run      {run_folder}")
+    print(f"code     {code}")
+    print(f"log      {paths.stdout}\nerrors   {paths.stderr}")
+    print(f"follow   tail -F {shlex.quote(str(paths.stdout))} {shlex.quote(str(paths.stderr))}")
+    if job.local:
+        print(f"state    ps -p {number_of}\ncancel   kill {number_of}", flush=True)
+    else:
+        print(f"state    squeue -j {number_of}\ncancel   scancel {number_of}", flush=True)

@@ -53,6 +53,7 @@ from util.samples import LabelledSamples, build_loader, default_workers
 from util.schedule import CosineSchedule, scaled_lr
 from util.step import OptimizerStep
 from util.transforms import EvalTransform, FinetuneTransform
+from util.weights import load_state
 
 TASK = "finetune"
 BEST = "checkpoint-best.pth"
@@ -264,7 +265,7 @@ def channels_of(args: argparse.Namespace) -> int | None:
     """Channels that the encoder to start from takes; None: those of the data set."""
     if not args.finetune:
         return args.in_chans
-    state = ckpt.load_file(args.finetune)
+    state = load_state(args.finetune)
     return models_zoo.read_encoder(state, args.finetune, args.input_size).arguments["in_chans"]
 
 

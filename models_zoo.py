@@ -1,7 +1,7 @@
 """The one list of model names."""
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -9,9 +9,18 @@ from torch import nn
 from models_layers import pair
 from models_mmae import MaskedAutoencoderViT
 from models_vit import VisionTransformer
-from util.checkpoint import load_file, load_weights
-from util.convert import HEAD_KEYS, NORM_KEYS, EncoderWeights, flags_of, read_encoder
+from util.checkpoint import load_weights
+from util.convert import (
+    HEAD_KEYS,
+    NORM_KEYS,
+    EncoderWeights,
+    flags_of,
+    grid_of,
+    read_encoder,
+)
+from util.convert_names import EPS
 from util.errors import BadInput
+from util.weights import load_state
 
 Pair = tuple[int, int]
 
@@ -98,18 +107,46 @@ def model_arguments(name: str) -> dict[str, Any]:
     return dict(known[name][1])
 
 
-def create_model(name: str, **kwargs: Any) -> Any:
+def create_model(name: str, pretrained: str | None = None, **kwargs: Any) -> Any:
     """A model (an `nn.Module`) by name; `kwargs` override what the name stands for.
 
     >>> create_model("mae_vit_base_patch16")  # MAE
     >>> create_model("mae_vit_base_patch16", lscale_init=0.1, pos_offset="learned")  # M-MAE
     >>> create_model("vit_base_patch16", num_classes=365)  # its encoder, with a head
+    >>> create_model("vit_base_patch16", pretrained="RUN/checkpoint-last.pth")  # trained
+
+    Args:
+        pretrained: path or https URL of weights, see `util.weights.load_state`. They decide the
+            architecture, which has to be the name's; `kwargs` are then those of `load_classifier`
+            (num_classes, global_pool, probe, drop_path, img_size, pos_resize) or, for a model with
+            a decoder, of `load_pretrained`. Without `num_classes` the head is the file's, or none.
 
     Raises:
-        BadInput: unknown name or settings that do not fit.
+        BadInput: unknown name, settings or weights that do not fit.
     """
     arguments = model_arguments(name) | kwargs
-    return (MODELS | CLASSIFIERS)[name][0](**arguments)
+    if pretrained is None:
+        return (MODELS | CLASSIFIERS)[name][0](**arguments)
+    if name in MODELS:
+        model, state = load_pretrained(pretrained, name, **kwargs)
+        said = state.get("model_args", kwargs)
+        for key, value in kwargs.items():
+            if said.get(key) not in (value, list(value) if isinstance(value, tuple) else value):
+                raise BadInput(f"{key} of {pretrained} is {said.get(key)}, not {value}")
+        return model
+    taken = {"num_classes", "global_pool", "probe", "drop_path", "img_size", "pos_resize"}
+    if fixed := sorted(kwargs.keys() - taken):
+        raise BadInput(
+            f"{', '.join(fixed)} come with the weights of {pretrained}; what may be given beside "
+            f"them: {', '.join(sorted(taken))}"
+        )
+    if kwargs.get("img_size") is not None:
+        kwargs["img_size"] = pair(kwargs["img_size"])
+    state = load_state(pretrained)
+    own = read_encoder(state, pretrained, kwargs.get("img_size")).classes
+    wanted = kwargs.get("num_classes")
+    head = "new" if wanted and wanted != own else ("none" if wanted == 0 or not own else "own")
+    return classifier_of(state, pretrained, name, head=head, **kwargs)[0]
 
 
 def load_pretrained(
@@ -117,11 +154,12 @@ def load_pretrained(
 ) -> tuple[Any, dict[str, Any]]:
     """A masked autoencoder with its decoder, from a file of weights.
 
-    Ours say what they are. Official MAE files (`{"model": ...}`) say it in the `Namespace` beside
-    the weights or not at all; then `name` does.
+    Ours say what they are, and so do folders of transformers. Official MAE files (`{"model": ...}`)
+    say it in the `Namespace` beside the weights or not at all; then `name` does, or the one listed
+    model of these shapes.
 
     Args:
-        path: checkpoint file.
+        path: checkpoint file, folder of transformers, or https URL.
         name: model name, for weights that do not say.
         overrides: arguments of the model, for weights that do not say; None is ignored.
 
@@ -131,29 +169,83 @@ def load_pretrained(
     Raises:
         BadInput: unreadable, unnamed or encoder-only weights, or weights that do not fit.
     """
-    state = load_file(path)
-    weights = state.get("model", state)
+    return autoencoder_of(load_state(path), path, name, **overrides)
+
+
+def autoencoder_of(
+    state: dict[str, Any], path: str, name: str | None = None, **overrides: Any
+) -> tuple[Any, dict[str, Any]]:
+    """`load_pretrained` of what `load_state` has read."""
+    weights = state["model"]
     if not any(key.startswith("decoder_") for key in weights):
         raise BadInput(
             f"{path} holds no decoder: encoder-only weights cannot reconstruct; use a pretraining "
             "checkpoint of ours or official weights with their decoder (mae_visualize_*)"
         )
     flags = flags_of(state)
-    if name and state.get("model_name", name) != name:
-        raise BadInput(f"{path} is a {state['model_name']}, not a {name}; leave --model out")
-    name = name or state.get("model_name") or flags.get("model")
-    if name is None:
-        raise BadInput(
-            f"{path} does not say which model it is; name it, for example --model {DEFAULT}"
-        )
+    given = {k: v for k, v in overrides.items() if v is not None}
     arguments = dict(state.get("model_args", {}))
-    if "model_args" not in state:
+    if "model_args" in state:
+        said = state.get("model_name")
+        if name and said and said != name:
+            raise BadInput(f"{path} is a {said}, not a {name}; leave --model out")
+        if name and not said and name in MODELS:
+            _check_name(name, arguments | {"patch_size": pair(arguments["patch_size"])}, path)
+    else:
+        name = name or flags.get("model") or _name_of(weights)
+        if name is None:
+            raise BadInput(
+                f"{path} does not say which model it is; name it, for example --model {DEFAULT}"
+            )
+        arguments = model_arguments(name)
         arguments["norm_pix_loss"] = flags.get("norm_pix_loss", False)
-        arguments["img_size"] = flags.get("input_size", model_arguments(name)["img_size"])
-        arguments |= {k: v for k, v in overrides.items() if v is not None}
-    model = create_model(name, **arguments)
+        arguments["img_size"] = flags.get("input_size", _side_of(weights, arguments))
+        arguments |= given
+    name = name or state.get("model_name")
+    kind, known = MODELS.get(name or "", (MaskedAutoencoderViT, {}))
+    model = kind(**(known | arguments))
     load_weights(model, weights, path)
+    _match_eps(model, state.get("norm_eps", EPS))
     return model, state
+
+
+def _name_of(weights: Mapping[str, Any]) -> str | None:
+    """The listed autoencoder of these shapes; None: no or several, or not the official names."""
+    projection, embed = weights.get("patch_embed.proj.weight"), weights.get("decoder_embed.weight")
+    if projection is None or projection.ndim != 4 or embed is None:
+        return None
+    depths = [
+        len({key.split(".")[1] for key in weights if key.startswith(trunk)})
+        for trunk in ("blocks.", "decoder_blocks.")
+    ]
+    found = (projection.shape[0], projection.shape[2], projection.shape[3], *depths, len(embed))
+    names = [
+        name
+        for name, (_, known) in MODELS.items()
+        if found
+        == (
+            known["embed_dim"],
+            *pair(known["patch_size"]),
+            known["depth"],
+            known["decoder_depth"],
+            known["decoder_embed_dim"],
+        )
+    ]
+    return names[0] if len(names) == 1 else None
+
+
+def _side_of(weights: Mapping[str, Any], arguments: dict[str, Any]) -> Any:
+    """The image side of a square grid of positions; the model's own where they are none."""
+    table, patch = weights.get("pos_embed"), pair(arguments["patch_size"])
+    grid = None if table is None else grid_of(table.shape[1] - 1, patch, None, None)
+    return arguments["img_size"] if grid is None else (grid[0] * patch[0], grid[1] * patch[1])
+
+
+def _match_eps(model: nn.Module, eps: float) -> None:
+    """Give the LayerNorms the epsilon of the file, where it is not MAE's."""
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = eps
 
 
 def load_classifier(
@@ -165,13 +257,13 @@ def load_classifier(
     pos_resize: str = "rescale",
     **overrides: Any,
 ) -> tuple[VisionTransformer, dict[str, Any], dict[str, Any]]:
-    """An encoder with a head, from a file of ours, of the official MAE code, or of timm.
+    """An encoder with a head, from any file of weights that `util.weights.load_state` reads.
 
     Size, LScale and positions are the file's. Heads of attention are not in foreign files: they
     are those of our model of that width and depth, or one for every 64 channels.
 
     Args:
-        path: checkpoint file or https URL.
+        path: checkpoint file, folder of transformers, or https URL.
         name: model name that the file has to agree with; None: whatever it is.
         head: own: the file's head; new: a fresh one, and a fresh norm where the file has no such;
             none: features only.
@@ -185,14 +277,37 @@ def load_classifier(
 
     Raises:
         BadInput: unreadable, of another architecture, or weights that do not fit.
+
+    The LayerNorms get the file's epsilon, but 1e-6 with a new head: what is trained here is ours.
     """
+    return classifier_of(
+        load_state(path),
+        path,
+        name,
+        head=head,
+        img_size=img_size,
+        pos_resize=pos_resize,
+        **overrides,
+    )
+
+
+def classifier_of(
+    state: dict[str, Any],
+    path: str,
+    name: str | None = None,
+    *,
+    head: str = "new",
+    img_size: Pair | None = None,
+    pos_resize: str = "rescale",
+    **overrides: Any,
+) -> tuple[VisionTransformer, dict[str, Any], dict[str, Any]]:
+    """`load_classifier` of what `load_state` has read."""
     for what, given, known in (
         ("head", head, ("own", "new", "none")),
         ("pos_resize", pos_resize, ("rescale", "extend")),
     ):
         if given not in known:
             raise BadInput(f"unknown {what} {given!r}, choose from {', '.join(known)}")
-    state = load_file(path)
     stored = read_encoder(state, path, img_size)
     arguments = stored.arguments | {"num_heads": _heads(stored, name)}
     _check_name(name, arguments, path)
@@ -215,6 +330,8 @@ def load_classifier(
         unused = NORM_KEYS["cls" if arguments["global_pool"] == "avg" else "avg"]
         weights = {k: v for k, v in weights.items() if not k.startswith(unused)}
     load_weights(model, weights, path)
+    if head != "new":
+        _match_eps(model, stored.eps)
     return model, arguments, state
 
 

@@ -361,7 +361,7 @@ BAD = {
     "k 0": (["--k", "0"], "0 is not at least 1"),
     "k too large": (["--k", "5", "1501"], "k is 1501, but the bank holds 1500 images"),
     "temperature 0": (["--temperature=0"], "0 is not above 0"),
-    "held-out classes": (["--dataset=photos"], "no image in val of photos is of a class"),
+    "no classes": (["--dataset=photos"], "photos has no labels in train"),
     "no labels": (["--dataset=stl10_unlabeled", "--data_path={tmp}"], "has no labels in train"),
     "other classes": (["--dataset=imagefolder", "--data_path={tmp}/images"], "differ in dog"),
     "statistics": (["--mean", "0.5", "0.5"], "mean has 2 numbers"),

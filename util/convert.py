@@ -1,7 +1,7 @@
-"""Key maps: what files of other programs hold, in the names of our encoders.
+"""What files of other programs hold, as our encoders need it.
 
 Every list of keys that a loading may leave out or add stands here. An encoder's names are timm's,
-which the official MAE weights share.
+which the official MAE weights share; `util/convert_names.py` has the maps to others.
 """
 
 import argparse
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from util.convert_names import EPS, from_mmseg, from_transformers
 from util.errors import BadInput
 from util.pos_embed import resize_table, sincos_2d
 
@@ -44,6 +45,7 @@ class EncoderWeights:
         phase: [2, D / 4] of a learned offset, or None.
         classes: rows of the head, 0: none. probe: whether a BatchNorm comes before it.
         pool: avg | cls, which the norm tells.
+        eps: of the LayerNorms; 1e-6 unless the file says otherwise, as those of transformers do.
     """
 
     weights: Weights
@@ -56,6 +58,7 @@ class EncoderWeights:
     classes: int
     probe: bool
     pool: str
+    eps: float
 
     def positions(self, to: Pair, resize: str) -> Tensor:
         """The positions on a grid: [1, 1 + gh*gw, D], float32.
@@ -96,10 +99,44 @@ def weights_of(state: Mapping[str, Any], source: str) -> Weights:
     return weights
 
 
+def style_of(weights: Mapping[str, Any]) -> str:
+    """Whose names these are: transformers, mmseg, or timm, which are the official code's and ours.
+
+    One key tells: of a file that mixes names, the others come out as unexpected when it is loaded.
+    """
+    if any("embeddings.patch_embeddings.projection." in key for key in weights):
+        return "transformers"
+    if any(key.removeprefix("backbone.").startswith("patch_embed.projection.") for key in weights):
+        return "mmseg"
+    return "timm"
+
+
+def in_our_names(state: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """A file's contents with all its tensors under `model`, in our names.
+
+    What else it holds stays. `style` says whose names they were, `notes` what was left out.
+
+    Raises:
+        BadInput: there are no weights, or some that fit nowhere.
+    """
+    weights = weights_of(state, source)
+    style, notes = style_of(weights), list[str]()
+    if style == "mmseg":
+        weights, notes = from_mmseg(weights, source)
+    elif style == "transformers":
+        weights, notes = from_transformers(weights, source)
+    rest = {
+        k: v
+        for k, v in state.items()
+        if k not in ("model", "state_dict") and not isinstance(v, Tensor)
+    }
+    return {"style": style, "notes": notes, **rest, "model": weights}
+
+
 def read_encoder(
     state: Mapping[str, Any], source: str, img_size: Pair | None = None
 ) -> EncoderWeights:
-    """The encoder in a file of ours, of the official MAE code, or of timm.
+    """The encoder in a file of ours, of the official MAE code, timm, mmsegmentation, transformers.
 
     Args:
         state: the file's contents.
@@ -109,7 +146,8 @@ def read_encoder(
     Raises:
         BadInput: no vision transformer of that naming, or one whose positions fit no grid.
     """
-    weights = weights_of(state, source)
+    state = in_our_names(state, source)
+    weights = dict(state["model"])
     projection, table = weights.get("patch_embed.proj.weight"), weights.pop("pos_embed", None)
     depth = len({key.split(".")[1] for key in weights if key.startswith("blocks.")})
     hidden = weights.get("blocks.0.mlp.fc1.weight")
@@ -129,8 +167,9 @@ def read_encoder(
         # Which value it started from does not matter: the scales come with the weights.
         "lscale_init": 1.0 if "blocks.0.ls1.gamma" in weights else None,
     }
-    if "num_heads" in own:
-        arguments["num_heads"] = own["num_heads"]
+    # What the file says goes before what is counted: a block that is missing is then missed.
+    said = ("num_heads", "depth", "embed_dim", "mlp_ratio")
+    arguments |= {name: own[name] for name in said if name in own}
     grid = grid_of(table.shape[1] - 1, (patch[0], patch[1]), own.get("img_size"), img_size)
     if grid is None:
         raise BadInput(
@@ -144,6 +183,8 @@ def read_encoder(
     if offset is None and is_plain_code(table, grid):
         offset = "none"
     head = weights.get("head.weight", weights.get("head.1.weight"))
+    # mmsegmentation's backbones have no final norm; a fresh one after pooling is the least change.
+    normless = state["style"] == "mmseg" and "norm.weight" not in weights
     return EncoderWeights(
         {k: v for k, v in weights.items() if not k.startswith(PRETRAINING_KEYS)},
         arguments,
@@ -154,7 +195,8 @@ def read_encoder(
         phase,
         classes=0 if head is None else head.shape[0],
         probe="head.1.weight" in weights,
-        pool="avg" if "fc_norm.weight" in weights else "cls",
+        pool="avg" if normless or "fc_norm.weight" in weights else "cls",
+        eps=state.get("norm_eps", EPS),
     )
 
 

@@ -1,0 +1,285 @@
+"""The names that mmsegmentation and transformers give to the tensors of our models, both ways.
+
+Ours are timm's and the official MAE code's. Reading is lenient: a key that no rule knows keeps its
+name, so that the strict loading afterwards lists it beside what is missing.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from util.errors import BadInput
+
+Weights = dict[str, Tensor]
+
+EPS = 1e-6  # of MAE's LayerNorms; transformers writes its own into config.json
+
+# ---- mmsegmentation ------------------------------------------------------------------------------
+# Source: mmsegmentation's `tools/model_converters/beit2mmseg.py` and its backbones BEiT and MAE.
+
+MMSEG_PARTS = {
+    "norm1": "ln1",
+    "norm2": "ln2",
+    "attn.qkv": "attn.qkv",
+    "attn.proj": "attn.proj",
+    "mlp.fc1": "ffn.layers.0.0",
+    "mlp.fc2": "ffn.layers.1",
+}
+MMSEG_SCALES = {"ls1.gamma": "gamma_1", "ls2.gamma": "gamma_2"}
+# What stands beside the backbone in the file of a segmentor.
+SEGMENTOR = ("decode_head.", "auxiliary_head.", "neck.")
+
+
+def to_mmseg(weights: Mapping[str, Tensor]) -> Weights:
+    """An encoder in mmsegmentation's names; LScale fits there as it is."""
+    named = {}
+    for key, tensor in weights.items():
+        name = re.sub(r"^patch_embed\.proj\.", "patch_embed.projection.", key)
+        name = re.sub(r"^norm\.", "ln1.", name)
+        if block := re.fullmatch(r"blocks\.(\d+)\.(.+)", name):
+            number, part = block.groups()
+            module, _, kind = part.rpartition(".")
+            theirs = MMSEG_SCALES.get(part) or f"{MMSEG_PARTS.get(module, module)}.{kind}"
+            name = f"layers.{number}.{theirs}"
+        named[name] = tensor
+    return named
+
+
+def from_mmseg(weights: Mapping[str, Tensor], source: str) -> tuple[Weights, list[str]]:
+    """A backbone of mmsegmentation, alone or in a segmentor, in our names, and what was left out.
+
+    Raises:
+        BadInput: relative position biases that learned something, which our encoder has no place
+            for; or two tensors for one of ours.
+    """
+    notes, backbone = [], {}
+    heads = [k for k in weights if k.startswith(SEGMENTOR)]
+    if heads:
+        notes.append(f"the segmentor's heads are left out ({len(heads)} tensors)")
+    for key, tensor in weights.items():
+        name = key.removeprefix("backbone.")
+        if key.startswith(SEGMENTOR) or name.endswith("relative_position_index"):
+            continue
+        if name.endswith("relative_position_bias_table"):
+            if tensor.any():
+                raise BadInput(
+                    f"{source} has relative position biases ({key}) that are not zero; our encoder "
+                    "has none, so it would be another function: only files without them fit"
+                )
+            continue
+        backbone[name] = tensor
+    parts = {theirs: ours for ours, theirs in (MMSEG_PARTS | MMSEG_SCALES).items()}
+    pairs = []
+    for name, tensor in backbone.items():
+        ours = re.sub(r"^patch_embed\.projection\.", "patch_embed.proj.", name)
+        ours = re.sub(r"^ln1\.", "norm.", ours)
+        if block := re.fullmatch(r"layers\.(\d+)\.(.+)", ours):
+            number, part = block.groups()
+            module, _, kind = part.rpartition(".")
+            known = parts.get(part) or (f"{parts[module]}.{kind}" if module in parts else part)
+            ours = f"blocks.{number}.{known}" if known != part or module in parts else name
+        pairs.append((ours, tensor))
+    return _without_doubles(pairs, source), notes
+
+
+def _without_doubles(pairs: Iterable[tuple[str, Tensor]], source: str) -> Weights:
+    """One tensor for each name; copies may repeat, as in what `beit2mmseg.py` writes."""
+    weights: Weights = {}
+    for name, tensor in pairs:
+        if name in weights and not torch.equal(weights[name], tensor):
+            raise BadInput(
+                f"{source} holds two different tensors for {name}: it mixes the names of several "
+                "programs; give a file that one of them wrote"
+            )
+        weights[name] = tensor
+    return weights
+
+
+# ---- transformers --------------------------------------------------------------------------------
+# In files: the names of version 4, which version 5 also reads, and mostly writes. In memory version
+# 5 has others, which files of its pre-releases hold.
+
+BLOCKS = re.compile(
+    r"(?:vit\.)?(?P<encoder>encoder\.layer|layers)\.(?P<e>\d+)\.(?P<ep>.+)\.(?P<ek>weight|bias)"
+    r"|decoder\.(?P<decoder>decoder_layers|decoder_encoder\.layer)\.(?P<d>\d+)\.(?P<dp>.+)"
+    r"\.(?P<dk>weight|bias)"
+)
+PARTS = {
+    "norm1": "layernorm_before",
+    "norm2": "layernorm_after",
+    "attn.proj": "attention.output.dense",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
+}
+PARTS_IN_MEMORY = {"attn.proj": "attention.o_proj", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
+QKV = ("query", "key", "value")
+OUTSIDE = {
+    "cls_token": "vit.embeddings.cls_token",
+    "pos_embed": "vit.embeddings.position_embeddings",
+    "patch_embed.proj": "vit.embeddings.patch_embeddings.projection",
+    "norm": "vit.layernorm",
+    "head": "classifier",
+    "mask_token": "decoder.mask_token",
+    "decoder_pos_embed": "decoder.decoder_pos_embed",
+    "decoder_embed": "decoder.decoder_embed",
+    "decoder_norm": "decoder.decoder_norm",
+    "decoder_pred": "decoder.decoder_pred",
+}
+# Of models that we have no use for; no image's features depend on them.
+UNUSED = re.compile(r"(vit\.)?(pooler\.dense\.(weight|bias)|embeddings\.mask_token)")
+
+
+def to_transformers(weights: Mapping[str, Tensor]) -> Weights:
+    """A plain model (no LScale, no phases, no probe) in the names of transformers' files."""
+    named = {}
+    for key, tensor in weights.items():
+        module, _, kind = key.rpartition(".")
+        block = re.fullmatch(r"(decoder_)?blocks\.(\d+)\.(.+)", module)
+        if block is None:
+            named[OUTSIDE[key] if key in OUTSIDE else f"{OUTSIDE[module]}.{kind}"] = tensor
+            continue
+        trunk = "decoder.decoder_layers" if block[1] else "vit.encoder.layer"
+        if block[3] != "attn.qkv":
+            named[f"{trunk}.{block[2]}.{PARTS[block[3]]}.{kind}"] = tensor
+            continue
+        for part, name in zip(tensor.chunk(3), QKV, strict=True):
+            named[f"{trunk}.{block[2]}.attention.attention.{name}.{kind}"] = part
+    return named
+
+
+def from_transformers(weights: Mapping[str, Tensor], source: str) -> tuple[Weights, list[str]]:
+    """ViT and ViTMAE of transformers, with or without head or decoder; and what was left out."""
+    parts = {theirs: ours for known in (PARTS, PARTS_IN_MEMORY) for ours, theirs in known.items()}
+    outside = {theirs.removeprefix("vit."): ours for ours, theirs in OUTSIDE.items()}
+    pairs, unused = [], []
+    attention: dict[str, dict[str, tuple[str, Tensor]]] = {}
+    for key, tensor in weights.items():
+        if UNUSED.fullmatch(key):
+            unused.append(key)
+            continue
+        bare = key.removeprefix("vit.")
+        module, _, kind = bare.rpartition(".")
+        if bare in outside or module in outside:
+            pairs.append((outside.get(bare) or f"{outside[module]}.{kind}", tensor))
+            continue
+        found = BLOCKS.fullmatch(key)
+        if found is None:
+            pairs.append((key, tensor))
+            continue
+        trunk = "blocks" if found["encoder"] else "decoder_blocks"
+        number, part, kind = (
+            found[k] for k in (("e", "ep", "ek") if found["e"] else ("d", "dp", "dk"))
+        )
+        one = re.fullmatch(r"attention\.(?:attention\.(query|key|value)|([qkv])_proj)", part)
+        if one is not None:
+            fused = f"{trunk}.{number}.attn.qkv.{kind}"
+            letter = (one[1] or one[2])[0]
+            attention.setdefault(fused, {})[letter] = (key, tensor)
+        else:
+            known = parts.get(part)
+            pairs.append((f"{trunk}.{number}.{known}.{kind}" if known else key, tensor))
+    for fused, three in attention.items():
+        tensors = [three[letter][1] for letter in "qkv" if letter in three]
+        if len({t.shape for t in tensors}) == 1 and len(tensors) == 3:
+            pairs.append((fused, torch.cat(tensors)))
+        else:  # left as they are, for the loading to name them
+            pairs += three.values()
+    notes = [f"left out, for nothing depends on it: {', '.join(unused)}"] if unused else []
+    return _without_doubles(pairs, source), notes
+
+
+def config_of(
+    arguments: Mapping[str, Any], eps: float, classes: list[str] | None
+) -> dict[str, Any]:
+    """transformers' config.json of a plain model.
+
+    Args:
+        arguments: of `MaskedAutoencoderViT` (it has decoder_embed_dim) or `VisionTransformer`.
+        classes: names for id2label; None: numbers.
+    """
+    decoder = "decoder_embed_dim" in arguments
+    (h, w), (ph, pw) = arguments["img_size"], arguments["patch_size"]
+    D, ratio = arguments["embed_dim"], arguments["mlp_ratio"]
+    config = {
+        "architectures": ["ViTMAEForPreTraining" if decoder else "ViTForImageClassification"],
+        "model_type": "vit_mae" if decoder else "vit",
+        "image_size": h if h == w else [h, w],
+        "patch_size": ph if ph == pw else [ph, pw],
+        "num_channels": arguments["in_chans"],
+        "hidden_size": D,
+        "num_hidden_layers": arguments["depth"],
+        "num_attention_heads": arguments["num_heads"],
+        "intermediate_size": int(D * ratio),
+        "hidden_act": "gelu",
+        "qkv_bias": True,
+        "layer_norm_eps": eps,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    }
+    if decoder:
+        width = arguments["decoder_embed_dim"]
+        return config | {
+            "decoder_hidden_size": width,
+            "decoder_num_hidden_layers": arguments["decoder_depth"],
+            "decoder_num_attention_heads": arguments["decoder_num_heads"],
+            "decoder_intermediate_size": int(width * ratio),
+            "mask_ratio": 0.75,
+            "norm_pix_loss": arguments["norm_pix_loss"],
+        }
+    names = classes or [f"LABEL_{i}" for i in range(arguments["num_classes"])]
+    return config | {
+        "id2label": {str(i): name for i, name in enumerate(names)},
+        "label2id": {name: i for i, name in enumerate(names)},
+    }
+
+
+def arguments_of(config: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """What a config.json of transformers says of the model.
+
+    Returns:
+        `model_args` of our class, `norm_eps`, and `classes` where they have names.
+
+    Raises:
+        BadInput: another kind of model, or one that ours cannot be.
+    """
+    kind = config.get("model_type")
+    if kind not in ("vit", "vit_mae"):
+        raise BadInput(
+            f"{source} is a {kind} of transformers; expected vit or vit_mae (ViTMAEForPreTraining, "
+            "ViTForImageClassification, or their encoders)"
+        )
+    # A file that does not say has transformers' defaults, which are ViT's too.
+    for name, expected in (("hidden_act", "gelu"), ("qkv_bias", True)):
+        if config.get(name, expected) != expected:
+            raise BadInput(
+                f"{source} has {name} {config[name]}, our encoder's is {expected}: it would be "
+                "another function"
+            )
+    names = {
+        "img_size": "image_size",
+        "patch_size": "patch_size",
+        "in_chans": "num_channels",
+        "embed_dim": "hidden_size",
+        "depth": "num_hidden_layers",
+        "num_heads": "num_attention_heads",
+    }
+    if kind == "vit_mae":
+        names |= {
+            "decoder_embed_dim": "decoder_hidden_size",
+            "decoder_depth": "decoder_num_hidden_layers",
+            "decoder_num_heads": "decoder_num_attention_heads",
+            "norm_pix_loss": "norm_pix_loss",
+        }
+    needed = [*names.values(), "intermediate_size", "layer_norm_eps"]
+    if absent := [name for name in needed if name not in config]:
+        raise BadInput(f"the config.json of {source} lacks {', '.join(absent)}")
+    arguments = {ours: config[theirs] for ours, theirs in names.items()}
+    arguments["mlp_ratio"] = config["intermediate_size"] / config["hidden_size"]
+    found = {"model_args": arguments, "norm_eps": config["layer_norm_eps"]}
+    labels = config.get("id2label", {})
+    if kind == "vit" and labels and not all(v == f"LABEL_{k}" for k, v in labels.items()):
+        found["classes"] = [labels[k] for k in sorted(labels, key=int)]
+    return found

@@ -880,7 +880,7 @@ BAD_INPUT = {
     "no classifier": ([ALONE, "--model=mae_vit_micro_patch4"], "is no classifier"),
     "nothing to start from": ([ALONE], "--model NAME"),
     "missing file": (["--finetune={root}/none.pth"], "does not exist"),
-    "a folder": (["--finetune={root}"], "is not a file"),
+    "a folder": (["--finetune={root}"], "holds no weights"),
     "cut": (["--finetune={root}/cut.pth"], "is not readable"),
     "one bit": (["--finetune={root}/bit.pth"], "checksum"),
     "cut, of another program": (["--finetune={root}/foreign-cut.pth"], "is not readable"),

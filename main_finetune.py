@@ -41,6 +41,7 @@ from util.config import (
     settings_of,
     size_pair,
 )
+from util.convert import read_encoder
 from util.datasets import DATASETS, build_dataset
 from util.dist import Processes, distribute, processes
 from util.errors import BadInput, RunFailed, command
@@ -224,20 +225,25 @@ def check_classes(found: Sequence[str], expected: Sequence[str] | None, outputs:
 
 
 def new_model(
-    args: argparse.Namespace, source: ImageSource, num_classes: int
+    args: argparse.Namespace, origin: dict[str, Any] | None, in_chans: int, num_classes: int
 ) -> tuple[Any, dict[str, Any]]:
-    """The model that the flags describe, with a fresh head, and its arguments in plain types."""
+    """The model that the flags describe, with a fresh head, and its arguments in plain types.
+
+    Args:
+        origin: what --finetune holds; None: from scratch.
+    """
     own = {
         "num_classes": num_classes,
         "global_pool": args.global_pool,
         "probe": args.tune == "linear",
         "drop_path": args.drop_path,
     }
-    if args.finetune:
+    if origin is not None:
         given = [f"--{n}" for n in ("lscale_init", "patch_size", "in_chans") if getattr(args, n)]
         if given:
             raise BadInput(f"{', '.join(given)} with --finetune: the checkpoint says what it is")
-        model, arguments, _ = models_zoo.load_classifier(
+        model, arguments, _ = models_zoo.classifier_of(
+            origin,
             args.finetune,
             args.model,
             img_size=args.input_size,
@@ -254,19 +260,11 @@ def new_model(
         raise BadInput(
             f"{args.model} is no classifier; choose from {', '.join(models_zoo.CLASSIFIERS)}"
         )
-    arguments |= {"in_chans": source.channels, "lscale_init": args.lscale_init}
+    arguments |= {"in_chans": in_chans, "lscale_init": args.lscale_init}
     arguments["img_size"] = list(args.input_size or (arguments["img_size"],) * 2)
     if args.patch_size is not None:
         arguments["patch_size"] = list(args.patch_size)
     return models_zoo.create_model(args.model, **arguments), arguments
-
-
-def channels_of(args: argparse.Namespace) -> int | None:
-    """Channels that the encoder to start from takes; None: those of the data set."""
-    if not args.finetune:
-        return args.in_chans
-    state = load_state(args.finetune)
-    return models_zoo.read_encoder(state, args.finetune, args.input_size).arguments["in_chans"]
 
 
 def build_augmentation(
@@ -406,7 +404,13 @@ def finetune(args: argparse.Namespace, procs: Processes) -> None:
     # ------------------------------------------------------------------------------- data
     # One process lists a folder or fetches a file; the others find what it left on the disk.
     with procs.main_first():
-        channels = saved["model_args"]["in_chans"] if saved else channels_of(args)
+        channels, origin = args.in_chans, None
+        if saved:
+            channels = saved["model_args"]["in_chans"]
+        elif args.finetune:
+            origin = load_state(args.finetune)
+            stored = read_encoder(origin, args.finetune, args.input_size)
+            channels = stored.arguments["in_chans"]
         source = open_set(args, "train", channels)
         if args.train_images is not None:
             source = Subset(source, evenly(len(source), args.train_images))
@@ -426,7 +430,8 @@ def finetune(args: argparse.Namespace, procs: Processes) -> None:
         model = models_zoo.VisionTransformer(**model_args)
         check_classes(source.classes, saved["classes"], model_args["num_classes"])
     else:
-        model, model_args = new_model(args, source, num_classes)
+        model, model_args = new_model(args, origin, source.channels, num_classes)
+    origin = None  # its weights are in the model now
     tuned = model.freeze_to(args.tune)
     model.to(device)
     model.set_grad_checkpointing(args.grad_checkpointing)
@@ -493,8 +498,8 @@ def finetune(args: argparse.Namespace, procs: Processes) -> None:
         "images": len(source),
     }
     best: dict[str, Any] = {"top1": -1.0, "epoch": -1}
-    if path is not None:
-        saved = ckpt.load_resume(path, TASK, arithmetic, notes, allow_changes=args.allow_changes)
+    if saved is not None and path is not None:
+        ckpt.check_resume(saved, path, arithmetic, notes, allow_changes=args.allow_changes)
         ckpt.load_weights(model, saved["model"], "the checkpoint")
         if ema is not None:
             ckpt.load_weights(ema.module, saved.get("ema", saved["model"]), "the checkpoint")
@@ -536,7 +541,7 @@ def finetune(args: argparse.Namespace, procs: Processes) -> None:
         learning = sum(sizes[name] for name in tuned)
         say(
             f"{args.tune}: {learning:,} of {sum(sizes.values()):,} parameters learn "
-            f" ({len(tuned)} tensors); {len(source):,} images of {args.dataset}, "
+            f"({len(tuned)} tensors); {len(source):,} images of {args.dataset}, "
             f"{num_classes} classes; global batch {sampler.global_batch} = {args.batch_size} x "
             f"{procs.world_size} processes x {args.accum_iter}; lr {lr:.3g}; {args.precision} on "
             f"{device}"

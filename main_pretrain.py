@@ -274,7 +274,8 @@ def pretrain(args: argparse.Namespace, procs: Processes) -> None:
     path, notes = ckpt.start_of(folder, TASK, args.resume, procs.gather)
     state = None
     if path is not None:
-        state = ckpt.load_resume(path, TASK, arithmetic, notes, allow_changes=args.allow_changes)
+        state = ckpt.load_task(path, TASK)
+        ckpt.check_resume(state, path, arithmetic, notes, allow_changes=args.allow_changes)
         ckpt.load_weights(model, state["model"], "the checkpoint")
         optimizer.load_state_dict(state["optimizer"])
         optimizer_step.scaler.load_state_dict(state["scaler"])

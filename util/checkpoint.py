@@ -344,25 +344,25 @@ def load_task(path: Path, task: str) -> dict[str, Any]:
     return state
 
 
-def load_resume(
+def check_resume(
+    state: Mapping[str, Any],
     path: Path,
-    task: str,
     arithmetic: Mapping[str, Any],
     notes: list[str],
     *,
     allow_changes: bool,
-) -> dict[str, Any]:
-    """A checkpoint to go on from, found to be of this task and this arithmetic.
+) -> None:
+    """Refuse to go on from a checkpoint of another arithmetic.
 
     Args:
+        state: its contents, see `load_task`.
         arithmetic: the settings that change the numbers, of this run.
         notes: what the reader should know is added.
         allow_changes: note differences instead of refusing them.
 
     Raises:
-        BadInput: unreadable, of another task, or of other settings; with the differences.
+        BadInput: other settings; with the differences.
     """
-    state = load_task(path, task)
     changed = "; ".join(differences(state["arithmetic"], arithmetic))
     if changed and not allow_changes:
         raise BadInput(
@@ -372,7 +372,6 @@ def load_resume(
     if changed:
         notes.append(f"changed since {path.name}: {changed}")
     notes.append(f"going on from {path}, {state['step']} steps done")
-    return state
 
 
 def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:

@@ -19,7 +19,6 @@ import torch
 from timm.data.mixup import Mixup
 from timm.data.random_erasing import RandomErasing
 from timm.utils import ModelEmaV3
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 import models_zoo
@@ -33,6 +32,7 @@ from util.config import (
     add_data_flags,
     add_optimisation_flags,
     add_run_flags,
+    add_shard_flag,
     arithmetic_of,
     fill_unset,
     number,
@@ -52,6 +52,7 @@ from util.randomness import EpochSampler, EvalSampler, evenly
 from util.run import Run, due
 from util.samples import LabelledSamples, build_loader, default_workers
 from util.schedule import CosineSchedule, scaled_lr
+from util.shard import Placed, optimizer_parts
 from util.step import OptimizerStep
 from util.transforms import EvalTransform, FinetuneTransform
 from util.weights import load_state
@@ -170,6 +171,7 @@ def build_parser() -> FlagParser:
         "--layer_decay", type=number(float, 0, 1, open_low=True), help="by --tune", **unset
     )
     group.add_argument("--betas", type=number(float, 0, 1), nargs=2, default=[0.9, 0.999])
+    add_shard_flag(parser)
     add_run_flags(parser)
     group = add_checkpoint_flags(parser)
     group.add_argument("--eval_every", type=number(int, 0), default=1)
@@ -433,10 +435,14 @@ def finetune(args: argparse.Namespace, procs: Processes) -> None:
         model, model_args = new_model(args, origin, source.channels, num_classes)
     origin = None  # its weights are in the model now
     tuned = model.freeze_to(args.tune)
-    model.to(device)
     model.set_grad_checkpointing(args.grad_checkpointing)
+    ema = averaged = None
+    if args.ema_decay is not None:  # a copy, which a model in shards does not allow
+        # All at once (foreach) does not take parameters in shards beside buffers that are not.
+        ema = ModelEmaV3(model, decay=args.ema_decay, foreach=not args.shard)
+        averaged = Placed(ema.module, procs, shard=args.shard)
+    placed = Placed(model, procs, shard=args.shard)
     trained = distribute(model, procs)
-    ema = ModelEmaV3(model, decay=args.ema_decay) if args.ema_decay is not None else None
 
     transform = FinetuneTransform(
         model.img_size,
@@ -500,24 +506,25 @@ def finetune(args: argparse.Namespace, procs: Processes) -> None:
     best: dict[str, Any] = {"top1": -1.0, "epoch": -1}
     if saved is not None and path is not None:
         ckpt.check_resume(saved, path, arithmetic, notes, allow_changes=args.allow_changes)
-        ckpt.load_weights(model, saved["model"], "the checkpoint")
-        if ema is not None:
-            ckpt.load_weights(ema.module, saved.get("ema", saved["model"]), "the checkpoint")
-        optimizer.load_state_dict(saved["optimizer"])
+        ckpt.load_weights(model, placed.parts(saved["model"]), "the checkpoint")
+        if averaged is not None:
+            weights = averaged.parts(saved.get("ema", saved["model"]))
+            ckpt.load_weights(averaged.model, weights, "the checkpoint")
+        optimizer.load_state_dict(optimizer_parts(optimizer, saved["optimizer"]))
         optimizer_step.scaler.load_state_dict(saved["scaler"])
         best = saved["best"]
 
     def snapshot() -> dict[str, Any]:
-        averaged: dict[str, Tensor] = {} if ema is None else ema.module.state_dict()
+        means = averaged and {"ema": averaged.full(averaged.model.state_dict())}
         return {
             "model_name": args.model,
             "model_args": model_args,
-            "model": model.state_dict(),
-            **({"ema": averaged} if averaged else {}),
+            "model": placed.full(model.state_dict()),
+            **(means or {}),
             "classes": list(source.classes),
             "tune": args.tune,
             "best": best,
-            "optimizer": optimizer.state_dict(),
+            "optimizer": placed.full(optimizer.state_dict()),
             "scaler": optimizer_step.scaler.state_dict(),
             "data": {"dataset": args.dataset, "mean": source.mean, "std": source.std},
         }
@@ -544,7 +551,7 @@ def finetune(args: argparse.Namespace, procs: Processes) -> None:
             f"({len(tuned)} tensors); {len(source):,} images of {args.dataset}, "
             f"{num_classes} classes; global batch {sampler.global_batch} = {args.batch_size} x "
             f"{procs.world_size} processes x {args.accum_iter}; lr {lr:.3g}; {args.precision} on "
-            f"{device}"
+            f"{device}, {placed}"
         )
 
     # ----------------------------------------------------------------------------- epochs
@@ -572,10 +579,12 @@ def finetune(args: argparse.Namespace, procs: Processes) -> None:
                 numbered = epoch if due(args.save_every, epoch, args.epochs) else None
                 run.save(step, "measuring" if measuring else "done", numbered)
             if measure is not None and measuring:
-                result = measure(model)
+                with placed.whole() as whole:
+                    result = measure(whole)
                 values = result.summary()
-                if ema is not None:
-                    result = measure(ema.module)
+                if averaged is not None:
+                    with averaged.whole() as whole:
+                        result = measure(whole)
                     values |= {f"ema_{k}": v for k, v in result.summary().items() if k != "images"}
                 run.logger.record("eval", step, epoch=epoch, **values)
                 better = result.summary()["top1"] > best["top1"]

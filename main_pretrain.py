@@ -24,6 +24,7 @@ from util.config import (
     add_method_flags,
     add_optimisation_flags,
     add_run_flags,
+    add_shard_flag,
     arithmetic_of,
     number,
     resolve_method,
@@ -42,6 +43,7 @@ from util.randomness import EpochSampler, EvalSampler, evenly
 from util.run import Run, due
 from util.samples import PretrainSamples, build_loader, default_workers
 from util.schedule import CosineSchedule, scaled_lr
+from util.shard import Placed, optimizer_parts
 from util.step import OptimizerStep
 from util.transforms import EvalTransform, PretrainTransform
 from util.visualize import panels, picture_grid, save_png
@@ -94,6 +96,7 @@ def build_parser() -> FlagParser:
     )
     add_optimisation_flags(parser)
     parser.set_defaults(epochs=400, warmup_epochs=40.0, blr=1.5e-4)
+    add_shard_flag(parser)
     add_run_flags(parser)
     group = add_checkpoint_flags(parser)
     group.add_argument("--picture_every", type=number(int, 0), default=20)
@@ -242,8 +245,8 @@ def pretrain(args: argparse.Namespace, procs: Processes) -> None:
         held_out = held_out_set(val_source, model, args.eval_images, args.batch_size, procs)
 
     # ------------------------------------------------------------------------------ model
-    model.to(device)
     model.set_grad_checkpointing(args.grad_checkpointing)
+    placed = Placed(model, procs, shard=args.shard)
     trained = distribute(model, procs)
 
     # ------------------------------------------------------------- optimiser and schedule
@@ -276,16 +279,16 @@ def pretrain(args: argparse.Namespace, procs: Processes) -> None:
     if path is not None:
         state = ckpt.load_task(path, TASK)
         ckpt.check_resume(state, path, arithmetic, notes, allow_changes=args.allow_changes)
-        ckpt.load_weights(model, state["model"], "the checkpoint")
-        optimizer.load_state_dict(state["optimizer"])
+        ckpt.load_weights(model, placed.parts(state["model"]), "the checkpoint")
+        optimizer.load_state_dict(optimizer_parts(optimizer, state["optimizer"]))
         optimizer_step.scaler.load_state_dict(state["scaler"])
 
     def snapshot() -> dict[str, Any]:
         return {
             "model_name": args.model,
             "model_args": model_args,
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
+            "model": placed.full(model.state_dict()),
+            "optimizer": placed.full(optimizer.state_dict()),
             "scaler": optimizer_step.scaler.state_dict(),
             "data": {"dataset": args.dataset, "mean": source.mean, "std": source.std},
         }
@@ -309,7 +312,7 @@ def pretrain(args: argparse.Namespace, procs: Processes) -> None:
             f"{args.model} ({args.method}), {sum(p.numel() for p in model.parameters()):,} "
             f"parameters; {len(source):,} images of {args.dataset}; global batch "
             f"{sampler.global_batch} = {args.batch_size} x {procs.world_size} processes x "
-            f"{args.accum_iter}; lr {lr:.3g}; {args.precision} on {device}"
+            f"{args.accum_iter}; lr {lr:.3g}; {args.precision} on {device}, {placed}"
         )
 
     # ----------------------------------------------------------------------------- epochs
@@ -336,23 +339,24 @@ def pretrain(args: argparse.Namespace, procs: Processes) -> None:
                 run.end_epoch(epoch, step)
                 numbered = epoch if due(args.save_every, epoch, args.epochs) else None
                 run.save(step, "measuring" if measuring or drawing else "done", numbered)
-            if held_out and measuring:
-                table = evaluate(
-                    model,
-                    held_out.loader,
-                    held_out.masker,
-                    mean=source.mean,
-                    std=source.std,
-                    device=device,
-                    sum_over_ranks=procs.sum,
-                )
-                report(run.logger, table, step, epoch, held_out.sampler.total)
-            if held_out and drawing and procs.main:
-                title = f"{args.model} ({args.method}) after epoch {epoch}, held-out images"
-                picture = draw_pictures(model, held_out, device, title)
-                save_png(folder / "pictures" / f"epoch-{epoch}.png", picture)
-                run.logger.picture("reconstruction", step, np.asarray(picture))
-            if measuring or drawing:
+            if held_out and (measuring or drawing):
+                with placed.whole() as whole:
+                    if measuring:
+                        table = evaluate(
+                            whole,
+                            held_out.loader,
+                            held_out.masker,
+                            mean=source.mean,
+                            std=source.std,
+                            device=device,
+                            sum_over_ranks=procs.sum,
+                        )
+                        report(run.logger, table, step, epoch, held_out.sampler.total)
+                    if drawing and procs.main:
+                        title = f"{args.model} ({args.method}) after epoch {epoch}, held-out images"
+                        picture = draw_pictures(whole, held_out, device, title)
+                        save_png(folder / "pictures" / f"epoch-{epoch}.png", picture)
+                        run.logger.picture("reconstruction", step, np.asarray(picture))
                 run.save(step, "done")
 
         # -------------------------------------------------------------------------- close

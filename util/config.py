@@ -18,7 +18,7 @@ from util.step import PRECISIONS
 HOUSEKEEPING = {
     "output_dir", "log_dir", "device", "num_workers", "pin_mem", "log_every", "save_every",
     "eval_every", "resume", "list_models", "data_path", "batch_size", "accum_iter", "save_minutes",
-    "keep", "allow_changes", "nan_policy", "grad_checkpointing", "max_bad_images",
+    "keep", "allow_changes", "nan_policy", "grad_checkpointing", "max_bad_images", "shard",
 }  # fmt: skip
 
 # What `--method` presets; each flag of its own overrides.
@@ -256,6 +256,16 @@ def add_optimisation_flags(parser: FlagParser, unset: Sequence[str] = ()) -> Non
     for action in parser._actions:
         if action.dest in unset:
             action.default = argparse.SUPPRESS
+
+
+def add_shard_flag(parser: FlagParser) -> None:
+    """`--shard`, for the mains that place their model by `util.shard`."""
+    parser.add_argument(
+        "--shard",
+        action="store_true",
+        help="each process keeps its share of parameters, gradients and optimiser state instead of "
+        "all: for models that outgrow a GPU",
+    )
 
 
 def add_checkpoint_flags(parser: FlagParser) -> Any:

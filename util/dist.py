@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from util.errors import BadInput, RunFailed, Stopped
@@ -213,8 +214,11 @@ def processes(device_name: str, folder: Path) -> Iterator[Processes]:
 
 
 def distribute(model: nn.Module, procs: Processes) -> nn.Module:
-    """The model itself, or wrapped so that its gradients are those of all processes."""
-    if procs.world_size == 1:
+    """The model itself, or wrapped so that its gradients are those of all processes.
+
+    One in shards (`util.shard`) exchanges its gradients by itself.
+    """
+    if procs.world_size == 1 or isinstance(model, FSDPModule):
         return model
     ids = [procs.device.index] if procs.device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)

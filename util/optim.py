@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from util.errors import BadInput
+from util.shard import local, total_norm
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -107,7 +108,8 @@ class LARS(torch.optim.Optimizer):
     norms neither. Then v = momentum v + g and p -= lr v.
 
     It leaves out a step like a fused optimiser: where the tensor `found_inf` is not 0, neither
-    parameter nor momentum changes, and the host need not know. So it works in `util.step`.
+    parameter nor momentum changes, and the host need not know. So it works in `util.step`. Norms
+    of parameters in shards are those of the whole parameter.
 
     Args:
         params: parameters or groups; a group may have `lr`, `weight_decay`, `momentum` and
@@ -160,21 +162,23 @@ class LARS(torch.optim.Optimizer):
     def _update(
         self, p: Tensor, gradient: Tensor, group: dict[str, Any], skip: Tensor | None
     ) -> None:
+        trust: float | Tensor = 1.0
         if p.ndim > 1:
             gradient = gradient.add(p, alpha=group["weight_decay"])
-            p_norm, norm = p.norm(), gradient.norm()
-            trust = group["trust_coefficient"] * p_norm / norm
-            gradient = gradient * trust.where((p_norm > 0) & (norm > 0), 1.0)
+            p_norm, norm = total_norm([p]), total_norm([gradient])
+            ratio = group["trust_coefficient"] * p_norm / norm
+            trust = ratio.where((p_norm > 0) & (norm > 0), 1.0)
         state = self.state[p]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(p)
-        before = state["momentum_buffer"]
-        velocity = before * group["momentum"] + gradient
-        moved = p - group["lr"] * velocity
+        # From here on each entry is by itself, so shards need no more than their own.
+        old, before = local(p), local(state["momentum_buffer"])
+        velocity = before * group["momentum"] + local(gradient) * trust
+        moved = old - group["lr"] * velocity
         if skip is not None:  # chosen, not multiplied by 0: the gradient may be NaN
-            velocity, moved = before.where(skip, velocity), p.where(skip, moved)
+            velocity, moved = before.where(skip, velocity), old.where(skip, moved)
         before.copy_(velocity)
-        p.copy_(moved)
+        old.copy_(moved)
 
 
 def create_lars(groups: list[dict[str, Any]], lr: float) -> LARS:

@@ -8,7 +8,10 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
+
+from util.shard import total_norm
 
 T = TypeVar("T")
 
@@ -78,8 +81,8 @@ class OptimizerStep:
     agree at once, without a message of their own.
 
     Args:
-        model: possibly wrapped for several processes; gradients are exchanged on the last
-            micro-step only.
+        model: possibly wrapped for several processes, or in shards; gradients are exchanged on the
+            last micro-step only.
         optimizer: fused, so that it honours `found_inf`.
         precision: a key of `PRECISIONS`; bf16 and fp16 are autocast, parameters stay float32; fp16
             scales the loss (`scaler`).
@@ -127,6 +130,10 @@ class OptimizerStep:
         return self._update(torch.stack(losses).mean())
 
     def _exchange(self, last: bool) -> Any:
+        if isinstance(self.model, FSDPModule):
+            # Until the last micro-step every process keeps gradients of the whole model.
+            self.model.set_requires_gradient_sync(last)
+            return nullcontext()
         if last or not isinstance(self.model, DistributedDataParallel):
             return nullcontext()
         return self.model.no_sync()
@@ -139,7 +146,7 @@ class OptimizerStep:
     def _update(self, loss: Tensor) -> StepResult:
         self.scaler.unscale_(self.optimizer)  # does nothing without fp16, as the scaler's others
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
+        norm = total_norm(gradients)
         if self.clip_grad is not None:
             nn.utils.clip_grads_with_norm_(self.parameters, self.clip_grad, norm)
         skipped = (~norm.isfinite()).float()

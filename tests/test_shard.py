@@ -109,7 +109,7 @@ def keys_in(state: Any) -> Any:
 @pytest.mark.dist
 @pytest.mark.parametrize("decoder", ["full", "cross"])
 def test_shards_change_nothing_but_rounding_and_memory(decoder: str, tmp_path: Path) -> None:
-    runs = {(1, False), (2, True)} | ({(2, False), (3, True)} if decoder == "full" else set())
+    runs = {(1, False), (2, True)} | ({(3, True)} if decoder == "full" else set())
     states, kept, measured = {}, {}, {}
     for world, shard in sorted(runs):
         out = tmp_path / f"{world}-{shard}"
@@ -136,9 +136,8 @@ def test_shards_change_nothing_but_rounding_and_memory(decoder: str, tmp_path: P
         assert measured[split][0] == pytest.approx(measured[1, False][0], rel=1e-9)
         assert measured[split][1] == pytest.approx(measured[1, False][1], rel=1e-9)
     ((parameters, moments, _),) = kept[1, False]
-    for world in {
-        world for world, shard in runs if shard
-    }:  # nothing is kept twice, and nobody keeps much more than his share
+    for world in {world for world, shard in runs if shard}:
+        # Nothing is kept twice, and nobody keeps much more than his share.
         assert sum(k[0] for k in kept[world, True]) == parameters
         assert sum(k[1] for k in kept[world, True]) == moments == 2 * parameters
         assert max(k[1] for k in kept[world, True]) < 1.1 * moments / world
@@ -203,7 +202,9 @@ def test_a_loss_that_is_not_finite_on_one_process_is_skipped_by_all(
     skipped = [[r.get("skipped", 0) for r in records(f, "train")] for f in (whole, shards)]
     assert skipped[0] == skipped[1] and sum(skipped[0]) >= 1 and skipped[0][4] == 1
     assert load_file(whole / LAST)["scaler"] == load_file(shards / LAST)["scaler"]
-    losses = [[r["loss"] for r in records(f, "train") if not r["skipped"]] for f in (whole, shards)]
+    losses = [
+        [r["loss"] for r in records(f, "train") if not r.get("skipped")] for f in (whole, shards)
+    ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
     if precision == "fp32":  # 10 steps at lr 1.9e-4 at most
         assert distance(shards, whole) < 1e-6

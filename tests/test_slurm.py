@@ -387,6 +387,48 @@ def test_a_killed_task_ends_the_job_and_the_same_command_goes_on(
     check_same(tmp_path, undisturbed)
 
 
+@pytest.mark.slurm
+@pytest.mark.timeout(240)
+@pytest.mark.usefixtures("cluster", "hold")
+def test_a_node_that_dies(undisturbed: Path, tmp_path: Path) -> None:
+    """One job is all on it and goes on elsewhere, one has half of it there and waits for it.
+
+    The controller is told at once instead of finding out after SlurmdTimeout; no process of the
+    node says a word, and the step that the others are in needs none of it: so dies a machine.
+    """
+    jobs = {}
+    for name, layout in (("all", ONE_BY_TWO), ("half", TWO_BY_ONE)):
+        number = submit(tmp_path / name, [*layout, *FLAGS, "--save_minutes=1e-6"])
+        jobs[name] = Job(tmp_path / name, number)
+    for job in jobs.values():
+        wait_until_held(job.folder, job.number)
+    node = place(jobs["all"].number)
+    cluster = Path(os.environ["SLURM_CONF"]).parent
+    run(HERE / "slurm-on-one-machine", "fail", cluster, node)
+    try:
+        wait_for_end(jobs["all"].folder, jobs["all"].number)
+        assert state(jobs["half"].number) == "PENDING"
+    finally:
+        run(HERE / "slurm-on-one-machine", "repair", cluster, node)
+    wait_for_end(jobs["half"].folder, jobs["half"].number)
+    assert place(jobs["all"].number) != node
+    for job in jobs.values():
+        text = story(job.folder, job.number)
+        assert restarts(job.number) == 1
+        assert f"job {job.number} starts again, restart 1" in text
+        # Held in step 11 with a checkpoint every 4 steps; nobody could save after that.
+        assert f"going on from {job.folder}/{LAST}, 8 steps done" in text
+        check_same(job.folder, undisturbed)
+    log = (cluster / "log" / "slurmctld.log").read_text()
+    for job in jobs.values():
+        assert f"requeue job JobId={job.number} due to failure of node {node}" in log
+
+
+def place(job: str) -> str:
+    """Nodes of a job."""
+    return run("squeue", "-h", "-t", "all", "-j", job, "-o", "%N").strip()
+
+
 def task_of(job: str, rank: int) -> int:
     """The process of a task: all nodes are this machine."""
     wanted = {f"SLURM_JOB_ID={job}", f"SLURM_PROCID={rank}", "SUBMITIT_EXECUTOR=slurm"}
@@ -564,6 +606,27 @@ def test_dry_run_of_the_published_commands(
     (srun,) = [line for line in lines if line.startswith("srun ")]
     assert "--cpus-per-task=10 --kill-on-bad-exit=1 env --chdir=" in srun
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("answer", ["echo 'sinfo: error: Unable to contact' >&2; exit 1", None])
+def test_dry_run_without_an_answer(
+    answer: str | None, paper_cluster: Path, tmp_path: Path, run_main, monkeypatch
+) -> None:
+    folder = tmp_path / "bin"
+    if answer is None:
+        (folder / "srun").unlink()  # half of a Slurm
+        monkeypatch.setenv("PATH", str(folder))
+    else:
+        (folder / "sinfo").write_text(f"#!/bin/sh\n{answer}\n")
+    flags = [f"--job_dir={tmp_path}/job", "--partition=fast"]
+    code, out, err = run_main("submitit_pretrain", [*flags, "--dry_run"])
+    assert code == 0, err
+    reason = "no sbatch and srun on the PATH" if answer is None else "Unable to contact"
+    assert re.search(f"^not checked against .*{reason}", out, re.MULTILINE)
+    assert "#SBATCH --partition=fast" in out.splitlines()
+    assert not (tmp_path / "job").exists() and not (paper_cluster / "sbatch").exists()
+    code, _, err = run_main("submitit_pretrain", flags)  # what is submitted is checked
+    assert code == EXIT_BAD_INPUT and reason in err
 
 
 def test_dry_run_keeps_the_flags_of_the_main(

@@ -243,7 +243,7 @@ def submit(main: ModuleType, argv: Sequence[str] | None) -> None:
     shared = JobPaths.get_first_id_independent_folder(job_dir)
     if job.local:
         check_machine(job)
-    elif not job.dry_run or shutil.which("sbatch"):
+    else:
         check_cluster(job)
 
     files = project_files()
@@ -391,17 +391,26 @@ def check_machine(job: argparse.Namespace) -> None:
 def check_cluster(job: argparse.Namespace) -> None:
     """Whether the cluster has what the job asks for, as far as that can be known.
 
+    A dry run submits nothing, so it only notes that there was no cluster to ask.
+
     Raises:
         BadInput: no Slurm here; no such partition; more nodes, GPUs or CPUs than it has.
     """
     if shutil.which("sbatch") is None or shutil.which("srun") is None:
+        if job.dry_run:
+            print("not checked against a cluster: no sbatch and srun on the PATH")
+            return
         raise BadInput(
             "no sbatch and srun on the PATH: submit from a machine of the cluster that has them, "
             "or give --local; without Slurm start with torchrun"
         )
     answer = ask("sinfo", "--noheader", "--format=%P|%D|%G|%c")
     if answer.returncode:
-        raise BadInput(f"Slurm does not answer: {' '.join(answer.stderr.split())}")
+        reason = f"Slurm does not answer: {' '.join(answer.stderr.split())}"
+        if job.dry_run:
+            print(f"not checked against the cluster: {reason}")
+            return
+        raise BadInput(reason)
     rows = [line.split("|") for line in answer.stdout.split()]
     names = sorted({name.rstrip("*") for name, *_ in rows})
     asked = job.partition.split(",") if job.partition else []

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from launch import CONTEXT, TINY, launch, records, wait, wait_for_step
-from test_processes import break_loss
+from test_processes import NoHostSync, break_loss
 
 from models_zoo import create_model
 from util.checkpoint import LAST, load_file
@@ -189,15 +189,28 @@ def test_a_run_goes_on_with_and_without_shards(tmp_path: Path) -> None:
     assert "in 2 shards" in out.read_text()
 
 
+def watch_and_break(when: int) -> None:
+    """As `break_loss`, and a step that makes the host wait for the device fails."""
+    break_loss(when)
+    original = OptimizerStep.__call__
+
+    def call(self: OptimizerStep, *args: Any) -> Any:
+        with NoHostSync():
+            return original(self, *args)
+
+    OptimizerStep.__call__ = call  # type: ignore[method-assign]
+
+
 @pytest.mark.dist
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_loss_that_is_not_finite_on_one_process_is_skipped_by_all(
     precision: str, tmp_path: Path
 ) -> None:
+    prepare = {"fp32": watch_and_break, "fp16": break_loss}[precision]  # a scaler does wait
     for mode in ("", "--shard"):
         flags = [*FLAGS, f"--output_dir={tmp_path}/run{mode}", "--nan_policy=skip", "--epochs=1"]
         flags += ["--batch_size=12", f"--precision={precision}", *[mode][: len(mode)]]
-        assert wait(launch(flags, tmp_path / "out", 2, prepare=partial(break_loss, 5))) == [0, 0]
+        assert wait(launch(flags, tmp_path / "out", 2, prepare=partial(prepare, 5))) == [0, 0]
     whole, shards = tmp_path / "run", tmp_path / "run--shard"
     skipped = [[r.get("skipped", 0) for r in records(f, "train")] for f in (whole, shards)]
     assert skipped[0] == skipped[1] and sum(skipped[0]) >= 1 and skipped[0][4] == 1

@@ -141,7 +141,9 @@ class OptimizerStep:
     def _autocast(self) -> Any:
         if self.precision == "fp32":
             return nullcontext()
-        return torch.autocast(self.device.type, PRECISIONS[self.precision])
+        # In shards, weights are gathered to be freed again; a cache of their copies would keep all.
+        cache = not isinstance(self.model, FSDPModule)
+        return torch.autocast(self.device.type, PRECISIONS[self.precision], cache_enabled=cache)
 
     def _update(self, loss: Tensor) -> StepResult:
         self.scaler.unscale_(self.optimizer)  # does nothing without fp16, as the scaler's others

@@ -97,7 +97,7 @@ def test_columns_and_splits_by_name(tmp_path):
     two = {"fine": datasets.ClassLabel(names=NAMES), "coarse": datasets.ClassLabel(names=NAMES)}
     data = split(5, **two).rename_column("image", "picture")
     root = save(tmp_path / "two", everything=data, rest=data.select([1, 2]))
-    with pytest.raises(BadInput, match="no split train .* everything, rest"):
+    with pytest.raises(BadInput, match=r"no split train .* everything, rest"):
         build_dataset("imagefolder", "train", f"hf:{root}")
     place = f"hf:{root}?train=everything&val=rest"
     with pytest.raises(BadInput, match=r"several columns of classes \(fine, coarse\)"):

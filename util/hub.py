@@ -34,7 +34,7 @@ class HubSource(ImageSource):
 
     Args:
         name: as given, for messages.
-        data: the split, a `datasets.Dataset` of one column "image" whose files are not decoded.
+        data: the split, a `datasets.Dataset` of one column, images that it does not decode.
         labels: int32 [N].
         classes: names of the labels.
     """
@@ -46,6 +46,7 @@ class HubSource(ImageSource):
     ) -> None:
         super().__init__(f"hf:{name}", split, IMAGENET_MEAN, IMAGENET_STD, classes)
         self.data, self.labels = data, labels
+        (self.column,) = data.column_names
         self.labelled = bool(classes)
 
     def __len__(self) -> int:
@@ -54,7 +55,7 @@ class HubSource(ImageSource):
     def __getitem__(self, index: int) -> tuple[Image.Image | Tensor, int]:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        content = self.data[index]["image"]
+        content = self.data[index][self.column]
         label, pil = int(self.labels[index]), self.decoder == "pil"
         if content["bytes"] is None:
             read = read_image if pil else read_pixels
@@ -65,7 +66,7 @@ class HubSource(ImageSource):
         return decode_pixels(bytearray(content["bytes"]), name, self.channels), label
 
     def encoded(self, index: int) -> tuple[bytes, int]:
-        content = self.data[index]["image"]
+        content = self.data[index][self.column]
         data = content["bytes"]
         return Path(content["path"]).read_bytes() if data is None else data, int(self.labels[index])
 
@@ -96,8 +97,8 @@ def hugging_face(split: str, place: PathLike) -> ImageSource:
     datasets = needs("datasets", "datasets")
     image = image_column(data, options.get("image"), name)
     labels, classes = read_labels(data, options.get("label"), name)
-    data = data.select_columns([image]).rename_column(image, "image")
-    data = data.with_format(None).cast_column("image", datasets.Image(decode=False))
+    data = data.select_columns([image]).with_format(None)
+    data = data.cast_column(image, datasets.Image(decode=False))
     return HubSource(name, split, data, labels, classes)
 
 

@@ -101,7 +101,8 @@ def train_one_epoch(
     device = optimizer_step.device
 
     def forward(batch: dict[str, Any]) -> Tensor:
-        images = batch["image"].to(device, non_blocking=True)
+        # Channels may come innermost, which is how they are decoded; the model has its own order.
+        images = batch["image"].to(device, non_blocking=True).contiguous()
         noise = batch["noise"].to(device, non_blocking=True)
         mask = masker(images, noise)
         order = noise[:, -1] if partial else None

@@ -466,6 +466,7 @@ def finetune(args: argparse.Namespace, procs: Processes) -> None:
         sampler,
         num_workers=workers,
         pin_memory=args.pin_mem and device.type == "cuda",
+        prefetch_factor=args.prefetch_factor,
     )
     augmentation = build_augmentation(args, num_classes, device)
     measure = None
@@ -502,6 +503,7 @@ def finetune(args: argparse.Namespace, procs: Processes) -> None:
         "processes": procs.world_size,  # mixup and drop path are drawn by process and micro-step
         "micro_steps": args.accum_iter,
         "images": len(source),
+        "stored": source.stored,
     }
     best: dict[str, Any] = {"top1": -1.0, "epoch": -1}
     if saved is not None and path is not None:

@@ -214,6 +214,7 @@ def extract(
     batch_size: int,
     num_workers: int,
     pin_memory: bool,
+    prefetch_factor: int = 2,
     files: FeatureFiles | None = None,
 ) -> tuple[Bank, list[int]]:
     """Features of this process's share of a split. A collective.
@@ -221,6 +222,7 @@ def extract(
     Args:
         kind: cls | avg | both.
         batch_size, num_workers: per process.
+        prefetch_factor: batches that each worker has ready.
         files: take the features as they are.
 
     Returns:
@@ -239,6 +241,7 @@ def extract(
         sampler,
         num_workers=num_workers,
         pin_memory=pin_memory,
+        prefetch_factor=prefetch_factor,
     )
     share = len(sampler.indices)
     bank = Bank(
@@ -344,6 +347,7 @@ def measure(args: argparse.Namespace, procs: Processes) -> None:
                 batch_size=args.batch_size,
                 num_workers=default_workers(procs.local_size) if workers is None else workers,
                 pin_memory=args.pin_mem and device.type == "cuda",
+                prefetch_factor=args.prefetch_factor,
                 files=files,
             )
             if files is not None:

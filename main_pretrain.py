@@ -35,7 +35,7 @@ from util.config import (
 from util.datasets import DATASETS, build_dataset
 from util.dist import Processes, distribute, processes
 from util.errors import BadInput, command, needs
-from util.images import ImageSource
+from util.images import IMAGE_DECODERS, ImageSource
 from util.logger import RunLogger, say
 from util.masking import count_visible, create_strategy
 from util.optim import create_adamw, parameter_groups
@@ -45,7 +45,7 @@ from util.samples import PretrainSamples, build_loader, default_workers
 from util.schedule import CosineSchedule, scaled_lr
 from util.shard import Placed, optimizer_parts
 from util.step import OptimizerStep
-from util.transforms import EvalTransform, PretrainTransform
+from util.transforms import EvalTransform, pretrain_transform
 from util.visualize import panels, picture_grid, save_png
 
 TASK = "pretrain"
@@ -70,6 +70,19 @@ def build_parser() -> FlagParser:
         help="share of the image's area that a random crop covers",
     )
     group.add_argument("--no_flip", action="store_true", help="no horizontal flip")
+    group.add_argument(
+        "--decode",
+        choices=IMAGE_DECODERS,
+        default="torchvision",
+        help="how training images are decoded and resampled; pil: as in MAE's code, and slower",
+    )
+    group.add_argument(
+        "--crops_per_decode",
+        type=number(int, 1),
+        default=1,
+        metavar="R",
+        help="crops of each decoded image, in one batch; an epoch decodes every R-th image",
+    )
     group = parser.add_argument_group("model (unset sizes follow --model)")
     group.add_argument("--model", default="mae_vit_base_patch16", metavar="NAME")
     group.add_argument("--list_models", action="store_true", help="print the names and leave")
@@ -127,11 +140,14 @@ def build_model(args: argparse.Namespace, in_chans: int) -> tuple[Any, dict[str,
     return models_zoo.create_model(args.model, **arguments), arguments
 
 
-def open_set(args: argparse.Namespace, split: str, channels: int | None) -> ImageSource:
+def open_set(
+    args: argparse.Namespace, split: str, channels: int | None, decoder: str = "pil"
+) -> ImageSource:
     """A split of the data set that the flags name."""
-    return build_dataset(
+    source = build_dataset(
         args.dataset, split, args.data_path, channels=channels, mean=args.mean, std=args.std
     )
+    return source.with_decoder(decoder)
 
 
 @dataclass(frozen=True)
@@ -215,7 +231,7 @@ def pretrain(args: argparse.Namespace, procs: Processes) -> None:
     # ------------------------------------------------------------------------------- data
     # One process lists a folder or fetches a set; the others find what it left on the disk.
     with procs.main_first():
-        source = open_set(args, "train", args.in_chans)
+        source = open_set(args, "train", args.in_chans, args.decode)
         val_source = held_out_source(args, source.channels)
     model, model_args = build_model(args, source.channels)
     strategy = create_strategy(
@@ -226,7 +242,8 @@ def pretrain(args: argparse.Namespace, procs: Processes) -> None:
     )
     num_patches = model.grid[0] * model.grid[1]
     masker = Masker(strategy, count_visible(num_patches, args.mask_ratio), model.patch_size)
-    transform = PretrainTransform(model.img_size, tuple(args.crop_scale), flip=not args.no_flip)
+    crop_scale = tuple(args.crop_scale)
+    transform = pretrain_transform(args.decode, model.img_size, crop_scale, flip=not args.no_flip)
     samples = PretrainSamples(source, transform, strategy, model.grid, args.seed)
     sampler = EpochSampler(
         len(source),
@@ -235,10 +252,17 @@ def pretrain(args: argparse.Namespace, procs: Processes) -> None:
         world_size=procs.world_size,
         rank=procs.rank,
         seed=args.seed,
+        crops_per_image=args.crops_per_decode,
     )
     workers = default_workers(procs.local_size) if args.num_workers is None else args.num_workers
     pin_memory = args.pin_mem and device.type == "cuda"
-    loader = build_loader(samples, sampler, num_workers=workers, pin_memory=pin_memory)
+    loader = build_loader(
+        samples,
+        sampler,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        prefetch_factor=args.prefetch_factor,
+    )
 
     held_out = None
     if val_source is not None:
@@ -273,6 +297,7 @@ def pretrain(args: argparse.Namespace, procs: Processes) -> None:
         "model_args": model_args,
         "global_batch": sampler.global_batch,
         "images": len(source),
+        "stored": source.stored,
     }
     path, notes = ckpt.start_of(folder, TASK, args.resume, procs.gather)
     state = None

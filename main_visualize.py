@@ -16,7 +16,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 import models_zoo
 from engine_pretrain import STATISTICS_NOTE, Masker, fills_of, reconstruct
 from util.config import FlagParser, number
-from util.datasets import DATASETS, build_dataset
+from util.datasets import DATASETS, DEFAULT, build_dataset, place_of
 from util.dist import choose_device
 from util.errors import BadInput, command
 from util.images import IMAGENET_MEAN, IMAGENET_STD, read_image
@@ -34,7 +34,7 @@ def build_parser() -> FlagParser:
     parser.add_argument("--checkpoint", help="of ours, or official MAE weights with their decoder")
     parser.add_argument("--images", nargs="+", help="image files and folders of them")
     parser.add_argument("--dataset", choices=list(DATASETS), help="held-out images of a data set")
-    parser.add_argument("--data_path", help="folder of the data set")
+    parser.add_argument("--data_path", help="folder of it; or packed:DIR, hf:NAME_OR_DIR")
     parser.add_argument("--num_images", type=number(int, 1), default=8, help="shown at most")
     parser.add_argument("--mask", choices=list(STRATEGIES), default="random")
     parser.add_argument("--mask_ratio", type=number(float, 0, 1, open_low=True), default=0.75)
@@ -52,10 +52,11 @@ def build_parser() -> FlagParser:
 
 def gather_images(args: argparse.Namespace, model: Any) -> tuple[list[str], list[Tensor]]:
     """Names and uint8 [C, H, W] images at the model's size."""
-    if bool(args.images) == bool(args.dataset):
+    dataset = args.dataset or (DEFAULT if place_of(args.data_path) else None)
+    if bool(args.images) == bool(dataset):
         raise BadInput("give either --images FILES or --dataset NAME")
-    if args.dataset:
-        source = build_dataset(args.dataset, "val", args.data_path, channels=model.in_chans)
+    if dataset:
+        source = build_dataset(dataset, "val", args.data_path, channels=model.in_chans)
         transform = EvalTransform(model.img_size, margin=source.eval_margin)
         indices = evenly(len(source), args.num_images)
         return [source.file_name(i) for i in indices], [transform(source[i][0]) for i in indices]

@@ -19,6 +19,7 @@ HOUSEKEEPING = {
     "output_dir", "log_dir", "device", "num_workers", "pin_mem", "log_every", "save_every",
     "eval_every", "resume", "list_models", "data_path", "batch_size", "accum_iter", "save_minutes",
     "keep", "allow_changes", "nan_policy", "grad_checkpointing", "max_bad_images", "shard",
+    "prefetch_factor",
 }  # fmt: skip
 
 # What `--method` presets; each flag of its own overrides.
@@ -200,7 +201,11 @@ def add_data_flags(parser: FlagParser, datasets: Sequence[str]) -> None:
     """Where images come from."""
     group = parser.add_argument_group("data")
     group.add_argument("--dataset", choices=list(datasets), default="imagefolder")
-    group.add_argument("--data_path", help="folder of the data set")
+    group.add_argument(
+        "--data_path",
+        help="folder of the data set; packed:DIR reads what main_pack.py wrote, hf:NAME_OR_DIR a "
+        "data set of Hugging Face",
+    )
     group.add_argument(
         "--input_size",
         type=size_pair,
@@ -217,6 +222,12 @@ def add_data_flags(parser: FlagParser, datasets: Sequence[str]) -> None:
         "--num_workers",
         type=number(int, 0),
         help="loading processes per training process; default: its share of the cores, at most 10",
+    )
+    group.add_argument(
+        "--prefetch_factor",
+        type=number(int, 1),
+        default=2,
+        help="batches that each loading process keeps ready",
     )
     group.add_argument("--no_pin_mem", action="store_false", dest="pin_mem")
 

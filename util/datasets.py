@@ -19,7 +19,9 @@ from torch import Tensor
 from util.cifar import cifar10, cifar100
 from util.errors import BadInput, needs
 from util.folders import imagefolder
+from util.hub import hugging_face
 from util.images import ArraySource, ImageSource, PathLike
+from util.packed import packed
 from util.photos import photos
 from util.places import places365
 from util.stl10 import stl10, stl10_unlabeled
@@ -192,6 +194,15 @@ DATASETS: dict[str, Builder] = {
     "synthetic": synthetic,
 }
 
+# What --data_path may begin with in place of a folder; what follows goes to the builder.
+PLACES: dict[str, Builder] = {"packed:": packed, "hf:": hugging_face}
+DEFAULT = "imagefolder"
+
+
+def place_of(data_path: PathLike | None) -> str | None:
+    """Which of `PLACES` a path begins with, None: it is a folder."""
+    return next((place for place in PLACES if str(data_path).startswith(place)), None)
+
 
 def build_dataset(
     name: str,
@@ -208,7 +219,8 @@ def build_dataset(
     Args:
         name: a key of `DATASETS`.
         split: "train" or "val".
-        data_path: where the files are; unused by the sets that come inside a package.
+        data_path: where the files are; unused by the sets that come inside a package. packed:DIR
+            and hf:NAME_OR_DIR say what they hold themselves; the name stays at its default.
         channels: turn pictures into gray (1) or RGB (3); None leaves them as the set has them.
         mean, std: one number for all channels or one for each, in units of 0..1; None: the set's.
         options: further keywords of the builder (synthetic: size).
@@ -223,7 +235,14 @@ def build_dataset(
         raise BadInput(f"unknown data set {name!r}; the valid ones, nearest first: {names}")
     if split not in SPLITS:
         raise BadInput(f"unknown split {split!r} of {name}; expected train or val")
-    source = DATASETS[name](split, data_path, **options)
+    builder, place = DATASETS[name], place_of(data_path)
+    if place is not None:
+        if name != DEFAULT:
+            raise BadInput(
+                f"--data_path {data_path} says what it holds; leave --dataset {name} out"
+            )
+        builder, data_path = PLACES[place], str(data_path)[len(place) :]
+    source = builder(split, data_path, **options)
     if channels is not None:
         source = source.with_channels(channels)
     return source.with_stats(mean, std)

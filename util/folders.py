@@ -5,9 +5,19 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
 from util.errors import BadInput
-from util.images import IMAGENET_MEAN, IMAGENET_STD, ImageSource, PathLike, read_image
+from util.images import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    ImageSource,
+    PathLike,
+    faults_of,
+    open_at_once,
+    read_image,
+)
+from util.jpeg import read_pixels
 from util.listing import Names, list_images
 
 
@@ -39,8 +49,14 @@ class FolderSource(ImageSource):
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return read_image(self.file_name(index), self.channels), int(self.labels[index])
+    def __getitem__(self, index: int) -> tuple[Image.Image | Tensor, int]:
+        read = read_image if self.decoder == "pil" else read_pixels
+        return read(self.file_name(index), self.channels), int(self.labels[index])
+
+    def encoded(self, index: int) -> tuple[bytes, int]:
+        path = self.file_name(index)
+        with faults_of(path), open_at_once(path) as file:
+            return file.read(), int(self.labels[index])
 
     def file_name(self, index: int) -> str:
         return os.path.join(self.root, self.files[index])

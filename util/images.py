@@ -1,9 +1,11 @@
 """What a data set gives: an image and its label by index, and how one file is decoded."""
 
 import errno
+import io
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import BinaryIO
 
 import numpy as np
@@ -16,6 +18,7 @@ from util.errors import BadInput
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 MODES = {1: "L", 3: "RGB"}
+IMAGE_DECODERS = ("torchvision", "pil")
 
 PathLike = str | os.PathLike[str]
 Stats = tuple[float, ...]
@@ -34,10 +37,16 @@ class ImageSource(Dataset):
         classes: names of the labels.
         eval_margin: whether evaluation cuts a margin off, as it does for photographs of any size.
         labelled: whether its labels can be learnt.
+        decoder: one of `IMAGE_DECODERS`; with "torchvision" images from files are uint8 tensors
+            [C, H, W], of which training alone makes use.
+        stored: how the pixels are kept, where that is not as their makers published them; a run
+            that goes on from a checkpoint must find the same.
     """
 
     eval_margin = False
     labelled = True
+    decoder = "pil"
+    stored = "as published"
 
     def __init__(self, name: str, split: str, mean: Stats, std: Stats, classes: list[str]) -> None:
         self.name = name
@@ -53,9 +62,27 @@ class ImageSource(Dataset):
     def __getitem__(self, index: int) -> tuple[Image.Image | Tensor, int]:
         raise NotImplementedError
 
+    def encoded(self, index: int) -> tuple[bytes, int]:
+        """An image as its file holds it, and its label.
+
+        Raises:
+            BadInput: it is in no file of its own.
+            BadImage: the file cannot be read.
+        """
+        raise BadInput(f"{self.name} has no image files to keep; give --format jpeg or raw")
+
     def file_name(self, index: int) -> str:
         """A path, or a name such as digits-train-17, for messages and captions."""
         return f"{self.name}-{self.split}-{index}"
+
+    def with_decoder(self, decoder: str) -> "ImageSource":
+        """This source, decoding files by one of `IMAGE_DECODERS`."""
+        if decoder not in IMAGE_DECODERS:
+            raise BadInput(
+                f"unknown decoder {decoder!r}; the valid ones: {', '.join(IMAGE_DECODERS)}"
+            )
+        self.decoder = decoder
+        return self
 
     def with_channels(self, channels: int) -> "ImageSource":
         """This source, giving gray (1) or RGB (3) images; mean and deviation follow.
@@ -121,6 +148,7 @@ class Subset(ImageSource):
         super().__init__(source.name, source.split, source.mean, source.std, source.classes)
         self.source, self.indices = source, np.asarray(indices)
         self.eval_margin, self.labelled = source.eval_margin, source.labelled
+        self.stored = source.stored
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -130,6 +158,12 @@ class Subset(ImageSource):
 
     def with_channels(self, channels: int) -> ImageSource:
         return Subset(self.source.with_channels(channels), self.indices)
+
+    def with_decoder(self, decoder: str) -> ImageSource:
+        return Subset(self.source.with_decoder(decoder), self.indices)
+
+    def encoded(self, index: int) -> tuple[bytes, int]:
+        return self.source.encoded(int(self.indices[index]))
 
     def file_name(self, index: int) -> str:
         return self.source.file_name(int(self.indices[index]))
@@ -220,13 +254,28 @@ def read_image(path: PathLike, channels: int) -> Image.Image:
             `PIL.Image.MAX_IMAGE_PIXELS`.
         OSError: the machine could not read it (too many open files, a lost mount, ...).
     """
+    with faults_of(path), open_at_once(path) as file:
+        return _decode(file).convert(MODES[channels])
+
+
+def decode_image(
+    data: bytes | bytearray | memoryview, name: PathLike, channels: int
+) -> Image.Image:
+    """`read_image` of a file's contents; name is the file's, for the message."""
+    with faults_of(name):
+        return _decode(io.BytesIO(data)).convert(MODES[channels])
+
+
+@contextmanager
+def faults_of(path: PathLike) -> Iterator[None]:
+    """What is raised inside and is the file's fault becomes a `BadImage` of that path."""
     ImageFile.LOAD_TRUNCATED_IMAGES = False  # a library that set it would have us train on gray
     try:
-        with warnings.catch_warnings(), open(path, "rb", opener=_open_at_once) as file:
+        with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             # Of metadata that do not matter here, once per image and worker.
             warnings.simplefilter("ignore", UserWarning)
-            return _decode(file).convert(MODES[channels])
+            yield
     # Pillow's parsers raise whatever broken bytes lead them to.
     except Exception as error:
         if isinstance(error, MemoryError) or getattr(error, "errno", None) not in FILE_FAULTS:
@@ -235,8 +284,12 @@ def read_image(path: PathLike, channels: int) -> Image.Image:
         raise BadImage(os.fspath(path), reason) from error
 
 
-def _open_at_once(path: str, flags: int) -> int:
-    # Without the flag, opening a named pipe waits for its writer, for ever.
+def open_at_once(path: PathLike) -> BinaryIO:
+    """Open to read; without the flag, opening a named pipe waits for its writer, for ever."""
+    return open(path, "rb", opener=_without_waiting)
+
+
+def _without_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 

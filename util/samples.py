@@ -9,13 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from util.masking import MaskStrategy
-from util.randomness import Key, generator_of, seed_of, seeded
+from util.randomness import Key, seed_of, seeded, seeds_of
 from util.replace import Source, bad_slots, decode
 
 Pair = tuple[int, int]
+# What is random about a sample, each with a stream of its own.
+PURPOSES = ("augment", "mask", "predict", "shift")
 
 
 class PretrainSamples(Dataset):
@@ -23,7 +25,8 @@ class PretrainSamples(Dataset):
 
     Args:
         source: images by index.
-        transform: image to uint8 [C, H, W]; may use python's, numpy's and torch's generators.
+        transform: image to uint8 [C, H, W]; may use python's, numpy's and torch's generators, or,
+            where it `takes_generator`, the one it is handed.
         strategy: draws the noise of a mask.
         grid: (gh, gw) patches.
         seed: of the run; evaluation passes a constant of its own.
@@ -41,7 +44,7 @@ class PretrainSamples(Dataset):
     def __init__(
         self,
         source: Source,
-        transform: Callable[[Any], Tensor],
+        transform: Callable[..., Tensor],
         strategy: MaskStrategy,
         grid: Pair,
         seed: int,
@@ -53,20 +56,42 @@ class PretrainSamples(Dataset):
         return len(self.source)
 
     def __getitem__(self, key: Key) -> dict[str, Any]:
-        with seeded(seed_of(self.seed, "augment", *key)):
-            image, label, bad = decode(self.source, key, self.seed)
-            image = self.transform(image)
-        noise = self.strategy.draw(self.grid, generator_of(self.seed, "mask", *key))
-        predict = torch.rand(1, noise.shape[1], generator=generator_of(self.seed, "predict", *key))
-        shift = torch.rand(2, generator=generator_of(self.seed, "shift", *key)) - 0.5
-        return {
-            "image": image,
-            "noise": torch.cat([noise, predict]),
-            "shift": shift,
-            "label": label,
-            "index": key.index,
-            "bad": bad_slots(bad),
-        }
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: list[Key]) -> list[dict[str, Any]]:
+        """The samples of a batch; neighbours that are crops of one image share its decoding."""
+        seeds = seeds_of(self.seed, PURPOSES, keys).tolist()
+        samples: list[dict[str, Any]] = []
+        before, decoded = None, None
+        for key, augment, *drawn in zip(keys, *seeds, strict=True):
+            image_key = key._replace(crop=0)
+            if decoded is None or image_key != before:
+                before, decoded = image_key, decode(self.source, image_key, self.seed)
+            image, label, bad = decoded
+            samples.append(
+                {
+                    "image": self._augment(image, augment),
+                    **self._draw(*drawn),
+                    "label": label,
+                    "index": key.index,
+                    "bad": bad_slots(bad),
+                }
+            )
+        return samples
+
+    def _augment(self, image: Any, seed: int) -> Tensor:
+        if getattr(self.transform, "takes_generator", False):
+            return self.transform(image, torch.Generator().manual_seed(seed))
+        with seeded(seed):
+            return self.transform(image)
+
+    def _draw(self, mask: int, predict: int, shift: int) -> dict[str, Tensor]:
+        """Noise and shift, each from a generator with a seed of its own."""
+        generator = torch.Generator()
+        noise = self.strategy.draw(self.grid, generator.manual_seed(mask))
+        row = torch.rand(1, noise.shape[1], generator=generator.manual_seed(predict))
+        offset = torch.rand(2, generator=generator.manual_seed(shift)) - 0.5
+        return {"noise": torch.cat([noise, row]), "shift": offset}
 
 
 class LabelledSamples(Dataset):
@@ -118,14 +143,30 @@ def _init_worker(leaving: Tensor, worker: int) -> None:
         signal.signal(number, note)
 
 
+def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """A batch of samples; images of channels innermost stay so, for another order costs a copy."""
+    images = [sample["image"] for sample in samples]
+    if all(image.stride(0) == 1 and image.shape[0] > 1 for image in images):
+        rows = [{**s, "image": s["image"].permute(1, 2, 0)} for s in samples]
+        batch = default_collate(rows)
+        return batch | {"image": batch["image"].permute(0, 3, 1, 2)}
+    return default_collate(samples)
+
+
 def build_loader(
-    samples: Dataset, sampler: Sampler[list[Key]], *, num_workers: int, pin_memory: bool
+    samples: Dataset,
+    sampler: Sampler[list[Key]],
+    *,
+    num_workers: int,
+    pin_memory: bool,
+    prefetch_factor: int = 2,
 ) -> DataLoader:
     """The loader of every job: batches of the keys that the sampler yields.
 
     Args:
         num_workers: processes that load, per training process; 0 loads in this one.
         pin_memory: page-locked batches, for copies to a GPU that do not block.
+        prefetch_factor: batches that each worker has ready or in the making.
     """
     leaving = torch.zeros(1, dtype=torch.uint8).share_memory_()
     # Before multiprocessing ends its children by SIGTERM and waits for them.
@@ -136,6 +177,8 @@ def build_loader(
         num_workers=num_workers,
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
+        prefetch_factor=prefetch_factor if num_workers else None,
+        collate_fn=collate,
         worker_init_fn=partial(_init_worker, leaving),
         # Its own generator: the loader's base seed must not advance torch's global one.
         generator=torch.Generator().manual_seed(0),

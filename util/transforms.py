@@ -4,6 +4,7 @@ The transforms take a PIL image or a uint8 tensor [C, H, W] and give a uint8 ten
 quarter of the bytes of floats to carry to the device.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
 from util.errors import BadInput
+from util.jpeg import as_pixels
 
 Pair = tuple[int, int]
 BICUBIC = InterpolationMode.BICUBIC
@@ -57,6 +59,92 @@ class PretrainTransform:
     def __call__(self, image: Image.Image | Tensor) -> Tensor:
         """One augmented view: uint8 [C, h, w]."""
         return self.steps(image)
+
+
+class PretrainTensorTransform:
+    """`PretrainTransform` on uint8 tensors: the same crops and flips, resampled by torch's code.
+
+    From one generator both draw the same numbers, so crop and flip are the same; pixels differ by
+    rounding, of coefficients and between the axes. A PIL image is turned into a tensor once it is
+    cropped.
+
+    Args:
+        size: (h, w) of the result, pixels.
+        crop_scale: smallest and largest share of the image's area that a crop covers.
+        flip: flip half of the crops left to right.
+    """
+
+    # Seeding a generator to hand over is cheap; saving and restoring the three global ones is not.
+    takes_generator = True
+
+    def __init__(
+        self, size: Pair, crop_scale: tuple[float, float] = (0.2, 1.0), flip: bool = True
+    ) -> None:
+        check_crop_scale(crop_scale)
+        self.size, self.crop_scale, self.flip = size, crop_scale, flip
+
+    def __call__(
+        self, image: Image.Image | Tensor, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """One augmented view: uint8 [C, h, w], channels innermost in memory.
+
+        Args:
+            generator: on the CPU; None: torch's global one.
+        """
+        height, width = image.shape[1:] if isinstance(image, Tensor) else image.size[::-1]
+        top, left, h, w = crop_box(height, width, self.crop_scale, generator)
+        flipped = self.flip and torch.rand(1, generator=generator).item() < 0.5
+        if isinstance(image, Tensor):
+            part = image[:, top : top + h, left : left + w]
+        else:
+            part = as_pixels(image.crop((left, top, left + w, top + h)))
+        # The vectorised code is for this layout alone; for others it is 2 to 4 times as slow.
+        part = part.unsqueeze(0).contiguous(memory_format=torch.channels_last)
+        view = torch.nn.functional.interpolate(part, self.size, mode="bicubic", antialias=True)[0]
+        return view.flip(2) if flipped else view
+
+
+ASPECTS = (3 / 4, 4 / 3)
+LOG_ASPECTS = torch.tensor(ASPECTS).log().tolist()  # in float32, as torchvision has them
+CROP_ATTEMPTS = 10
+
+
+def crop_box(
+    height: int, width: int, scale: tuple[float, float], generator: torch.Generator | None = None
+) -> tuple[int, int, int, int]:
+    """Top, left, height and width of a random crop, drawn as `RandomResizedCrop` draws it.
+
+    The area's share is uniform in `scale`, the logarithm of the aspect ratio between those of 3:4
+    and 4:3; what does not fit is drawn anew, at most ten times, and then the largest centred crop
+    of such an aspect is taken.
+
+    Source: torchvision's RandomResizedCrop, draw for draw.
+    """
+    number, area = torch.empty(1), height * width
+    for _ in range(CROP_ATTEMPTS):
+        target = area * number.uniform_(*scale, generator=generator).item()
+        aspect = number.uniform_(*LOG_ASPECTS, generator=generator).exp_().item()
+        w, h = round(math.sqrt(target * aspect)), round(math.sqrt(target / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return _below(height - h + 1, generator), _below(width - w + 1, generator), h, w
+    w, h = width, height
+    if width / height < ASPECTS[0]:
+        h = round(w / ASPECTS[0])
+    elif width / height > ASPECTS[1]:
+        w = round(h * ASPECTS[1])
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def _below(limit: int, generator: torch.Generator | None) -> int:
+    return int(torch.randint(0, limit, (1,), generator=generator).item())
+
+
+def pretrain_transform(
+    decoder: str, size: Pair, crop_scale: tuple[float, float], flip: bool
+) -> PretrainTransform | PretrainTensorTransform:
+    """The augmentation of pretraining for images of a decoder of `util.images.IMAGE_DECODERS`."""
+    kind = PretrainTransform if decoder == "pil" else PretrainTensorTransform
+    return kind(size, crop_scale, flip)
 
 
 class FinetuneTransform:

@@ -1,0 +1,96 @@
+"""Pack a data set of images into a few large files, which are read many times as fast.
+
+    python main_pack.py --data_path IMAGENET --output_dir PACKED          JPEG, short side 256
+    python main_pack.py --data_path IMAGENET --output_dir PACKED --format raw
+    python main_pack.py --output_dir PACKED --verify                      compare all checksums
+    python main_pretrain.py --data_path packed:PACKED ...                 use it, in every command
+
+Cut off at any moment, the same command goes on with the shards that are missing.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from util.config import FlagParser, number
+from util.datasets import DATASETS, SPLITS, build_dataset
+from util.errors import BadInput, command
+from util.logger import say
+from util.packing import BAD_IMAGES, FORMATS, Recipe, pack, verify
+from util.samples import default_workers
+
+
+def build_parser() -> FlagParser:
+    """The flags."""
+    parser = FlagParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--dataset", choices=list(DATASETS), default="imagefolder")
+    parser.add_argument("--data_path", help="folder of the data set; or hf:NAME_OR_DIR, packed:DIR")
+    parser.add_argument("--split", choices=SPLITS, nargs="+", default=list(SPLITS))
+    parser.add_argument("--output_dir", help="folder to write train/ and val/ into")
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        default="jpeg",
+        help="jpeg: encoded anew; raw: pixels, ten times the space; keep: the files as they are",
+    )
+    parser.add_argument(
+        "--short_side",
+        type=number(int, 0),
+        default=256,
+        help="shrink larger images to this; 0: never; --format keep never does",
+    )
+    parser.add_argument("--quality", type=number(int, 1, 95), default=90, help="of JPEG")
+    parser.add_argument(
+        "--max_bad_images",
+        type=number(int, 0),
+        default=100,
+        help="more that cannot be decoded end it; until then they are left out and listed",
+    )
+    parser.add_argument("--num_workers", type=number(int, 0), help="default: the cores, at most 10")
+    parser.add_argument(
+        "--verify", action="store_true", help="write nothing, compare what is there"
+    )
+    return parser
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    """Pack, or verify; see the module."""
+    args = build_parser().parse(argv)
+    if not args.output_dir:
+        raise BadInput("--output_dir is missing: where is the packed data set to be?")
+    folder = Path(args.output_dir).expanduser()
+
+    # ----------------------------------------------------------------------------- verify
+    if args.verify:
+        there = [split for split in args.split if (folder / split).is_dir()]
+        if not there:
+            raise BadInput(f"{folder} has no {' or '.join(args.split)} to verify")
+        for split in there:
+            say(f"{folder / split}: {verify(folder / split):,} images, every byte as written")
+        return
+
+    # ------------------------------------------------------------------------------- pack
+    recipe = Recipe(args.format, 0 if args.format == "keep" else args.short_side, args.quality)
+    workers = default_workers(1) if args.num_workers is None else args.num_workers
+    for split in args.split:
+        source = build_dataset(args.dataset, split, args.data_path)
+        about = pack(
+            source,
+            folder / split,
+            recipe,
+            {"dataset": args.dataset, "data_path": args.data_path, "split": split},
+            num_workers=workers,
+            max_bad_images=args.max_bad_images,
+        )
+        size = sum(shard["bytes"] for shard in about["shards"])
+        say(
+            f"{folder / split}: {about['images']:,} of {len(source):,} images, "
+            f"{len(about['shards'])} shards, {size / 1e6:,.1f} MB"
+        )
+        if about["images"] < len(source):
+            say(f"left out, for they cannot be decoded: {folder / split / BAD_IMAGES}")
+    say(f"use it: --data_path packed:{folder}")
+
+
+if __name__ == "__main__":
+    main()

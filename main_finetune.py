@@ -435,7 +435,9 @@ def finetune(args: argparse.Namespace, procs: Processes) -> None:
     tuned = model.freeze_to(args.tune)
     model.to(device)
     model.set_grad_checkpointing(args.grad_checkpointing)
-    trained = distribute(model, procs)
+    if args.compile is None:
+        args.compile = device.type == "cuda"
+    trained = distribute(model, procs, compiled=args.compile)
     ema = ModelEmaV3(model, decay=args.ema_decay) if args.ema_decay is not None else None
 
     transform = FinetuneTransform(

@@ -244,7 +244,9 @@ def pretrain(args: argparse.Namespace, procs: Processes) -> None:
     # ------------------------------------------------------------------------------ model
     model.to(device)
     model.set_grad_checkpointing(args.grad_checkpointing)
-    trained = distribute(model, procs)
+    if args.compile is None:
+        args.compile = device.type == "cuda"
+    trained = distribute(model, procs, compiled=args.compile)
 
     # ------------------------------------------------------------- optimiser and schedule
     steps_per_epoch = sampler.steps_per_epoch

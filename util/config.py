@@ -19,6 +19,7 @@ HOUSEKEEPING = {
     "output_dir", "log_dir", "device", "num_workers", "pin_mem", "log_every", "save_every",
     "eval_every", "resume", "list_models", "data_path", "batch_size", "accum_iter", "save_minutes",
     "keep", "allow_changes", "nan_policy", "grad_checkpointing", "max_bad_images",
+    "compile",
 }  # fmt: skip
 
 # What `--method` presets; each flag of its own overrides.
@@ -252,6 +253,14 @@ def add_optimisation_flags(parser: FlagParser, unset: Sequence[str] = ()) -> Non
         help="after a loss or gradient that is not finite; its update is left out in any case",
     )
     group.add_argument("--tf32", action="store_true", help="allow TF32 products on a GPU")
+    for flag, wanted in (("--compile", True), ("--no-compile", False)):
+        group.add_argument(
+            flag,
+            action="store_const",
+            const=wanted,
+            dest="compile",
+            help="train through torch.compile, or not; default: on a GPU, not on a CPU",
+        )
     # Not set_defaults, which would put the marker itself into the settings.
     for action in parser._actions:
         if action.dest in unset:

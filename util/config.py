@@ -103,12 +103,13 @@ class FlagParser(argparse.ArgumentParser):
 
     def _tokens_of(self, action: argparse.Action, value: Any, path: Path) -> list[str]:
         flag = action.option_strings[0]
-        if action.nargs == 0:  # a switch
-            if not isinstance(value, bool):
-                self.error(f"{action.dest} in {path} is a switch: true or false, not {value!r}")
-            return [flag] if value == action.const else []
         if value is None and action.default is None:
             return []
+        if action.nargs == 0:  # a switch, perhaps with one for the contrary
+            if not isinstance(value, bool):
+                self.error(f"{action.dest} in {path} is a switch: true or false, not {value!r}")
+            switches = [a for a in self._actions if a.dest == action.dest and a.const == value]
+            return [a.option_strings[0] for a in switches[:1]]
         if isinstance(value, dict) or value is True or value is False:
             self.error(f"{action.dest} in {path} cannot be {value!r}")
         values = value if isinstance(value, list) else ["none" if value is None else value]

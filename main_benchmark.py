@@ -230,6 +230,8 @@ def build_step(rank: int, arm: Arm, device_name: str, meeting: str) -> Answer:
     torch.manual_seed(0)
     place = Place(rank, arm.processes, rank, arm.processes, f"file://{meeting}")
     procs = join(place, device)
+    if arm.method == "transformers":  # what importing it takes is not the step's
+        needs("transformers.models.vit_mae.modeling_vit_mae", "transformers")
     before = peak_resident()
     step = (peers_step if arm.method == "transformers" else our_step)(arm, procs)
     seconds_of = stopwatch(device)
@@ -346,6 +348,7 @@ def show_steps(rows: Sequence[dict[str, Any]]) -> None:
             "products GFLOP/s": row["limit_gflops_per_s"]["median"],
             "share": f"{row['share_of_limit']['median']:.1%}",
             "peak GiB": sum(row["peak_bytes"]) / 2**30,
+            "of the step": (sum(row["peak_bytes"]) - sum(row["start_bytes"])) / 2**30,
         }
         if "mfu" in row:
             line["MFU"] = f"{row['mfu']:.1%}"
@@ -354,7 +357,8 @@ def show_steps(rows: Sequence[dict[str, Any]]) -> None:
     say(
         "ratio: to the first arm, turn by turn. GFLOP/image: forward and backward, products, "
         "convolutions and attention. products: the rate of the blocks' matrix products alone, in "
-        "the same turns; share: of it. peak: of a process of its own, all that it held."
+        "the same turns; share: of it. peak: of a process of its own, all that it held; of the "
+        "step: less what it held before there was a model."
     )
 
 

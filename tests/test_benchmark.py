@@ -63,7 +63,7 @@ def test_ratios_pair_what_was_measured_in_one_turn() -> None:
 
 def test_table_aligns_and_leaves_out_what_no_row_has() -> None:
     text = benchmark.table([{"a": "x", "b": 1.23456}, {"a": "long", "c": 12345.6}], list("abcd"))
-    assert text.splitlines() == ["a        b       c", "x     1.23", "long          12,346"]
+    assert text.splitlines() == ["a        b       c", "x     1.23", "long        12,346"]
 
 
 def test_machine_says_what_it_is() -> None:

@@ -34,6 +34,7 @@ from util.config import (
     add_run_flags,
     add_shard_flag,
     arithmetic_of,
+    compiles,
     fill_unset,
     number,
     optional,
@@ -442,7 +443,8 @@ def finetune(args: argparse.Namespace, procs: Processes) -> None:
         ema = ModelEmaV3(model, decay=args.ema_decay, foreach=not args.shard)
         averaged = Placed(ema.module, procs, shard=args.shard)
     placed = Placed(model, procs, shard=args.shard)
-    trained = distribute(model, procs)
+    args.compile = compiles(args, device)
+    trained = distribute(model, procs, compiled=args.compile)
 
     transform = FinetuneTransform(
         model.img_size,

@@ -26,6 +26,7 @@ from util.config import (
     add_run_flags,
     add_shard_flag,
     arithmetic_of,
+    compiles,
     number,
     resolve_method,
     run_options,
@@ -271,7 +272,8 @@ def pretrain(args: argparse.Namespace, procs: Processes) -> None:
     # ------------------------------------------------------------------------------ model
     model.set_grad_checkpointing(args.grad_checkpointing)
     placed = Placed(model, procs, shard=args.shard)
-    trained = distribute(model, procs)
+    args.compile = compiles(args, device)
+    trained = distribute(model, procs, compiled=args.compile)
 
     # ------------------------------------------------------------- optimiser and schedule
     steps_per_epoch = sampler.steps_per_epoch

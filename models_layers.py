@@ -34,6 +34,36 @@ def check_lscale(lscale_init: float | None) -> None:
         )
 
 
+def scaled(linear: nn.Linear, scale: nn.Module, x: Tensor) -> Tensor:
+    """LScale of a linear layer's output, multiplied where that is less: [..., K] to [..., D].
+
+    g * (W x + b) = (g * W) x + g * b: with more rows in `x` than W has columns the weights are the
+    smaller, and the unscaled output need not be kept for the backward pass.
+    """
+    if not isinstance(scale, LayerScale) or x.numel() <= x.shape[-1] * linear.in_features:
+        return scale(linear(x))
+    return F.linear(x, scale.gamma.unsqueeze(1) * linear.weight, scale.gamma * linear.bias)
+
+
+def mlp_hidden(mlp: Mlp, x: Tensor) -> Tensor:
+    """What the second layer of a block's MLP gets: [..., D] to [..., hidden]."""
+    return mlp.act(mlp.fc1(x))
+
+
+class LScaleBlock(Block):
+    """timm's `Block` with an LScale whose multiplication is cheap; parameters as `Block`'s."""
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        """[B, N, D] to [B, N, D]."""
+        B, N, D = x_BND.shape
+        attn = self.attn
+        qkv = attn.qkv(self.norm1(x_BND)).reshape(B, N, 3, attn.num_heads, attn.head_dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, N, head_dim]
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, D)
+        x_BND = x_BND + scaled(attn.proj, self.ls1, mixed)
+        return x_BND + scaled(self.mlp.fc2, self.ls2, mlp_hidden(self.mlp, self.norm2(x_BND)))
+
+
 class QueryBlock(Block):
     """A transformer block that computes the last tokens of a sequence only.
 
@@ -54,9 +84,9 @@ class QueryBlock(Block):
         kv = F.linear(normed_BND, weight_kv, bias_kv)
         k, v = kv.reshape(B, N, 2, *heads).permute(2, 0, 3, 1, 4)  # each [B, heads, N, head_dim]
         mixed = F.scaled_dot_product_attention(q, k, v)
-        mixed = attn.proj(mixed.transpose(1, 2).reshape(B, num_queries, D))
-        x_BMD = x_BND[:, -num_queries:] + self.drop_path1(self.ls1(mixed))
-        return x_BMD + self.drop_path2(self.ls2(self.mlp(self.norm2(x_BMD))))
+        mixed = mixed.transpose(1, 2).reshape(B, num_queries, D)
+        x_BMD = x_BND[:, -num_queries:] + scaled(attn.proj, self.ls1, mixed)
+        return x_BMD + scaled(self.mlp.fc2, self.ls2, mlp_hidden(self.mlp, self.norm2(x_BMD)))
 
 
 def make_block(
@@ -64,9 +94,11 @@ def make_block(
     num_heads: int,
     mlp_ratio: float,
     lscale_init: float | None,
-    kind: type[Block] = Block,
+    kind: type[Block] | None = None,
 ) -> Block:
     """timm's block with MAE's settings; LScale is timm's LayerScale, `ls1.gamma`, `ls2.gamma`."""
+    if kind is None:
+        kind = Block if lscale_init is None else LScaleBlock
     return kind(
         dim,
         num_heads,
@@ -98,7 +130,7 @@ class DecoderTrunk(nn.ModuleList):
     ) -> None:
         if depth < 1:
             raise BadInput(f"the decoder needs at least one block, not {depth}")
-        kinds = [Block] * (depth - 1) + [QueryBlock]
+        kinds = [None] * (depth - 1) + [QueryBlock]
         super().__init__(make_block(dim, num_heads, mlp_ratio, lscale_init, kind) for kind in kinds)
 
     def forward(self, x_BND: Tensor, num_queries: int) -> Tensor:
@@ -125,13 +157,13 @@ class CrossAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x_BMD: Tensor, memory_BND: Tensor) -> Tensor:
-        """Queries [B, M, D] and memory [B, N, memory_dim] to [B, M, D]."""
+        """Queries [B, M, D] and memory [B, N, memory_dim] to [B, M, D], before `proj`."""
         (B, M, D), N, heads = x_BMD.shape, memory_BND.shape[1], self.num_heads
         q = self.q(x_BMD).reshape(B, M, heads, D // heads).transpose(1, 2)
         kv = self.kv(memory_BND).reshape(B, N, 2, heads, D // heads)
         k, v = kv.permute(2, 0, 3, 1, 4)  # each [B, heads, N, D / heads]
         mixed = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(mixed.transpose(1, 2).reshape(B, M, D))
+        return mixed.transpose(1, 2).reshape(B, M, D)
 
 
 class CrossBlock(nn.Module):
@@ -160,8 +192,9 @@ class CrossBlock(nn.Module):
 
     def forward(self, x_BMD: Tensor, memory_BND: Tensor) -> Tensor:
         """Queries [B, M, D] and memory [B, N, memory_dim] to [B, M, D]."""
-        x_BMD = x_BMD + self.ls1(self.attn(self.norm1(x_BMD), self.norm_memory(memory_BND)))
-        return x_BMD + self.ls2(self.mlp(self.norm2(x_BMD)))
+        mixed = self.attn(self.norm1(x_BMD), self.norm_memory(memory_BND))
+        x_BMD = x_BMD + scaled(self.attn.proj, self.ls1, mixed)
+        return x_BMD + scaled(self.mlp.fc2, self.ls2, mlp_hidden(self.mlp, self.norm2(x_BMD)))
 
 
 class CrossTrunk(nn.ModuleList):

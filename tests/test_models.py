@@ -499,8 +499,8 @@ def test_recomputing_activations_changes_no_number() -> None:
     model = small(**MMAE)
     images, mask = batch(model)
     calls: list[int] = []
-    for block in (model.blocks[0].mlp, model.decoder_blocks[-1].mlp):
-        block.register_forward_hook(lambda *_: calls.append(1))
+    for layer in (model.blocks[0].norm2, model.decoder_blocks[-1].norm2):
+        layer.register_forward_hook(lambda *_: calls.append(1))
     results = []
     for enable in (False, True):
         calls.clear()

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 import yaml
 
 from util.errors import BadInput
@@ -19,7 +20,7 @@ HOUSEKEEPING = {
     "output_dir", "log_dir", "device", "num_workers", "pin_mem", "log_every", "save_every",
     "eval_every", "resume", "list_models", "data_path", "batch_size", "accum_iter", "save_minutes",
     "keep", "allow_changes", "nan_policy", "grad_checkpointing", "max_bad_images", "shard",
-    "prefetch_factor",
+    "prefetch_factor", "compile",
 }  # fmt: skip
 
 # What `--method` presets; each flag of its own overrides.
@@ -103,12 +104,13 @@ class FlagParser(argparse.ArgumentParser):
 
     def _tokens_of(self, action: argparse.Action, value: Any, path: Path) -> list[str]:
         flag = action.option_strings[0]
-        if action.nargs == 0:  # a switch
-            if not isinstance(value, bool):
-                self.error(f"{action.dest} in {path} is a switch: true or false, not {value!r}")
-            return [flag] if value == action.const else []
         if value is None and action.default is None:
             return []
+        if action.nargs == 0:  # a switch, perhaps with one for the contrary
+            if not isinstance(value, bool):
+                self.error(f"{action.dest} in {path} is a switch: true or false, not {value!r}")
+            switches = [a for a in self._actions if a.dest == action.dest and a.const == value]
+            return [a.option_strings[0] for a in switches[:1]]
         if isinstance(value, dict) or value is True or value is False:
             self.error(f"{action.dest} in {path} cannot be {value!r}")
         values = value if isinstance(value, list) else ["none" if value is None else value]
@@ -263,6 +265,14 @@ def add_optimisation_flags(parser: FlagParser, unset: Sequence[str] = ()) -> Non
         help="after a loss or gradient that is not finite; its update is left out in any case",
     )
     group.add_argument("--tf32", action="store_true", help="allow TF32 products on a GPU")
+    for flag, wanted in (("--compile", True), ("--no-compile", False)):
+        group.add_argument(
+            flag,
+            action="store_const",
+            const=wanted,
+            dest="compile",
+            help="train through torch.compile, or not; default: on a GPU, not on a CPU",
+        )
     # Not set_defaults, which would put the marker itself into the settings.
     for action in parser._actions:
         if action.dest in unset:
@@ -277,6 +287,17 @@ def add_shard_flag(parser: FlagParser) -> None:
         help="each process keeps its share of parameters, gradients and optimiser state instead of "
         "all: for models that outgrow a GPU",
     )
+
+
+def compiles(args: argparse.Namespace, device: torch.device) -> bool:
+    """Whether to train through torch.compile: as the flags say, else on a GPU; not in shards.
+
+    Raises:
+        BadInput: `--compile` and `--shard`, which gathers weights in the middle of the graph.
+    """
+    if args.shard and args.compile:
+        raise BadInput("--shard does not go with --compile; leave one of them out")
+    return device.type == "cuda" and not args.shard if args.compile is None else args.compile
 
 
 def add_checkpoint_flags(parser: FlagParser) -> Any:

@@ -1,6 +1,7 @@
 """Processes: one, those that torchrun started, or those of a Slurm step; and what they agree on."""
 
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator, Mapping
@@ -8,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -189,21 +190,13 @@ def processes(device_name: str, folder: Path) -> Iterator[Processes]:
     device = choose_device(device_name, place.local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    us = (place.rank, place.world_size, place.local_rank, place.local_size, device)
     if place.world_size == 1:
-        yield Processes(*us)
+        yield join(place, device)
         return
     if place.rendezvous != "env://":
         folder.mkdir(parents=True, exist_ok=True)
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        init_method=place.rendezvous,
-        rank=place.rank,
-        world_size=place.world_size,
-        timeout=timedelta(minutes=30),
-    )
     with peers_lost(place.rank):
-        procs = Processes(*us, control=dist.new_group(backend="gloo"))
+        procs = join(place, device)
         try:
             yield procs
         except Stopped:
@@ -213,15 +206,66 @@ def processes(device_name: str, folder: Path) -> Iterator[Processes]:
     dist.destroy_process_group()
 
 
-def distribute(model: nn.Module, procs: Processes) -> nn.Module:
-    """The model itself, or wrapped so that its gradients are those of all processes.
+def join(place: Place, device: torch.device) -> Processes:
+    """Meet the other processes at the place's rendezvous; for one there is nobody to meet."""
+    us = (place.rank, place.world_size, place.local_rank, place.local_size, device)
+    if place.world_size == 1:
+        return Processes(*us)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        init_method=place.rendezvous,
+        rank=place.rank,
+        world_size=place.world_size,
+        timeout=timedelta(minutes=30),
+    )
+    return Processes(*us, control=dist.new_group(backend="gloo"))
 
-    One in shards (`util.shard`) exchanges its gradients by itself.
+
+def distribute(
+    model: nn.Module, procs: Processes, *, compiled: bool = False, fullgraph: bool = True
+) -> nn.Module:
+    """The model as it is trained: compiled if asked for, its gradients those of all processes.
+
+    One in shards (`util.shard`) exchanges its gradients by itself, and is not compiled.
+
+    The model handed in stays as it is and shares its parameters: it is what is saved, under its own
+    names, and what is evaluated. Compiled first and wrapped second: torch then cuts the backward
+    pass where buckets of gradients are full, and sends them while it goes on.
+
+    Args:
+        compiled: through torch.compile, which must get the model as one graph; batches have one
+            shape. Random draws are those of the uncompiled model.
+        fullgraph: False lets a foreign model's graph be cut.
+
+    Raises:
+        BadInput: there is no C++ compiler, which torch.compile calls.
     """
+    if compiled:
+        check_compiler()
+        model = cast(
+            nn.Module,
+            torch.compile(
+                model, fullgraph=fullgraph, dynamic=False, options={"fallback_random": True}
+            ),
+        )
     if procs.world_size == 1 or isinstance(model, FSDPModule):
         return model
     ids = [procs.device.index] if procs.device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+
+
+def check_compiler() -> None:
+    """See that torch.compile finds a C++ compiler, before the data are opened.
+
+    Raises:
+        BadInput: it does not.
+    """
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++", "clang++"]
+    if not any(shutil.which(name) for name in names):
+        raise BadInput(
+            f"--compile needs a C++ compiler, and there is no {' or '.join(names)}; install one "
+            "(Debian: apt-get install g++), or give --no-compile"
+        )
 
 
 @contextmanager

@@ -1,0 +1,323 @@
+"""main_benchmark: turns, statistics, counts of operations, and every benchmark on tiny settings."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import ViTMAEForPreTraining
+
+import main_benchmark
+from util import benchmark, limits
+from util.arms import Arm, name_of, parse_arm, parse_arms
+from util.children import Answer, Children
+from util.datasets import build_dataset
+from util.errors import BadInput, RunFailed
+from util.made_images import jpegs_like_imagenet, make_jpegs, make_tiny_files
+from util.peers import UsualFiles
+
+TINY = ["--model=mae_vit_micro_patch8", "--input_size=16", "--batch_size=2", "--device=cpu"]
+FEW = ["--repeats=2", "--warmup=1", "--threads=1"]
+
+
+# ---- Turns and statistics ------------------------------------------------------------------------
+
+
+def test_arms_take_turns_and_the_warm_up_is_dropped() -> None:
+    order: list[str] = []
+
+    def arm(name: str) -> Callable[[], float]:
+        def measure() -> float:
+            order.append(name)
+            return float(len(order))
+
+        return measure
+
+    found = benchmark.take_turns({name: arm(name) for name in "ABC"}, repeats=3, warmup=2)
+    assert "".join(order) == "ABC" * 5
+    assert found == {"A": [7, 10, 13], "B": [8, 11, 14], "C": [9, 12, 15]}
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 8])
+def test_summary_is_numpys(count: int) -> None:
+    values = np.random.default_rng(count).random(count).tolist()
+    found = benchmark.summary(values)
+    assert found["n"] == count and found["values"] == values
+    expected = np.quantile(values, [0, 0.25, 0.5, 0.75, 1])
+    names = ("min", "q1", "median", "q3", "max")
+    np.testing.assert_allclose([found[name] for name in names], expected, rtol=1e-12)
+
+
+def test_ratios_pair_what_was_measured_in_one_turn() -> None:
+    found = benchmark.ratios([2.0, 6.0, 20.0], [1.0, 2.0, 10.0])
+    assert found["values"] == [2, 3, 2] and found["median"] == 2
+    with pytest.raises(ValueError, match="zip"):
+        benchmark.ratios([1.0], [1.0, 2.0])
+    with pytest.raises(ValueError, match="no repeats"):
+        benchmark.summary([])
+
+
+def test_table_aligns_and_leaves_out_what_no_row_has() -> None:
+    text = benchmark.table([{"a": "x", "b": 1.23456}, {"a": "long", "c": 12345.6}], list("abcd"))
+    assert text.splitlines() == ["a        b       c", "x     1.23", "long        12,346"]
+
+
+def test_machine_says_what_it_is() -> None:
+    about = benchmark.machine(torch.device("cpu"))
+    assert about["cores"] >= 1 and about["memory_gb"] > 0 and about["processor"]
+    assert about["versions"]["torch"] == torch.__version__.split("+")[0]
+    json.dumps(about)
+
+
+# ---- Arms ----------------------------------------------------------------------------------------
+
+
+def test_arms_are_said_in_words() -> None:
+    base = Arm(batch=8)
+    arm = parse_arm("mmae,bf16,compile,checkpointing,cross=.34,size=64,mask=.5,processes=2", base)
+    assert arm == Arm("mmae", base.model, "bf16", True, True, 0.34, 8, 64, 0.5, 2)
+    assert name_of(arm, base) == (
+        "mmae,bf16,compile,checkpointing,cross=0.34,size=64,mask=0.5,processes=2"
+    )
+    assert parse_arm(name_of(arm, base), base) == arm
+    assert parse_arm("cross", base).predict_ratio == 1
+    assert list(parse_arms(["mae", "mae,batch=4"], base)) == ["mae,fp32", "mae,fp32,batch=4"]
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    ("maa", "unknown word 'maa'"), ("mae,batch=x", "needs a number"), ("mae,batch=0", "at least 1"),
+    ("mae,mask=1", "mask lies between"), ("mae,cross=1.5", "cross above 0"),
+    ("transformers,cross", "no cross decoder"), ("mae,fp32=1", "unknown word 'fp32=1'"),
+])  # fmt: skip
+def test_wrong_arms_are_refused(text: str, said: str) -> None:
+    with pytest.raises(BadInput, match=said):
+        parse_arm(text, Arm())
+
+
+@pytest.mark.parametrize(("flags", "said"), [
+    (["step", "--arms", "mae", "mae,fp32"], "given twice"),
+    (["step", "--model=mae_vit_bas"], "unknown model"),
+    (["step", "--input_size=16x24"], "square"),
+    (["stepp"], "invalid choice"),
+    (["step", "--batchsize=2"], "did you mean --batch_size"),
+    (["step", "--repeats=0"], "at least 1"),
+    (["jpegs"], "--made DIR"), (["files"], "--made DIR"),
+    (["data", "--dataset=synthetic", "--arms", "mae", "mmae"], "one arm of ours"),
+    (["train", "--dataset=synthetic", "--arms", "transformers"], "one arm of ours"),
+    (["data", "--data_path=/nowhere"], "/nowhere"),
+])  # fmt: skip
+def test_bad_flags_are_one_line_and_exit_2(run_main: Any, flags: list[str], said: str) -> None:
+    code, _, err = run_main("main_benchmark", [*flags, "--device=cpu"])
+    assert code == 2 and said in err and "Traceback" not in err
+
+
+# ---- Operations ----------------------------------------------------------------------------------
+
+
+def by_hand(masked: int, visible: int) -> int:
+    """Forward and both gradients of micro at 16 pixels in patches of 4, and of its attention."""
+    D, E, V, N = 128, 96, 48, 1 + visible + masked
+    products = 4 * 12 * (1 + visible) * D**2 + (1 + visible) * D * E
+    products += 12 * N * E**2 + N * 2 * E**2 + masked * 10 * E**2 + masked * E * V
+    # Of attention torch counts two products forward, and five backward: it computes scores again.
+    attention = 4 * (1 + visible) ** 2 * D + N * N * E + masked * N * E
+    patches = 2 * 2 * visible * V * D  # an image needs no gradient
+    return 2 * 3 * products + 2 * 7 * attention + patches
+
+
+def test_flops_are_those_counted_by_hand() -> None:
+    arm = Arm(model="mae_vit_micro_patch4", size=16)
+    assert main_benchmark.flops_of(arm) == pytest.approx(by_hand(12, 4), rel=1e-9)
+    peer = main_benchmark.flops_of(Arm("transformers", arm.model, size=16))
+    assert 1 < peer / by_hand(12, 4) < 1.25  # it also embeds and predicts what is cut off
+    cross = main_benchmark.flops_of(Arm(model=arm.model, size=16, predict_ratio=0.34))
+    assert cross < by_hand(12, 4)
+
+
+def test_matrix_rate_counts_three_products_a_layer() -> None:
+    shapes = limits.layer_shapes({"embed_dim": 8, "decoder_embed_dim": 4}, 16, 4, 2)
+    assert shapes[:4] == [(10, 8, 24), (10, 8, 8), (10, 8, 32), (10, 32, 8)]
+    assert shapes[4:] == [(34, 4, 12), (34, 4, 4), (34, 4, 16), (34, 16, 4)]
+    assert limits.product_flops([(2, 3, 5)]) == 6 * 30
+    assert limits.matrix_rate(shapes, torch.float32, torch.device("cpu"))() > 0
+
+
+def test_peer_has_our_sizes() -> None:
+    peer = main_benchmark.create_arm(Arm("transformers", "mae_vit_micro_patch4", size=16))
+    assert isinstance(peer, ViTMAEForPreTraining)
+    ours = main_benchmark.create_arm(Arm("mae", "mae_vit_micro_patch4", size=16))
+    counts = [sum(p.numel() for p in m.parameters()) for m in (ours, peer)]
+    assert counts[0] == counts[1]
+    assert peer.config.norm_pix_loss and ours.norm_pix_loss
+
+
+# ---- Children ------------------------------------------------------------------------------------
+
+
+def build_echo(rank: int, word: str) -> Answer:
+    """Answers, fails or dies as asked."""
+    if word == "bad":
+        raise BadInput("not this word")
+
+    def answer(request: Any) -> Any:
+        if request == "die":
+            raise SystemExit(3)
+        return rank, word, request, torch.get_num_threads()
+
+    return answer
+
+
+def test_children_answer_together_and_what_kills_them_is_said() -> None:
+    team = Children("echo", build_echo, "hello", count=2, threads=1)
+    assert team.ask(7) == [(0, "hello", 7, 1), (1, "hello", 7, 1)]
+    with pytest.raises(RunFailed, match=r"echo ended with code 3"):
+        team.ask("die")
+    assert not any(process.is_alive() for process in team.processes)
+    with pytest.raises(BadInput, match="not this word"):
+        Children("echo", build_echo, "bad", threads=1)
+
+
+# ---- Every benchmark, on tiny settings -----------------------------------------------------------
+
+
+def result_of(path: Path, what: str) -> Any:
+    """A benchmark's JSON, after the fields that all have."""
+    found = json.loads(path.read_text())
+    assert found["benchmark"] == what
+    about = found["machine"]
+    assert {"processor", "cores", "threads", "versions", "commit", "load_before", "load_after"} <= (
+        about.keys()
+    )
+    return found["result"]
+
+
+def run(what: str, path: Path, flags: Sequence[str]) -> Any:
+    main_benchmark.main([what, *TINY, *FEW, f"--json={path}", *flags])
+    return result_of(path, what)
+
+
+@pytest.mark.smoke
+def test_step_measures_all_arms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arms = ["transformers", "mmae", "mae,bf16,cross=.5,processes=2,checkpointing"]
+    rows = run("step", tmp_path / "r.json", ["--arms", *arms, "--peak_tflops=1"])
+    assert [row["arm"] for row in rows] == [
+        "transformers,fp32", "mmae,fp32", "mae,bf16,checkpointing,cross=0.5,processes=2"
+    ]  # fmt: skip
+    for row in rows:
+        assert row["images_per_s"]["n"] == 2 == len(row["images_per_s"]["values"])
+        rates, base = row["images_per_s"]["values"], rows[0]["images_per_s"]["values"]
+        assert row["ratio"]["values"] == [a / b for a, b in zip(rates, base, strict=True)]
+        expected = row["gflops_per_image"] * row["images_per_s"]["median"]
+        assert row["gflops_per_s"] == pytest.approx(expected)
+        assert all(
+            p > s > 2**20 for p, s in zip(row["peak_bytes"], row["start_bytes"], strict=True)
+        )
+        assert len(row["peak_bytes"]) == row["settings"]["processes"]
+        assert row["share_of_limit"]["median"] > 0 and row["mfu"] > 0
+    assert "share" in capsys.readouterr().out
+
+
+@pytest.mark.smoke
+def test_scaling_sweeps_and_draws(tmp_path: Path) -> None:
+    flags = ["--batches", "1", "--sizes", "16", "24", "--masks", "--models", "--processes"]
+    plot = tmp_path / "plot.png"
+    found = run("scaling", tmp_path / "r.json", [*flags, f"--plot={plot}", "--repeats=1"])
+    assert {field: len(rows) for field, rows in found.items()} == {"batch": 1, "size": 2}
+    assert [row["settings"]["size"] for row in found["size"]] == [16, 24]
+    assert Image.open(plot).size[0] > 200
+
+
+@pytest.mark.smoke
+def test_limits(tmp_path: Path) -> None:
+    found = run("limits", tmp_path / "r.json", ["--repeats=1", "--warmup=0"])
+    assert len(found) == 5 and all(figure["median"] > 0 for figure in found.values())
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("workers", [0, 1])
+def test_data_beside_its_peer(tmp_path: Path, workers: int) -> None:
+    make_jpegs(tmp_path / "set", 8)
+    rows = run(
+        "data",
+        tmp_path / "r.json",
+        [f"--data_path={tmp_path}/set", "--images=12", f"--num_workers={workers}"],
+    )
+    assert [row["arm"] for row in rows] == ["PIL + torchvision v1", "ours"]
+    assert all(row["images_per_s"]["n"] == 2 for row in rows)
+
+
+@pytest.mark.smoke
+def test_data_without_files_has_no_peer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--dataset=digits", "--images=8", "--num_workers=0"]
+    rows = run("data", tmp_path / "r.json", flags)
+    assert [row["arm"] for row in rows] == ["ours"]
+    assert "no peer" in capsys.readouterr().out
+
+
+@pytest.mark.smoke
+def test_train_names_the_bottleneck(tmp_path: Path) -> None:
+    flags = ["--dataset=synthetic", "--images=6", "--num_workers=1"]
+    found = run("train", tmp_path / "r.json", flags)
+    medians = {row["arm"]: row["images_per_s"]["median"] for row in found["rows"]}
+    assert list(medians) == ["step alone", "data alone", "together"]
+    slower = min(["step", "data"], key=lambda side: medians[f"{side} alone"])
+    assert found["bottleneck"] == slower
+    assert 0 <= found["waiting"]["median"] <= 1 and found["waiting"]["n"] == 2
+
+
+@pytest.mark.smoke
+def test_curves_of_the_same_run_are_equal_and_of_others_are_not(tmp_path: Path) -> None:
+    flags = ["--dataset=digits", "--steps=24", "--arms", "mmae,fp32", "mmae,fp32,checkpointing"]
+    found = run("curves", tmp_path / "r.json", [*flags, "mmae,bf16", "--num_workers=0"])
+    same, again, other = found["curves"].values()
+    assert len(same) == 24 and same == again and same != other
+    assert found["rows"][1]["largest difference"] == "0.000%"
+    apart = main_benchmark.apart(other, same)
+    assert 0 < apart < 0.05
+    expected = np.convolve(same, np.full(20, 1 / 20), "valid")
+    np.testing.assert_allclose(main_benchmark.smooth(same), expected, rtol=1e-12)
+
+
+@pytest.mark.smoke
+def test_files_starts_from_a_listing(tmp_path: Path) -> None:
+    flags = [f"--made={tmp_path}/many", "--count=1200", "--images=40", "--num_workers=1"]
+    found = run("files", tmp_path / "r.json", [*flags, "--repeats=1"])
+    assert found["images"] == 1200 and found["later_start_s"]["n"] == 1
+    assert len(found["worker_bytes"]["late"]) == 1 == len(found["growth_bytes"])
+
+
+# ---- What is made --------------------------------------------------------------------------------
+
+
+def test_made_jpegs_are_like_imagenets(tmp_path: Path) -> None:
+    files = list(jpegs_like_imagenet(16))
+    assert files == list(jpegs_like_imagenet(16)) and len(set(files)) == 16
+    make_jpegs(tmp_path, 4)
+    source = build_dataset("imagefolder", "train", tmp_path)
+    assert len(source) == 4
+    for index in range(4):
+        size = sorted(Image.open(source.file_name(index)).size)
+        assert 337 <= size[0] <= 413 and 450 <= size[1] <= 550
+    with pytest.raises(BadInput, match="already"):
+        make_jpegs(tmp_path, 4)
+
+
+def test_tiny_files_are_links(tmp_path: Path) -> None:
+    make_tiny_files(tmp_path, 30, classes=3)
+    paths = sorted(tmp_path.rglob("*.JPEG"))
+    assert len(paths) == 30 and len({path.stat().st_ino for path in paths}) == 1
+    assert len(build_dataset("imagefolder", "train", tmp_path).classes) == 3
+
+
+def test_usual_path_is_torchvisions(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    crop = UsualFiles([str(tmp_path / "a.png")], (24, 16), (0.2, 1.0))[0]
+    assert crop.shape == (3, 24, 16) and crop.dtype == torch.float32
+    assert -2.2 < crop.min() < 0 < crop.max() < 2.7
+    with pytest.raises(BadInput, match="no files"):
+        UsualFiles([], (24, 16), (0.2, 1.0))

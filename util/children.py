@@ -1,0 +1,99 @@
+"""Child processes that measure when they are asked: each fresh, with memory of its own."""
+
+import multiprocessing
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from util.errors import BadInput, RunFailed
+
+# What a child builds once and then answers with: a request to a picklable answer.
+Answer = Callable[[Any], Any]
+
+
+def _serve(link: Any, threads: int, build: Callable[..., Answer], given: Sequence[Any]) -> None:
+    """In the child: build, say so, then answer until the parent hangs up."""
+    torch.set_num_threads(threads)
+    try:
+        answer = build(*given)
+        link.send((True, None))
+        while (request := link.recv()) is not None:
+            link.send((True, answer(request)))
+    except EOFError:  # the parent is gone
+        return
+    except BadInput as error:
+        link.send((False, str(error)))
+
+
+class Children:
+    """Processes that work on every request together, one of them mostly.
+
+    Args:
+        name: for messages.
+        build: called in each child with (rank, *given); returns what answers. Must be picklable.
+        given: picklable arguments.
+        count: children; each gets its rank.
+        threads: of torch in each.
+
+    Raises:
+        BadInput: a child said so.
+        RunFailed: a child died.
+    """
+
+    def __init__(
+        self, name: str, build: Callable[..., Answer], *given: Any, count: int = 1, threads: int
+    ) -> None:
+        # Threads that wait by spinning would take the cores from whose turn it is.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        # Forked from a process that has only imported: as clean as a new one, and there at once.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "torchvision", "timm"])
+        self.name = name
+        self.links, self.processes = [], []
+        for rank in range(count):
+            link, far = context.Pipe()
+            process = context.Process(target=_serve, args=(far, threads, build, (rank, *given)))
+            process.start()
+            far.close()
+            self.links.append(link)
+            self.processes.append(process)
+        self._receive()
+
+    def ask(self, request: Any) -> list[Any]:
+        """What each child answers, by rank; they work at the same time."""
+        for link in self.links:
+            link.send(request)
+        return self._receive()
+
+    def _receive(self) -> list[Any]:
+        answers = []
+        for link, process in zip(self.links, self.processes, strict=True):
+            try:
+                fine, answer = link.recv()
+            except (EOFError, OSError):
+                process.join()
+                self.close()
+                raise RunFailed(
+                    f"the process that measured {self.name} ended with code {process.exitcode} "
+                    "(-9: out of memory, most likely; lower --batch_size)"
+                ) from None
+            if not fine:
+                self.close()
+                raise BadInput(answer)
+            answers.append(answer)
+        return answers
+
+    def close(self) -> None:
+        """Let them end, and wait for it."""
+        for link in self.links:
+            try:
+                link.send(None)
+            except OSError:
+                continue  # it is gone already
+        for process in self.processes:
+            process.join(60)
+            if process.is_alive():
+                process.kill()
+                process.join()

@@ -194,7 +194,8 @@ def open_set(args: argparse.Namespace, split: str, channels: int | None) -> Imag
         args.dataset, split, args.data_path, channels=channels, mean=args.mean, std=args.std
     )
     if not source.labelled:
-        labelled = ", ".join(name for name in DATASETS if name not in ("photos", "stl10_unlabeled"))
+        unlabelled = ("photos", "stl10_unlabeled", "garments")
+        labelled = ", ".join(name for name in DATASETS if name not in unlabelled)
         raise BadInput(f"{args.dataset} has no labels to learn from; sets with labels: {labelled}")
     return source
 

@@ -534,6 +534,7 @@ def finetune(args: argparse.Namespace, procs: Processes) -> None:
         state=saved,
         notes=notes,
         steps_per_epoch=steps_per_epoch,
+        total_steps=args.epochs * steps_per_epoch,
         global_batch=sampler.global_batch,
         **run_options(args),
     )

@@ -289,7 +289,7 @@ def add_checkpoint_flags(parser: FlagParser) -> Any:
 def run_options(settings: argparse.Namespace) -> dict[str, Any]:
     """What `util.run.Run` takes from the flags as it is."""
     names = (
-        "epochs", "log_dir", "log_every", "nan_policy", "max_bad_images", "save_minutes", "keep",
+        "log_dir", "log_every", "nan_policy", "max_bad_images", "save_minutes", "keep",
     )  # fmt: skip
     return {name: getattr(settings, name) for name in names}
 

@@ -1,4 +1,4 @@
-"""Scenes of garments on photographs, with the class of every pixel: a real-image set made on demand.
+"""Scenes of garments on photographs, with the class of every pixel, made on demand.
 
 A scene is a function of (split, index) alone: which photograph and which crop of it is the ground,
 which garments of Fashion-MNIST lie on it, where, how large, in which colour. So any process, worker

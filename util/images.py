@@ -3,7 +3,7 @@
 import errno
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import BinaryIO
 
 import numpy as np
@@ -220,13 +220,36 @@ def read_image(path: PathLike, channels: int) -> Image.Image:
             `PIL.Image.MAX_IMAGE_PIXELS`.
         OSError: the machine could not read it (too many open files, a lost mount, ...).
     """
+    return _read(path, lambda file: _decode(file).convert(MODES[channels]))
+
+
+def read_stored(path: PathLike) -> Image.Image:
+    """Decode one file as it is stored, in its own mode: values count here, not what they look like.
+
+    Pillow stretches gray of 2 and 4 bits to 0..255; here they keep the values of the file.
+
+    Raises as `read_image` does.
+    """
+
+    def stored(file: BinaryIO) -> Image.Image:
+        image = _open(file)
+        tiles = getattr(image, "tile", [])  # of an image that is not loaded yet
+        stretched = {"L;2": 85, "L;4": 17}.get(tiles[0][3] if tiles else "", 1)
+        image.load()
+        return image if stretched == 1 else image.point(lambda level: level // stretched)
+
+    return _read(path, stored)
+
+
+def _read(path: PathLike, decode: Callable[[BinaryIO], Image.Image]) -> Image.Image:
+    """Open a file and decode it; what is wrong with its contents becomes a `BadImage`."""
     ImageFile.LOAD_TRUNCATED_IMAGES = False  # a library that set it would have us train on gray
     try:
         with warnings.catch_warnings(), open(path, "rb", opener=_open_at_once) as file:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             # Of metadata that do not matter here, once per image and worker.
             warnings.simplefilter("ignore", UserWarning)
-            return _decode(file).convert(MODES[channels])
+            return decode(file)
     # Pillow's parsers raise whatever broken bytes lead them to.
     except Exception as error:
         if isinstance(error, MemoryError) or getattr(error, "errno", None) not in FILE_FAULTS:
@@ -245,6 +268,22 @@ def _decode(file: BinaryIO) -> Image.Image:
 
     Raises whatever Pillow does.
     """
+    image = _open(file)
+    pixels_at = file.tell()
+    image.load()
+    if image.format == "JPEG":
+        # Where a crash or a broken copy left zeros, the decoder may find pixels in them.
+        file.seek(pixels_at)
+        if b"\xff\xd9" not in file.read():
+            raise ValueError("no end-of-image marker: its tail was never written")
+    # Not ImageOps.exif_transpose: it also rewrites the other tags, and stumbles over broken ones.
+    turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
+    image = _opaque(image)
+    return image if turn is None else image.transpose(turn)
+
+
+def _open(file: BinaryIO) -> Image.Image:
+    """The picture in a file, its pixels not read yet. Raises whatever Pillow does."""
     image: Image.Image
     try:
         image = Image.open(file, formats=FORMATS)
@@ -259,17 +298,7 @@ def _decode(file: BinaryIO) -> Image.Image:
         image = Image.open(file, formats=FORMATS)
         if image.mode == "P" and image.palette is None:
             raise ValueError("a palette image without a palette")
-    pixels_at = file.tell()
-    image.load()
-    if image.format == "JPEG":
-        # Where a crash or a broken copy left zeros, the decoder may find pixels in them.
-        file.seek(pixels_at)
-        if b"\xff\xd9" not in file.read():
-            raise ValueError("no end-of-image marker: its tail was never written")
-    # Not ImageOps.exif_transpose: it also rewrites the other tags, and stumbles over broken ones.
-    turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
-    image = _opaque(image)
-    return image if turn is None else image.transpose(turn)
+    return image
 
 
 def _opaque(image: Image.Image) -> Image.Image:

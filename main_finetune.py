@@ -27,6 +27,7 @@ from engine_finetune import BatchAugmentation, evaluate, train_one_epoch
 from models_vit import blocks_of
 from util import checkpoint as ckpt
 from util.accuracy import Accuracy, save_accuracy
+from util.class_names import check_classes
 from util.config import (
     FlagParser,
     add_checkpoint_flags,
@@ -198,31 +199,6 @@ def open_set(args: argparse.Namespace, split: str, channels: int | None) -> Imag
         labelled = ", ".join(name for name in DATASETS if name not in unlabelled)
         raise BadInput(f"{args.dataset} has no labels to learn from; sets with labels: {labelled}")
     return source
-
-
-def check_classes(found: Sequence[str], expected: Sequence[str] | None, outputs: int) -> None:
-    """Refuse a head that was trained for other classes than the data's.
-
-    Args:
-        found: classes of the data set.
-        expected: those that the head was trained for; None: nobody knows their names.
-        outputs: of the head.
-
-    Raises:
-        BadInput: with what differs.
-    """
-    if expected is not None and list(found) != list(expected):
-        differing = [f"{a!r} and {b!r}" for a, b in zip(expected, found, strict=False) if a != b]
-        raise BadInput(
-            f"the head was trained for {len(expected)} classes, the data set has {len(found)}; "
-            f"they differ{': ' + ', '.join(differing[:3]) if differing else ' in number'}; "
-            "fine-tune for these classes with --finetune"
-        )
-    if len(found) > outputs or (expected is None and len(found) != outputs):
-        raise BadInput(
-            f"the head has {outputs} outputs, the data set {len(found)} classes; fine-tune for "
-            "these classes with --finetune, or choose the data set it was trained on"
-        )
 
 
 def new_model(

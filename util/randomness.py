@@ -112,14 +112,42 @@ class EpochSampler(Sampler[list[Key]]):
         return torch.randperm(self.num_samples, generator=generator).numpy()
 
     def __iter__(self) -> Iterator[list[Key]]:
-        epoch, order = self.epoch, self.order(self.epoch)
-        for step in range(self.first_step, self.steps_per_epoch):
+        return self.micro_batches(self.epoch, self.first_step, self.steps_per_epoch)
+
+    def micro_batches(self, epoch: int, first_step: int, last_step: int) -> Iterator[list[Key]]:
+        """This process's keys of an epoch, from one step of it to before another."""
+        order = self.order(epoch)
+        for step in range(first_step, last_step):
             batch = order[step * self.global_batch : (step + 1) * self.global_batch]
             for micro_batches in batch.reshape(self.layout):
                 yield [Key(epoch, int(index)) for index in micro_batches[self.rank]]
 
     def __len__(self) -> int:
         return (self.steps_per_epoch - self.first_step) * self.layout[0]
+
+
+class IterationSampler(EpochSampler):
+    """The same micro-batches for runs that count steps: from any step to any other, over epochs.
+
+    Step s of the run is step s % steps_per_epoch of epoch s // steps_per_epoch. Arguments and
+    errors are `EpochSampler`'s.
+    """
+
+    last_step = 0
+
+    def between(self, first_step: int, last_step: int) -> None:
+        """The next iteration is steps `first_step` to `last_step` - 1 of the run, from 0."""
+        self.first_step, self.last_step = first_step, last_step
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        length = self.steps_per_epoch
+        for epoch in range(self.first_step // length, -(-self.last_step // length)):
+            start = epoch * length
+            first, last = max(self.first_step - start, 0), min(self.last_step - start, length)
+            yield from self.micro_batches(epoch, first, last)
+
+    def __len__(self) -> int:
+        return (self.last_step - self.first_step) * self.layout[0]
 
 
 class EvalSampler(Sampler[list[Key]]):

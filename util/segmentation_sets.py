@@ -18,7 +18,7 @@ from util.garments import MEAN as GARMENTS_MEAN
 from util.garments import SIZE as GARMENTS_SIZE
 from util.garments import STD as GARMENTS_STD
 from util.garments import GarmentScenes
-from util.images import IMAGENET_MEAN, IMAGENET_STD, PathLike, Stats, read_image
+from util.images import IMAGENET_MEAN, IMAGENET_STD, BadImage, PathLike, Stats, read_image
 from util.label_maps import (
     IGNORE,
     MASK_ENDINGS,
@@ -146,6 +146,34 @@ class SegmentationSubset(SegmentationSource):
 
     def file_name(self, index: int) -> str:
         return self.source.file_name(int(self.indices[index]))
+
+
+class UnlabelledSource(SegmentationSource):
+    """A user's own images, of which every pixel is to be predicted.
+
+    Args:
+        files: of the images.
+        mean, std, classes: of the set that the model learnt from.
+    """
+
+    def __init__(
+        self, files: Sequence[Path], mean: Stats, std: Stats, classes: Sequence[str]
+    ) -> None:
+        super().__init__("images", "val", mean, std, classes)
+        self.files = list(files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Pair:
+        try:
+            image = read_image(self.files[index], 3)
+        except BadImage as error:  # no other image may take the place of one that was asked for
+            raise BadPair(str(error)) from error
+        return image, np.full((image.height, image.width), IGNORE, dtype=np.uint8)
+
+    def file_name(self, index: int) -> str:
+        return str(self.files[index])
 
 
 # ---- Files -------------------------------------------------------------------------------------

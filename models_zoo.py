@@ -407,7 +407,11 @@ def _heads(stored: EncoderWeights, name: str | None) -> int:
         return stored.arguments["num_heads"]
     if name is not None:
         return model_arguments(name)["num_heads"]
-    width, depth = stored.arguments["embed_dim"], stored.arguments["depth"]
+    return known_heads(stored.arguments["embed_dim"], stored.arguments["depth"])
+
+
+def known_heads(width: int, depth: int) -> int:
+    """Attention heads of our encoder of that width and depth, or one for every 64 channels."""
     known = {(w, d): heads for w, d, heads in ENCODERS.values()}
     return known.get((width, depth), max(1, width // 64))
 

@@ -49,8 +49,9 @@ class PixelLoss:
 
     def pixels(self, label: Tensor) -> Tensor:
         """How many pixels of a label the mean is over: float64 []."""
-        counted = label != IGNORE if self.mean == "valid" else torch.ones_like(label, dtype=bool)
-        return counted.sum(dtype=torch.float64)
+        if self.mean == "all":
+            return torch.tensor(float(label.numel()), dtype=torch.float64)
+        return (label != IGNORE).sum(dtype=torch.float64)
 
     def __call__(self, output: dict[str, Tensor], label: Tensor, pixels: Tensor) -> Tensor:
         """The loss, in float32.
@@ -186,8 +187,8 @@ class Inference:
 def resized_argmax(scores: Tensor, size: Size) -> Tensor:
     """The class of highest score at another size: uint8 [h, w] of float [1, K, H, W].
 
-    Of equal scores the first class counts; where none is a number the result is 255. Few classes at once are enlarged: 150 of a photograph of
-    12 megapixels would be 7 GB.
+    Of equal scores the first class counts; where none is a number the result is 255. Few classes
+    at once are enlarged: 150 of a photograph of 12 megapixels would be 7 GB.
     """
     best = torch.full(size, -torch.inf, device=scores.device)
     classes = torch.full(size, IGNORE, dtype=torch.uint8, device=scores.device)

@@ -1,6 +1,6 @@
-"""Train a segmenter by Slurm: the flags of main_segment.py and those of the job; --help lists both.
+"""Segment by Slurm: the flags of main_segment.py and those of the job; --help lists both.
 
-python submitit_segment.py --job_dir JOB_DIR --nodes 1 --ngpus 8 --data_path ADEChallengeData2016 ...
+python submitit_segment.py --job_dir JOB_DIR --nodes 1 --data_path ADEChallengeData2016 ...
 """
 
 from collections.abc import Sequence

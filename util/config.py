@@ -235,9 +235,7 @@ def add_optimisation_flags(
     group.add_argument("--accum_iter", type=number(int, 1), default=1, help="micro-steps per step")
     group.add_argument(f"--{lengths}", type=number(int, 1))
     # Only epochs have fractions.
-    group.add_argument(
-        f"--warmup_{lengths}", type=number(float if lengths == "epochs" else int, 0)
-    )
+    group.add_argument(f"--warmup_{lengths}", type=number(float if lengths == "epochs" else int, 0))
     group.add_argument(
         "--blr", type=number(float, 0), help="base lr: lr = blr x global batch / 256"
     )
@@ -273,7 +271,10 @@ def add_checkpoint_flags(parser: FlagParser, lengths: str = "epochs") -> Any:
     group = parser.add_argument_group(f"checkpoints and measurement ({lengths}; 0: never)")
     group.add_argument("--save_every", type=number(int, 0), default=20)
     group.add_argument(
-        "--save_minutes", type=number(float, 0), default=30.0, help="by the clock, in between; 0: never"
+        "--save_minutes",
+        type=number(float, 0),
+        default=30.0,
+        help="by the clock, in between; 0: never",
     )
     group.add_argument("--keep", type=number(int, 0), default=0, help="numbered ones; 0: all")
     group.add_argument(

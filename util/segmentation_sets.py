@@ -153,13 +153,19 @@ class UnlabelledSource(SegmentationSource):
 
     Args:
         files: of the images.
-        mean, std, classes: of the set that the model learnt from.
+        classes: of the model.
+        mean, std: of the set that the model learnt from; None: ImageNet's.
     """
 
     def __init__(
-        self, files: Sequence[Path], mean: Stats, std: Stats, classes: Sequence[str]
+        self,
+        files: Sequence[Path],
+        classes: Sequence[str],
+        *,
+        mean: Stats | None = None,
+        std: Stats | None = None,
     ) -> None:
-        super().__init__("images", "val", mean, std, classes)
+        super().__init__("images", "val", mean or IMAGENET_MEAN, std or IMAGENET_STD, classes)
         self.files = list(files)
 
     def __len__(self) -> int:

@@ -257,7 +257,7 @@ def eval_loader(
 
 def next_stop(step: int, total: int, *every: int) -> int:
     """The next step after which something is due: a multiple of one of `every`, or the last."""
-    return min(total, *((step // period + 1) * period for period in every if period))
+    return min([total, *((step // period + 1) * period for period in every if period)])
 
 
 def is_due(every: int, step: int, total: int) -> bool:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from util.confusion import ConfusionMeter, Segmentation
-from util.errors import RunFailed
+from util.errors import BadInput, RunFailed
 from util.label_maps import IGNORE
 from util.logger import StepReport
 from util.randomness import seed_of, seeded
@@ -156,6 +156,9 @@ class Inference:
         scales: of multi-scale inference; none: the image as it is.
         flip: mean with the mirror image, also at a single scale.
         short_side: of a scaled image, at least.
+
+    Raises:
+        BadInput: windows that leave pixels out.
     """
 
     slide: bool = False
@@ -164,6 +167,14 @@ class Inference:
     scales: tuple[float, ...] = ()
     flip: bool = False
     short_side: int = 0
+
+    def __post_init__(self) -> None:
+        # Found now, not when the first evaluation comes.
+        if self.slide and any(s > w for s, w in zip(self.stride, self.window, strict=True)):
+            raise BadInput(
+                f"--stride {self.stride} must be at most --window {self.window} (down, right), or "
+                "pixels are left out"
+            )
 
     def __call__(self, model: nn.Module, image: Tensor, size: Size) -> Tensor:
         """Classes of every pixel, uint8 [h, w] at `size`, of float [1, 3, H, W].

@@ -274,6 +274,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if args.eval and args.predict:
         raise BadInput("--eval and --predict are two commands; give one of them")
+    inference_of(args)  # refuses windows that cannot work
     with processes(args.device, Path(args.output_dir)) as procs:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
         if args.eval or args.predict:

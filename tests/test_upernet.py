@@ -215,10 +215,10 @@ def test_the_start_of_heads() -> None:
     torch.manual_seed(0)
     model = create_segmenter("vit_micro_patch8", 40, channels=64, aux_channels=32)
     for head in (model.decode_head, model.auxiliary_head):
-        assert float(head.conv_seg.weight.std()) == pytest.approx(0.01, rel=0.1)
+        assert float(head.conv_seg.weight.detach().std()) == pytest.approx(0.01, rel=0.1)
         assert not head.conv_seg.bias.any()
     conv = model.decode_head.fpn_bottleneck.conv.weight  # fan out: 64 * 9
-    assert float(conv.std()) == pytest.approx((2 / (64 * 9)) ** 0.5, rel=0.05)
+    assert float(conv.detach().std()) == pytest.approx((2 / (64 * 9)) ** 0.5, rel=0.05)
 
 
 # ---- The whole model -----------------------------------------------------------------------------
@@ -498,7 +498,7 @@ def test_from_official_mae_timm_finetuned_and_segmenters(tmp_path: Path) -> None
     tuned = trained(VisionTransformer(**arguments))
     paths.append(save_finetuned(tmp_path, tuned, arguments))
     paths.append(save_segmenter(tmp_path, micro(img_size=64)))
-    torch.save(timm_vit("token").state_dict(), tmp_path / "timm.pth")
+    torch.save(timm_vit("cls").state_dict(), tmp_path / "timm.pth")
     paths.append(tmp_path / "timm.pth")
     for path in paths:
         expected, _ = load_encoder(str(path))
@@ -603,6 +603,45 @@ def test_mmsegmentations_names(settings: dict[str, Any], tmp_path: Path) -> None
     with torch.no_grad():
         assert torch.equal(again.eval()(images)["logits"], model(images)["logits"])
     assert state["meta"]["CLASSES"] == ["a"]
+
+
+@pytest.mark.parametrize("to", ["mmseg", "mmae"])
+@pytest.mark.parametrize("settings", [{}, {"relative_bias": True, "lscale_init": 1.0}])
+def test_exported_whole_and_back(
+    to: str, settings: dict[str, Any], run_main: Any, tmp_path: Path
+) -> None:
+    """Every tensor, also of scales and biases that never learned anything."""
+    torch.manual_seed(0)
+    model = create_segmenter("vit_micro_patch8", K, img_size=32, **SMALL, **settings)
+    places = [save_segmenter(tmp_path, model), tmp_path / "there.pth", tmp_path / "back.pth"]
+    for start, end, target in zip(places, places[1:], (to, "mmae"), strict=False):
+        given = ["--checkpoint", str(start), "--to", target, "--output", str(end)]
+        code, out, err = run_main("main_export", given)
+        assert code == 0, err
+        assert "segmenter to" in out and "verified" in out
+        assert ("type='UPerHead'" in out) == (target == "mmseg")
+    again, _ = load_segmenter(str(places[2]))
+    own = model.state_dict()
+    assert again.arguments == model.arguments and list(again.state_dict()) == list(own)
+    assert all(torch.equal(v, own[k]) for k, v in again.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--to", "timm", "--part", "segmenter"], "takes no segmenter"),
+        (["--to", "mmseg", "--input_size", "64"], "takes any size"),
+        (["--to", "mmseg"], "8 pixels or more"),
+    ],
+)
+def test_segmenters_that_cannot_be_exported(
+    flags: list[str], message: str, run_main: Any, tmp_path: Path
+) -> None:
+    path = save_segmenter(tmp_path, micro("vit_micro_patch4"))
+    given = ["--checkpoint", str(path), "--output", str(tmp_path / "new.pth"), *flags]
+    code, _, err = run_main("main_export", given)
+    assert code == 2 and message in err
+    assert not (tmp_path / "new.pth").exists()
 
 
 def test_the_public_runs_names(tmp_path: Path) -> None:

@@ -123,8 +123,8 @@ def test_equal_sizes_are_computed_once_and_count_each_time() -> None:
         return aware(x)
 
     image = image_of(8, 10)
-    found = multi_scale(predict, image, [0.5, 0.75, 1.0, 2.0], False, 8)
-    assert calls == [(8, 10), (16, 20)]
+    found = multi_scale(predict, image, [2.0, 0.5, 0.75, 1.0], False, 8)
+    assert calls == [(16, 20), (8, 10)]
     big = F.interpolate(image, (16, 20), mode="bilinear", align_corners=False)
     last = F.interpolate(aware(big), (8, 10), mode="bilinear", align_corners=False)
     expected = (3 * aware(image).softmax(1) + last.softmax(1)) / 4

@@ -92,15 +92,17 @@ def segmenter_of(
     state: Mapping[str, Any], path: str, name: str | None = None
 ) -> tuple[UperNet, dict[str, Any]]:
     """`load_segmenter` of what was read."""
-    weights = weights_of(state, path)
+    weights, said = weights_of(state, path), state.get("model_args")
     if is_mmseg_segmenter(weights):
-        weights = segmenter_from_mmseg(weights, path)
+        has = said or {"lscale_init": None, "relative_bias": None}
+        scales, biases = has["lscale_init"] is not None, has["relative_bias"]
+        weights = segmenter_from_mmseg(weights, path, scales=scales, biases=biases)
     elif not is_segmenter(weights):
         raise BadInput(
             f"{path} holds no segmenter, neither ours nor mmsegmentation's; an encoder alone goes "
             "to --finetune"
         )
-    arguments = dict(state.get("model_args") or segmenter_arguments(weights, path))
+    arguments = dict(said or segmenter_arguments(weights, path))
     if "num_heads" not in arguments:
         arguments["num_heads"] = (
             model_arguments(name)["num_heads"]
@@ -117,13 +119,49 @@ def segmenter_of(
 def to_mmseg_names(model: UperNet) -> dict[str, Tensor]:
     """The weights of a whole segmentor of mmsegmentation, to be saved as its `state_dict`.
 
-    Its config: backbone `MAE` (init_values 1, the sizes of `model.arguments`), neck
-    `Feature2Pyramid`, decode head `UPerHead`, auxiliary head `FCNHead` with one convolution.
+    Raises:
+        BadInput: it has no such model: for patches of 4, or that are not square.
     """
+    (ph, pw), ratio = model.patch_size, model.arguments["mlp_ratio"]
+    if ph != pw or ratio != int(ratio) or min(model.neck.factors) < 0.25:
+        raise BadInput(
+            f"mmsegmentation takes square patches of 8 pixels or more and a whole mlp_ratio, not "
+            f"{(ph, pw)} and {ratio}"
+        )
     weights = {k: v.detach() for k, v in model.state_dict().items()}
     heads: Any = model.encoder.blocks[0]
     index = relative_index(model.grid, model.grid)
     return segmenter_to_mmseg(weights, model.grid, heads.attn.num_heads, index)
+
+
+def mmseg_config(model: UperNet) -> str:
+    """The `model` of a config of mmsegmentation that takes `to_mmseg_names`, as Python text."""
+    a, D = model.arguments, model.encoder.num_features
+    last = f"num_classes={a['num_classes']}, dropout_ratio={a['dropout']}, align_corners=False"
+    last += ", norm_cfg=dict(type='SyncBN')"
+    backbone = (
+        f"type='MAE', img_size={tuple(a['img_size'])}, patch_size={a['patch_size'][0]}, "
+        f"in_channels={a['in_chans']}, embed_dims={D}, num_layers={a['depth']}, "
+        f"num_heads={a['num_heads']}, mlp_ratio={int(a['mlp_ratio'])}, "
+        f"out_indices={tuple(a['taps'])}, drop_path_rate={a['drop_path']}, init_values=1.0, "
+        "norm_cfg=dict(type='LN', eps=1e-6)"
+    )
+    parts = {
+        "backbone": backbone,
+        "neck": f"type='Feature2Pyramid', embed_dim={D}, rescales={model.neck.factors}",
+        "decode_head": f"type='UPerHead', in_channels={[D] * 4}, in_index=[0, 1, 2, 3], "
+        f"pool_scales={tuple(a['pool_scales'])}, channels={a['channels']}, {last}",
+        "auxiliary_head": f"type='FCNHead', in_channels={D}, in_index={a['aux_tap']}, "
+        f"channels={a['aux_channels']}, num_convs=1, concat_input=False, {last}",
+    }
+    inside = ", ".join(f"{name}=dict({text})" for name, text in parts.items())
+    return f"model=dict(type='EncoderDecoder', {inside})"
+
+
+def holds_segmenter(state: Mapping[str, Any], path: str) -> bool:
+    """Whether a file holds a whole segmenter, of ours or of mmsegmentation."""
+    weights = weights_of(state, path)
+    return is_segmenter(weights) or is_mmseg_segmenter(weights)
 
 
 def _check_name(model: UperNet, name: str, path: str) -> None:

@@ -86,12 +86,20 @@ def encoder_of_segmenter(weights: Mapping[str, Tensor], source: str) -> tuple[We
     return encoder, [f"the segmenter's heads are left out ({heads} tensors)"]
 
 
-def segmenter_from_mmseg(weights: Mapping[str, Tensor], source: str) -> Weights:
+def segmenter_from_mmseg(
+    weights: Mapping[str, Tensor],
+    source: str,
+    *,
+    scales: bool | None = None,
+    biases: bool | None = None,
+) -> Weights:
     """A whole segmentor, in the names of `UperNet`.
 
-    Scales that are all 1 and biases that are all 0 are left out, so that a model of ours without
-    them comes back as it was; for one that has them and never learned any, this is the same
-    function.
+    Args:
+        source: the file's name, for messages.
+        scales, biases: whether the model has branch scales and relative biases. None, for a file
+            that does not say: if any scale is not 1, any bias not 0. Left out they were the same
+            function.
 
     Raises:
         BadInput: two tensors for one of ours.
@@ -109,12 +117,15 @@ def segmenter_from_mmseg(weights: Mapping[str, Tensor], source: str) -> Weights:
             block = re.fullmatch(r"(backbone\.blocks\.\d+\.)(gamma_[12])", key)
             plain[f"{block[1]}{SCALES[block[2]]}" if block else key] = tensor
     encoder, _ = from_mmseg(plain, source)
-    scales = [key for key in encoder if key.endswith(tuple(SCALES.values()))]
-    if all((encoder[key] == 1).all() for key in scales):
-        encoder = {k: v for k, v in encoder.items() if k not in scales}
-    tables = [key for key in found if key.startswith("relative.")]
-    if not any(found[key].any() for key in tables):
-        found = {k: v for k, v in found.items() if k not in tables}
+    gammas = {k: v for k, v in encoder.items() if k.endswith(tuple(SCALES.values()))}
+    tables = {k: v for k, v in found.items() if k.startswith("relative.")}
+    for learned, asked, parts, home in (
+        (any((gamma != 1).any() for gamma in gammas.values()), scales, gammas, encoder),
+        (any(table.any() for table in tables.values()), biases, tables, found),
+    ):
+        if not learned and not asked:
+            for key in parts:
+                del home[key]
     return {f"encoder.{k}": v for k, v in encoder.items()} | found
 
 

@@ -39,7 +39,8 @@ def whole(model: Predict, image: Tensor) -> Tensor:
     Returns:
         float32 [1, K, H, W].
     """
-    return resize(model(image).float(), _size(image))
+    size = _size(image)
+    return resize(model(image).float(), size)
 
 
 @torch.no_grad()

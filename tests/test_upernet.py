@@ -498,7 +498,7 @@ def test_from_official_mae_timm_finetuned_and_segmenters(tmp_path: Path) -> None
     tuned = trained(VisionTransformer(**arguments))
     paths.append(save_finetuned(tmp_path, tuned, arguments))
     paths.append(save_segmenter(tmp_path, micro(img_size=64)))
-    torch.save(timm_vit("cls").state_dict(), tmp_path / "timm.pth")
+    torch.save(trained(timm_vit("cls")).state_dict(), tmp_path / "timm.pth")
     paths.append(tmp_path / "timm.pth")
     for path in paths:
         expected, _ = load_encoder(str(path))

@@ -56,8 +56,11 @@ def segmenter_to_mmseg(
 
 
 def is_mmseg_segmenter(weights: Mapping[str, Any]) -> bool:
-    """Whether these are the names of a whole segmentor of mmsegmentation, or the public run's."""
-    return "decode_head.conv_seg.weight" in weights and any(
+    """Whether these are the names of a UPerNet of mmsegmentation, or of the public run.
+
+    Of segmentors with other heads only the backbone is of use to us.
+    """
+    return "decode_head.fpn_bottleneck.conv.weight" in weights and any(
         key.startswith("backbone.") for key in weights
     )
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from launch import launch, wait
+from launch import ROOT, launch, wait
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_segment_data import FAULTS, write_ade20k, write_pairs
@@ -471,3 +471,27 @@ def test_two_processes_do_what_one_does(mean: str, data: str, tmp_path: Path) ->
         assert wait(children) == [0] * world, (folder / "out").read_text()
         results.append(json.loads((folder / "result.json").read_text()))
     assert results[0] == results[1]
+
+
+# ---- Recipes and Slurm -------------------------------------------------------------------------
+
+
+def test_recipes_hold_flags_that_the_command_takes() -> None:
+    """And the published one is the defaults, but for what the public run adds."""
+    plain = main_segment.build_parser().parse([])
+    for name in ("ade20k", "garments"):
+        args = main_segment.build_parser().parse([f"--config={ROOT}/recipes/{name}.yaml"])
+        assert args.dataset == name
+        if name == "ade20k":
+            changed = {k for k, v in vars(args).items() if v != vars(plain)[k]}
+            assert changed == {
+                "config", "relative_bias", "lscale_init", "precision", "output_dir", "lr",
+            }  # fmt: skip
+            assert args.lr == main_segment.LR and plain.lr is None
+
+
+def test_the_job_runs_this_command(tmp_path: Path, run_main) -> None:
+    flags = [f"--job_dir={tmp_path}/job", "--dry_run", "--local", "--ngpus=0", *NEW, "--seed=7"]
+    code, out, err = run_main("submitit_segment", flags)
+    assert code == 0, err
+    assert "main_segment.py" in out and "--seed=7" in out

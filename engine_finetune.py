@@ -11,9 +11,9 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
 
 from util.accuracy import Accuracy, AccuracyMeter
-from util.errors import BadInput
 from util.logger import StepReport
 from util.randomness import seed_of, seeded
+from util.replace import refuse_bad
 from util.step import OptimizerStep, Stopwatch, steps_of
 from util.transforms import normalize
 
@@ -137,12 +137,6 @@ def evaluate(
         images = batch["image"].to(device, non_blocking=True)
         labels = batch["label"].to(device, non_blocking=True)
         meter.update(model(normalize(images, mean, std)), labels)
-        bad += [i for i in batch["bad"].flatten().tolist() if i >= 0]
-    bad = sorted({i for of in gather(bad) for i in of})
-    if bad:
-        raise BadInput(
-            f"{len(bad)} images of the evaluation set cannot be decoded (numbers "
-            f"{', '.join(map(str, bad[:8]))}{' ...' if len(bad) > 8 else ''}): replace the files, "
-            "evaluation leaves none out"
-        )
+        bad += batch["bad"].flatten().tolist()
+    refuse_bad(bad, gather)
     return meter.total(sum_over_ranks)

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 import models_zoo
 from models_layers import pair
 from models_mmae import MaskedAutoencoderViT
+from models_segmenters import holds_segmenter, mmseg_config, segmenter_of, to_mmseg_names
+from models_upernet import UperNet
 from models_vit import VisionTransformer
-from util.checkpoint import local_file, write_signed
+from util.checkpoint import load_file, local_file, write_signed
 from util.config import FlagParser, number, size_pair
 from util.convert_names import EPS, config_of, to_mmseg, to_transformers
 from util.errors import BadInput, command, needs
@@ -36,7 +38,9 @@ from util.export import (
 )
 from util.weights import CONFIG, load_state, read_json
 
-PARTS = ("auto", "decoder", "head", "encoder")
+PARTS = ("auto", "decoder", "head", "encoder", "segmenter")
+# Targets that take a whole segmenter; to the others goes its encoder.
+SEGMENTER_TARGETS = ("mmseg", "mmae")
 # Largest difference / largest output. A folded BatchNorm divides by small deviations.
 BOUND, LOOSE = 1e-5, 1e-4
 IMAGES = 2
@@ -135,6 +139,54 @@ def build_parser() -> FlagParser:
     group.add_argument("--num_heads", type=number(int, 1), help="of attention, in the encoder")
     group.add_argument("--norm_pix_loss", action="store_true")
     return parser
+
+
+def read_segmenter(args: argparse.Namespace) -> tuple[UperNet, dict[str, Any]] | None:
+    """The whole segmenter that is to be exported, and what else its file holds; None: no such.
+
+    Raises:
+        BadInput: it was asked for, and cannot be.
+    """
+    asked, place = args.part == "segmenter", local_file(args.checkpoint)
+    if args.to not in SEGMENTER_TARGETS:
+        if asked:
+            raise BadInput(
+                f"--to {args.to} takes no segmenter; {' and '.join(SEGMENTER_TARGETS)} do"
+            )
+        return None
+    if args.part not in ("auto", "segmenter") or place.is_dir() or place.suffix == ".onnx":
+        return None
+    state = load_file(place)
+    if not asked and not holds_segmenter(state, args.checkpoint):
+        return None
+    if args.input_size is not None:
+        raise BadInput("--input_size resizes encoders (--part encoder); a segmenter takes any size")
+    return segmenter_of(state, args.checkpoint, args.model)
+
+
+@torch.inference_mode()
+def write_segmenter(
+    model: UperNet, state: dict[str, Any], path: Path, args: argparse.Namespace
+) -> None:
+    """Write a whole segmenter, see that the file is the same function, and say what it is."""
+    said: dict[str, Any] = {k: state[k] for k in ("classes", "data") if k in state}
+    said |= {"model_args": model.arguments, "norm_eps": EPS}
+    contents: dict[str, Any]
+    if args.to == "mmseg":
+        contents = {"state_dict": to_mmseg_names(model), **said}
+    else:
+        contents = {"task": "export", "step": 0, **said, "model": model.state_dict()}
+    shape = (IMAGES, model.in_chans, *model.encoder.img_size)
+    images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    with appearing(path) as temporary:
+        write_signed(temporary, contents)
+        again, _ = segmenter_of(load_file(temporary), str(path))
+        expected, found = model.eval()(images), again.eval()(images)
+        line = check_same(expected, found, BOUND, "the new file")
+    print(f"{args.checkpoint}: segmenter to {args.to}")
+    print(f"verified  {line}\nwritten   {path}")
+    if args.to == "mmseg":
+        print(mmseg_config(model))
 
 
 def read_source(args: argparse.Namespace) -> Source:
@@ -549,6 +601,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Write one file for another program; see the module."""
     args = build_parser().parse(argv)
     check_flags(args)
+    segmenter = read_segmenter(args)
+    if segmenter is not None:
+        return write_segmenter(*segmenter, Path(args.output), args)
     source = read_source(args)
     # At another size a file of another program has no answer to compare with.
     read = check_reading(source, args.checkpoint) if args.input_size is None else None

@@ -26,6 +26,7 @@ from engine_finetune import BatchAugmentation, evaluate, train_one_epoch
 from models_vit import blocks_of
 from util import checkpoint as ckpt
 from util.accuracy import Accuracy, save_accuracy
+from util.class_names import check_classes
 from util.config import (
     FlagParser,
     add_checkpoint_flags,
@@ -197,34 +198,10 @@ def open_set(args: argparse.Namespace, split: str, channels: int | None) -> Imag
         args.dataset, split, args.data_path, channels=channels, mean=args.mean, std=args.std
     )
     if not source.labelled:
-        labelled = ", ".join(name for name in DATASETS if name not in ("photos", "stl10_unlabeled"))
+        unlabelled = ("photos", "stl10_unlabeled", "garments")
+        labelled = ", ".join(name for name in DATASETS if name not in unlabelled)
         raise BadInput(f"{args.dataset} has no labels to learn from; sets with labels: {labelled}")
     return source
-
-
-def check_classes(found: Sequence[str], expected: Sequence[str] | None, outputs: int) -> None:
-    """Refuse a head that was trained for other classes than the data's.
-
-    Args:
-        found: classes of the data set.
-        expected: those that the head was trained for; None: nobody knows their names.
-        outputs: of the head.
-
-    Raises:
-        BadInput: with what differs.
-    """
-    if expected is not None and list(found) != list(expected):
-        differing = [f"{a!r} and {b!r}" for a, b in zip(expected, found, strict=False) if a != b]
-        raise BadInput(
-            f"the head was trained for {len(expected)} classes, the data set has {len(found)}; "
-            f"they differ{': ' + ', '.join(differing[:3]) if differing else ' in number'}; "
-            "fine-tune for these classes with --finetune"
-        )
-    if len(found) > outputs or (expected is None and len(found) != outputs):
-        raise BadInput(
-            f"the head has {outputs} outputs, the data set {len(found)} classes; fine-tune for "
-            "these classes with --finetune, or choose the data set it was trained on"
-        )
 
 
 def new_model(
@@ -544,6 +521,7 @@ def finetune(args: argparse.Namespace, procs: Processes) -> None:
         state=saved,
         notes=notes,
         steps_per_epoch=steps_per_epoch,
+        total_steps=args.epochs * steps_per_epoch,
         global_batch=sampler.global_batch,
         **run_options(args),
     )

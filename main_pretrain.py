@@ -331,6 +331,7 @@ def pretrain(args: argparse.Namespace, procs: Processes) -> None:
         state=state,
         notes=notes,
         steps_per_epoch=steps_per_epoch,
+        total_steps=args.epochs * steps_per_epoch,
         global_batch=sampler.global_batch,
         **run_options(args),
     )

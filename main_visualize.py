@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 import models_zoo
 from engine_pretrain import STATISTICS_NOTE, Masker, fills_of, reconstruct
@@ -19,6 +18,7 @@ from util.config import FlagParser, number
 from util.datasets import DATASETS, DEFAULT, build_dataset, place_of
 from util.dist import choose_device
 from util.errors import BadInput, command
+from util.folders import image_files
 from util.images import IMAGENET_MEAN, IMAGENET_STD, read_image
 from util.logger import prepare_folder
 from util.masking import ORDERS, STRATEGIES, count_visible, create_strategy
@@ -60,24 +60,12 @@ def gather_images(args: argparse.Namespace, model: Any) -> tuple[list[str], list
         transform = EvalTransform(model.img_size, margin=source.eval_margin)
         indices = evenly(len(source), args.num_images)
         return [source.file_name(i) for i in indices], [transform(source[i][0]) for i in indices]
-    paths = [path for name in args.images for path in image_files(Path(name))]
+    paths = [path for name in args.images for path in image_files(Path(name), "--images")]
     if model.in_chans not in (1, 3):
         raise BadInput(f"image files are gray or RGB, the model takes {model.in_chans} channels")
     paths = [paths[i] for i in evenly(len(paths), args.num_images)]
     transform = EvalTransform(model.img_size, margin=False)  # show as much as fits
     return [str(p) for p in paths], [transform(read_image(p, model.in_chans)) for p in paths]
-
-
-def image_files(path: Path) -> list[Path]:
-    """The file itself, or the images of a folder, sorted."""
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise BadInput(f"--images {path} does not exist")
-    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
-    if not files:
-        raise BadInput(f"--images {path} holds no image files ({', '.join(IMG_EXTENSIONS)})")
-    return files
 
 
 @command

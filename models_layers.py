@@ -17,6 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from util.errors import BadInput
 
+Pair = tuple[int, int]
+
 # The epsilon of MAE's LayerNorms; torch's default is 1e-5.
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 
@@ -235,6 +237,45 @@ class CrossTrunk(nn.ModuleList):
         for block, memory_BND in zip(self, memories, strict=True):
             x_BMD = run(block, x_BMD, memory_BND, recompute=self.grad_checkpointing)
         return x_BMD
+
+
+class RelativeBias(nn.Module):
+    """BEiT's relative position bias of one block: a learned number for each offset and head.
+
+    Args:
+        grid: (gh, gw) patches that the table is for.
+
+    Parameter `table` [(2gh - 1)(2gw - 1) + 3, heads], 0 at the start: offsets in raster order, row
+    then column, then class token to patch, patch to class token, class token to itself.
+    """
+
+    def __init__(self, grid: Pair, num_heads: int) -> None:
+        super().__init__()
+        rows = (2 * grid[0] - 1) * (2 * grid[1] - 1) + 3
+        self.table = nn.Parameter(torch.zeros(rows, num_heads))
+
+    def forward(self, index_NN: Tensor) -> Tensor:
+        """What `relative_index` gave, to what is added to the logits: [1, heads, N, N]."""
+        return self.table[index_NN].permute(2, 0, 1).unsqueeze(0).contiguous()
+
+
+def relative_index(of: Pair, grid: Pair, device: torch.device | None = None) -> Tensor:
+    """Which row of a table for the grid `of` each pair of tokens of `grid` has: int64 [N, N].
+
+    Query, then key. On another grid an offset of so many patches keeps its row, and one beyond the
+    table has the row at its edge: patches are of the same size in pixels whatever the image's.
+    """
+    sides = []
+    for table, side in zip(of, grid, strict=True):
+        i = torch.arange(side, device=device)
+        sides.append((i[:, None] - i).clamp(1 - table, table - 1) + table - 1)
+    (gh, gw), columns = grid, 2 * of[1] - 1
+    pairs = sides[0][:, None, :, None] * columns + sides[1][None, :, None, :]
+    first = (2 * of[0] - 1) * columns
+    index = torch.empty(1 + gh * gw, 1 + gh * gw, dtype=torch.int64, device=device)
+    index[1:, 1:] = pairs.reshape(gh * gw, gh * gw)
+    index[0], index[:, 0], index[0, 0] = first, first + 1, first + 2
+    return index
 
 
 def take(x_BLD: Tensor, ids_BM: Tensor) -> Tensor:

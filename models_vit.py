@@ -3,16 +3,19 @@
 Shape legend: B images, L patches, N = 1 + L tokens, D channels.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from models_batchnorm import GlobalBatchNorm
 from models_layers import LayerNorm, check_lscale, pair
 from util.errors import BadInput
-from util.pos_embed import sincos_2d
+from util.pos_embed import resize_table, sincos_2d
 
 Pair = tuple[int, int]
 
@@ -192,6 +195,74 @@ class VisionTransformer(TimmVisionTransformer):
                 f"{(self.in_chans, *self.img_size)} (channels, height, width)"
             )
         return super().forward_features(images, **kwargs)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        intermediates_only: bool = False,
+        *,
+        biases: Sequence[Callable[[], Tensor]] | None = None,
+    ) -> Any:
+        """Outputs of blocks as feature maps, of images of any size in whole patches.
+
+        As timm's, whose arguments these are, and beyond it: images may have another size than the
+        model; its positions are then resized to their grid (bicubic, as MAE's code does).
+
+        Args:
+            x: images, float [B, C, H, W], normalised.
+            indices: of the blocks, from 0; a number: the last so many; None: all.
+            return_prefix_tokens: give each map with the class token beside it, [B, 1, D].
+            norm: apply the final norm to the maps.
+            intermediates_only: leave out what comes after the last map.
+            biases: one function for each block that gives what is added to its attention's logits,
+                [1, heads, 1 + L, 1 + L]; called in the block, so that with gradient checkpointing
+                only one of them is kept.
+
+        Returns:
+            maps, a list of [B, D, gh, gw]; unless intermediates_only, the tokens after the last
+            block and the final norm, [B, 1 + L, D], and the maps.
+
+        Raises:
+            BadInput: images of other channels, or that are not in whole patches.
+        """
+        wanted, last = feature_take_indices(len(self.blocks), indices)
+        x_BND, grid = self._embed(x)
+        maps: list[Any] = []
+        for i, block in enumerate(self.blocks):
+            if intermediates_only and i > last:
+                break
+            bias = None if biases is None else biases[i]
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x_BND = checkpoint(_biased, block, x_BND, bias, use_reentrant=False)
+            else:
+                x_BND = _biased(block, x_BND, bias)
+            if i in wanted:
+                y_BND = self.norm(x_BND) if norm else x_BND
+                tiles = y_BND[:, 1:].transpose(1, 2).unflatten(2, grid).contiguous()
+                maps.append((tiles, y_BND[:, :1]) if return_prefix_tokens else tiles)
+        return maps if intermediates_only else (self.norm(x_BND), maps)
+
+    def _embed(self, images: Tensor) -> tuple[Tensor, Pair]:
+        """Tokens before the first block, [B, 1 + L, D], of images of any size; and their grid."""
+        C, H, W = images.shape[1:]
+        ph, pw = self.patch_size
+        if self.in_chans != C or H % ph or W % pw or not H or not W:
+            raise BadInput(
+                f"images are {(C, H, W)} (channels, height, width), the model takes "
+                f"{self.in_chans} channels and sides in multiples of {self.patch_size}"
+            )
+        grid = (H // ph, W // pw)
+        x_BLD = self.patch_embed.proj(images).flatten(2).transpose(1, 2)
+        x_BND = torch.cat([self.cls_token.expand(len(images), -1, -1), x_BLD], dim=1)
+        return x_BND + resize_table(self.pos_embed, self.grid, grid), grid
+
+
+def _biased(block: nn.Module, x_BND: Tensor, bias: Callable[[], Tensor] | None) -> Tensor:
+    """A block's output, with what `bias` gives added to the logits of its attention."""
+    return block(x_BND) if bias is None else block(x_BND, attn_mask=bias())
 
 
 def blocks_of(tune: str, depth: int | None = None) -> float | None:

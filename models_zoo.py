@@ -8,6 +8,7 @@ from torch import nn
 
 from models_layers import pair
 from models_mmae import MaskedAutoencoderViT
+from models_upernet import UperNet
 from models_vit import VisionTransformer
 from util.checkpoint import load_weights
 from util.convert import (
@@ -91,6 +92,53 @@ def list_models() -> list[str]:
 def list_classifiers() -> list[str]:
     """All names of encoders with a head."""
     return list(CLASSIFIERS)
+
+
+# Of `UperNet` beside its encoder; the other arguments of a segmenter are `VisionTransformer`'s.
+SEGMENTER_ARGUMENTS = (
+    "num_classes",
+    "taps",
+    "channels",
+    "aux_channels",
+    "aux_tap",
+    "dropout",
+    "pool_scales",
+    "relative_bias",
+)
+
+
+def list_segmenters() -> list[str]:
+    """All names of encoders that `create_segmenter` takes."""
+    return list(CLASSIFIERS)
+
+
+def create_segmenter(name: str, num_classes: int, **kwargs: Any) -> UperNet:
+    """UPerNet on an encoder that is called as a classifier is.
+
+    >>> create_segmenter("vit_base_patch16", 150, img_size=512, drop_path=0.1)
+
+    Args:
+        num_classes: K, without an ignored label.
+        kwargs: `UperNet`'s and `VisionTransformer`'s: img_size, the side of the training crop (the
+            name's own otherwise), drop_path, lscale_init, channels, relative_bias ...
+
+    Raises:
+        BadInput: unknown name, or settings that do not fit.
+    """
+    if name not in CLASSIFIERS:
+        near = difflib.get_close_matches(name, CLASSIFIERS, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise BadInput(
+            f"unknown encoder {name!r}{hint}; UPerNet takes: {', '.join(list_segmenters())}"
+        )
+    return segmenter_from(CLASSIFIERS[name][1] | kwargs | {"num_classes": num_classes})
+
+
+def segmenter_from(arguments: Mapping[str, Any]) -> UperNet:
+    """UPerNet of arguments alone, as `UperNet.arguments` gives them and checkpoints hold them."""
+    heads = {k: v for k, v in arguments.items() if k in SEGMENTER_ARGUMENTS}
+    encoder = {k: v for k, v in arguments.items() if k not in SEGMENTER_ARGUMENTS}
+    return UperNet(VisionTransformer(**encoder, num_classes=0), **heads)
 
 
 def model_arguments(name: str) -> dict[str, Any]:
@@ -359,7 +407,11 @@ def _heads(stored: EncoderWeights, name: str | None) -> int:
         return stored.arguments["num_heads"]
     if name is not None:
         return model_arguments(name)["num_heads"]
-    width, depth = stored.arguments["embed_dim"], stored.arguments["depth"]
+    return known_heads(stored.arguments["embed_dim"], stored.arguments["depth"])
+
+
+def known_heads(width: int, depth: int) -> int:
+    """Attention heads of our encoder of that width and depth, or one for every 64 channels."""
     known = {(w, d): heads for w, d, heads in ENCODERS.values()}
     return known.get((width, depth), max(1, width // 64))
 

@@ -234,17 +234,21 @@ def add_data_flags(parser: FlagParser, datasets: Sequence[str]) -> None:
     group.add_argument("--no_pin_mem", action="store_false", dest="pin_mem")
 
 
-def add_optimisation_flags(parser: FlagParser, unset: Sequence[str] = ()) -> None:
+def add_optimisation_flags(
+    parser: FlagParser, unset: Sequence[str] = (), *, lengths: str = "epochs"
+) -> None:
     """Batches, lengths, learning rates and precision; each main sets its own defaults.
 
     Args:
         unset: flags that are to be absent where nobody gave them, for `fill_unset`.
+        lengths: what the run is measured in, epochs or iterations (optimiser steps).
     """
     group = parser.add_argument_group("optimisation")
     group.add_argument("--batch_size", type=number(int, 1), default=64, help="per process")
     group.add_argument("--accum_iter", type=number(int, 1), default=1, help="micro-steps per step")
-    group.add_argument("--epochs", type=number(int, 1))
-    group.add_argument("--warmup_epochs", type=number(float, 0))
+    group.add_argument(f"--{lengths}", type=number(int, 1))
+    # Only epochs have fractions.
+    group.add_argument(f"--warmup_{lengths}", type=number(float if lengths == "epochs" else int, 0))
     group.add_argument(
         "--blr", type=number(float, 0), help="base lr: lr = blr x global batch / 256"
     )
@@ -300,12 +304,19 @@ def compiles(args: argparse.Namespace, device: torch.device) -> bool:
     return device.type == "cuda" and not args.shard if args.compile is None else args.compile
 
 
-def add_checkpoint_flags(parser: FlagParser) -> Any:
-    """When to save and how to go on; returns the group, for what else is done every so often."""
-    group = parser.add_argument_group("checkpoints and measurement (epochs; 0: never)")
+def add_checkpoint_flags(parser: FlagParser, lengths: str = "epochs") -> Any:
+    """When to save and how to go on; returns the group, for what else is done every so often.
+
+    Args:
+        lengths: what the run is measured in, epochs or iterations.
+    """
+    group = parser.add_argument_group(f"checkpoints and measurement ({lengths}; 0: never)")
     group.add_argument("--save_every", type=number(int, 0), default=20)
     group.add_argument(
-        "--save_minutes", type=number(float, 0), default=30.0, help="within an epoch; 0: never"
+        "--save_minutes",
+        type=number(float, 0),
+        default=30.0,
+        help="by the clock, in between; 0: never",
     )
     group.add_argument("--keep", type=number(int, 0), default=0, help="numbered ones; 0: all")
     group.add_argument(
@@ -331,7 +342,7 @@ def add_checkpoint_flags(parser: FlagParser) -> Any:
 def run_options(settings: argparse.Namespace) -> dict[str, Any]:
     """What `util.run.Run` takes from the flags as it is."""
     names = (
-        "epochs", "log_dir", "log_every", "nan_policy", "max_bad_images", "save_minutes", "keep",
+        "log_dir", "log_every", "nan_policy", "max_bad_images", "save_minutes", "keep",
     )  # fmt: skip
     return {name: getattr(settings, name) for name in names}
 

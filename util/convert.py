@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from util.convert_names import EPS, from_mmseg, from_transformers
+from util.convert_upernet import encoder_of_segmenter, is_segmenter
 from util.errors import BadInput
 from util.pos_embed import resize_table, sincos_2d
 
@@ -100,7 +101,8 @@ def weights_of(state: Mapping[str, Any], source: str) -> Weights:
 
 
 def style_of(weights: Mapping[str, Any]) -> str:
-    """Whose names these are: transformers, mmseg, or timm, which are the official code's and ours.
+    """Whose names these are: transformers, mmseg, or timm, which are the official code's and ours;
+    segmenter: a whole one of ours.
 
     One key tells: of a file that mixes names, the others come out as unexpected when it is loaded.
     """
@@ -108,7 +110,7 @@ def style_of(weights: Mapping[str, Any]) -> str:
         return "transformers"
     if any(key.removeprefix("backbone.").startswith("patch_embed.projection.") for key in weights):
         return "mmseg"
-    return "timm"
+    return "segmenter" if is_segmenter(weights) else "timm"
 
 
 def in_our_names(state: Mapping[str, Any], source: str) -> dict[str, Any]:
@@ -125,6 +127,8 @@ def in_our_names(state: Mapping[str, Any], source: str) -> dict[str, Any]:
         weights, notes = from_mmseg(weights, source)
     elif style == "transformers":
         weights, notes = from_transformers(weights, source)
+    elif style == "segmenter":
+        weights, notes = encoder_of_segmenter(weights, source)
     rest = {
         k: v
         for k, v in state.items()
@@ -183,8 +187,8 @@ def read_encoder(
     if offset is None and is_plain_code(table, grid):
         offset = "none"
     head = weights.get("head.weight", weights.get("head.1.weight"))
-    # mmsegmentation's backbones have no final norm; a fresh one after pooling is the least change.
-    normless = state["style"] == "mmseg" and "norm.weight" not in weights
+    # Segmenters' encoders have no final norm; a fresh one after pooling is the least change.
+    normless = state["style"] in ("mmseg", "segmenter") and "norm.weight" not in weights
     return EncoderWeights(
         {k: v for k, v in weights.items() if not k.startswith(PRETRAINING_KEYS)},
         arguments,

@@ -19,6 +19,8 @@ from torch import Tensor
 from util.cifar import cifar10, cifar100
 from util.errors import BadInput, needs
 from util.folders import imagefolder
+from util.garments import SIZE as GARMENTS_SIZE
+from util.garments import GarmentImages, GarmentScenes
 from util.hub import hugging_face
 from util.images import ArraySource, ImageSource, PathLike
 from util.packed import packed
@@ -53,7 +55,7 @@ FASHION_CLASSES = [
 # fmt: on
 
 
-def fashion_mnist(split: str, data_path: PathLike | None) -> ImageSource:
+def fashion_mnist(split: str, data_path: PathLike | None) -> ArraySource:
     """Fashion-MNIST, 28x28 gray: 60,000 to train, the 10,000 of its test set as val.
 
     Looked for in `data_path` (the four idx files, gzipped or not, there or in torchvision's
@@ -76,6 +78,16 @@ def fashion_mnist(split: str, data_path: PathLike | None) -> ImageSource:
             f"{len(images)} images; expected one of 0..9 each: the files are of different sets"
         )
     return ArraySource("fashion_mnist", split, (images, labels), FASHION_STATS, FASHION_CLASSES)
+
+
+def garment_scenes(split: str, data_path: PathLike | None, size: int) -> GarmentScenes:
+    """Scenes of a split from its own garments and photographs; `data_path` is Fashion-MNIST's."""
+    return GarmentScenes(fashion_mnist(split, data_path), photos(split, None), size)
+
+
+def garments(split: str, data_path: PathLike | None, size: int = GARMENTS_SIZE) -> ImageSource:
+    """Scenes of several garments on photographs, without their masks; see `util.garments`."""
+    return GarmentImages(garment_scenes(split, data_path, size))
 
 
 def download_fashion_mnist(root: Path, searched: list[Path]) -> Path:
@@ -191,6 +203,7 @@ DATASETS: dict[str, Builder] = {
     "photos": photos,
     "digits": digits,
     "fashion_mnist": fashion_mnist,
+    "garments": garments,
     "synthetic": synthetic,
 }
 

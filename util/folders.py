@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from torch import Tensor
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from util.errors import BadInput
 from util.images import (
@@ -86,3 +87,22 @@ def imagefolder(split: str, data_path: PathLike | None) -> ImageSource:
     if data_path is None:
         raise BadInput(f"the data set imagefolder needs a folder, and none was given: {layout}")
     return folder_by_class("imagefolder", split, Path(data_path).expanduser() / split, layout)
+
+
+def image_files(path: Path, flag: str) -> list[Path]:
+    """The file itself, or the images of a folder and its sub-folders, sorted.
+
+    Args:
+        flag: that named the path, for the message.
+
+    Raises:
+        BadInput: nothing there, or no images.
+    """
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise BadInput(f"{flag} {path} does not exist")
+    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
+    if not files:
+        raise BadInput(f"{flag} {path} holds no image files ({', '.join(IMG_EXTENSIONS)})")
+    return files

@@ -266,6 +266,21 @@ def decode_image(
         return _decode(io.BytesIO(data)).convert(MODES[channels])
 
 
+def read_stored(path: PathLike) -> Image.Image:
+    """Decode one file as it is stored, in its own mode: values count here, not what they look like.
+
+    Pillow stretches gray of 2 and 4 bits to 0..255; here they keep the values of the file.
+
+    Raises as `read_image` does.
+    """
+    with faults_of(path), open_at_once(path) as file:
+        image = _open(file)
+        tiles = getattr(image, "tile", [])  # of an image that is not loaded yet
+        stretched = {"L;2": 85, "L;4": 17}.get(tiles[0][3] if tiles else "", 1)
+        image.load()
+        return image if stretched == 1 else image.point(lambda level: level // stretched)
+
+
 @contextmanager
 def faults_of(path: PathLike) -> Iterator[None]:
     """What is raised inside and is the file's fault becomes a `BadImage` of that path."""
@@ -298,6 +313,22 @@ def _decode(file: BinaryIO) -> Image.Image:
 
     Raises whatever Pillow does.
     """
+    image = _open(file)
+    pixels_at = file.tell()
+    image.load()
+    if image.format == "JPEG":
+        # Where a crash or a broken copy left zeros, the decoder may find pixels in them.
+        file.seek(pixels_at)
+        if b"\xff\xd9" not in file.read():
+            raise ValueError("no end-of-image marker: its tail was never written")
+    # Not ImageOps.exif_transpose: it also rewrites the other tags, and stumbles over broken ones.
+    turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
+    image = _opaque(image)
+    return image if turn is None else image.transpose(turn)
+
+
+def _open(file: BinaryIO) -> Image.Image:
+    """The picture in a file, its pixels not read yet. Raises whatever Pillow does."""
     image: Image.Image
     try:
         image = Image.open(file, formats=FORMATS)
@@ -312,17 +343,7 @@ def _decode(file: BinaryIO) -> Image.Image:
         image = Image.open(file, formats=FORMATS)
         if image.mode == "P" and image.palette is None:
             raise ValueError("a palette image without a palette")
-    pixels_at = file.tell()
-    image.load()
-    if image.format == "JPEG":
-        # Where a crash or a broken copy left zeros, the decoder may find pixels in them.
-        file.seek(pixels_at)
-        if b"\xff\xd9" not in file.read():
-            raise ValueError("no end-of-image marker: its tail was never written")
-    # Not ImageOps.exif_transpose: it also rewrites the other tags, and stumbles over broken ones.
-    turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
-    image = _opaque(image)
-    return image if turn is None else image.transpose(turn)
+    return image
 
 
 def _opaque(image: Image.Image) -> Image.Image:

@@ -22,7 +22,7 @@ def jpegs_like_imagenet(count: int, seed: int = 0) -> Iterator[bytes]:
 
     Sides vary by a tenth; each is a function of (seed, number).
     """
-    images = photos("train", None).images  # type: ignore[attr-defined]
+    images = photos("train", None).images
     for number in range(count):
         rng = np.random.default_rng((seed, number))
         image = images[rng.integers(len(images))]

@@ -82,7 +82,7 @@ def halton(k: int, base: int) -> float:
     return value
 
 
-def photos(split: str, data_path: PathLike | None) -> ImageSource:
+def photos(split: str, data_path: PathLike | None) -> PhotosSource:
     """Photographs that the wheels of scikit-image and scikit-learn hold; whole files are held out.
 
     Statistics are ImageNet's. Labels number the files, train and val together.

@@ -177,12 +177,16 @@ class EpochSampler(Sampler[list[Key]]):
         return torch.randperm(self.num_samples, generator=generator).numpy()
 
     def __iter__(self) -> Iterator[list[Key]]:
-        epoch, crops = self.epoch, self.crops
+        return self.micro_batches(self.epoch, self.first_step, self.steps_per_epoch)
+
+    def micro_batches(self, epoch: int, first_step: int, last_step: int) -> Iterator[list[Key]]:
+        """This process's keys of an epoch, from one step of it to before another."""
+        crops = self.crops
         images = self.global_batch // crops  # of a step
         first = epoch % crops * self.steps_per_epoch * images
         order = self.order(epoch)[first:]
         accum_iter, world_size, batch_size = self.layout
-        for step in range(self.first_step, self.steps_per_epoch):
+        for step in range(first_step, last_step):
             batch = order[step * images : (step + 1) * images]
             for micro_batches in batch.reshape(accum_iter, world_size, batch_size // crops):
                 chosen = micro_batches[self.rank].tolist()
@@ -190,6 +194,30 @@ class EpochSampler(Sampler[list[Key]]):
 
     def __len__(self) -> int:
         return (self.steps_per_epoch - self.first_step) * self.layout[0]
+
+
+class IterationSampler(EpochSampler):
+    """The same micro-batches for runs that count steps: from any step to any other, over epochs.
+
+    Step s of the run is step s % steps_per_epoch of epoch s // steps_per_epoch. Arguments and
+    errors are `EpochSampler`'s.
+    """
+
+    last_step = 0
+
+    def between(self, first_step: int, last_step: int) -> None:
+        """The next iteration is steps `first_step` to `last_step` - 1 of the run, from 0."""
+        self.first_step, self.last_step = first_step, last_step
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        length = self.steps_per_epoch
+        for epoch in range(self.first_step // length, -(-self.last_step // length)):
+            start = epoch * length
+            first, last = max(self.first_step - start, 0), min(self.last_step - start, length)
+            yield from self.micro_batches(epoch, first, last)
+
+    def __len__(self) -> int:
+        return (self.last_step - self.first_step) * self.layout[0]
 
 
 class EvalSampler(Sampler[list[Key]]):

@@ -1,5 +1,6 @@
 """An image that cannot be decoded is replaced by another, which the key alone decides."""
 
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
@@ -14,14 +15,20 @@ BAD_SLOTS = 4
 
 
 class Source(Protocol):
-    """What a data set gives: an image and its label, by index."""
+    """What a data set gives: an image and its label (a class, or one for each pixel), by index."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> tuple[Any, int]: ...
+    def __getitem__(self, index: int) -> tuple[Any, Any]: ...
 
 
-def decode(source: Source, key: Key, seed: int) -> tuple[Any, int, list[int]]:
+class NamedSource(Source, Protocol):
+    """A data set that can name its images."""
+
+    def file_name(self, index: int) -> str: ...
+
+
+def decode(source: Source, key: Key, seed: int) -> tuple[Any, Any, list[int]]:
     """The image of a key or, where its file cannot be decoded, another that (seed, key) names.
 
     So the replacement is the same in any worker, on any process and after a restart.
@@ -55,6 +62,25 @@ def bad_slots(bad: list[int]) -> Tensor:
     Those that do not fit are named when their own turn comes.
     """
     return torch.tensor((bad + [-1] * BAD_SLOTS)[:BAD_SLOTS])
+
+
+def refuse_bad(bad: Iterable[int], gather: Callable[[Any], list[Any]]) -> None:
+    """End an evaluation in which an image could not be decoded. A collective.
+
+    Args:
+        bad: indices of this process; below 0 they stand for none.
+        gather: a thing of every process, for all of them.
+
+    Raises:
+        BadInput: there is one, on all processes: without it the numbers would be another set's.
+    """
+    found = sorted({i for of in gather([i for i in bad if i >= 0]) for i in of})
+    if found:
+        raise BadInput(
+            f"{len(found)} images of the evaluation set cannot be decoded (numbers "
+            f"{', '.join(map(str, found[:8]))}{' ...' if len(found) > 8 else ''}): replace the "
+            "files, evaluation leaves none out"
+        )
 
 
 def fault_of(source: Source, index: int) -> str:

@@ -9,7 +9,6 @@ from typing import Any
 from util import checkpoint as ckpt
 from util.dist import Agreement, Processes, peers_lost
 from util.errors import Stopped
-from util.images import ImageSource
 from util.logger import (
     BAD_IMAGES,
     METRICS,
@@ -24,7 +23,7 @@ from util.logger import (
     save_settings,
     say,
 )
-from util.replace import fault_of
+from util.replace import NamedSource, fault_of
 
 FIRST_TASK = "pretrain"
 
@@ -54,7 +53,7 @@ class Run:
         snapshot: what the task adds to a checkpoint; a collective.
         state: the checkpoint to go on from, None: from the start.
         notes: what the reader should know of the resume.
-        steps_per_epoch, epochs: of the whole run.
+        steps_per_epoch, total_steps: of the whole run.
         global_batch: images per step.
         log_dir: TensorBoard's folder; None: the run folder, or one of the task's own inside it.
         log_every: steps between log lines.
@@ -75,14 +74,14 @@ class Run:
         procs: Processes,
         *,
         task: str,
-        source: ImageSource,
+        source: NamedSource,
         settings: dict[str, Any],
         arithmetic: Mapping[str, Any],
         snapshot: Callable[[], dict[str, Any]],
         state: Mapping[str, Any] | None,
         notes: list[str],
         steps_per_epoch: int,
-        epochs: int,
+        total_steps: int,
         global_batch: int,
         log_dir: str | None,
         log_every: int,
@@ -124,7 +123,7 @@ class Run:
             global_batch=global_batch,
             nan_policy=nan_policy,
             bad_images=self.bad_images,
-            bar=progress_bar(epochs * steps_per_epoch, self.step, show=procs.main),
+            bar=progress_bar(total_steps, self.step, show=procs.main),
         )
         if state is not None:
             self.step_log.load_state(state["sums"])

@@ -1,0 +1,279 @@
+"""Segmentation: training by iterations, exact evaluation, and label maps of images."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from util.confusion import ConfusionMeter, Segmentation
+from util.errors import BadInput, RunFailed
+from util.label_maps import IGNORE
+from util.logger import StepReport
+from util.randomness import seed_of, seeded
+from util.replace import refuse_bad
+from util.step import OptimizerStep, Stopwatch, steps_of
+from util.transforms import normalize
+from util.windows import multi_scale, resize, slide, whole
+
+Stats = Sequence[float]
+Size = tuple[int, int]
+LOSS_MEANS = ("all", "valid")
+CLASSES_AT_ONCE = 16
+
+
+@dataclass(frozen=True)
+class PixelLoss:
+    """Cross-entropy of every pixel, of the logits and, with a weight, of the auxiliary ones.
+
+    Logits are enlarged to the label's size first. Ignored pixels have no loss. What the sum is
+    divided by is `mean`:
+
+    - all: every pixel of the batch, ignored and padded ones too. mmsegmentation's default
+      (`avg_non_ignore=False`), and so the published runs'.
+    - valid: the pixels that are not ignored, of the whole step: all processes and micro-steps
+      together, so that a pixel weighs the same wherever it was computed.
+
+    Either way the mean does not depend on how a step's images are dealt out.
+
+    Attributes:
+        aux_weight: of the auxiliary loss.
+        mean: all | valid.
+    """
+
+    aux_weight: float = 0.4
+    mean: str = "all"
+
+    def pixels(self, label: Tensor) -> Tensor:
+        """How many pixels of a label the mean is over: float64 []."""
+        if self.mean == "all":
+            return torch.tensor(float(label.numel()), dtype=torch.float64)
+        return (label != IGNORE).sum(dtype=torch.float64)
+
+    def __call__(self, output: dict[str, Tensor], label: Tensor, pixels: Tensor) -> Tensor:
+        """The loss, in float32.
+
+        Args:
+            output: logits [B, K, h, w] and, where the model trains one, aux [B, K, h', w'].
+            label: uint8 [B, H, W].
+            pixels: what the sum over the batch is divided by.
+        """
+        target = torch.where(label == IGNORE, -1, label.long())
+        shape = (label.shape[1], label.shape[2])
+
+        def of(logits: Tensor) -> Tensor:
+            enlarged = resize(logits.float(), shape)
+            return F.cross_entropy(enlarged, target, ignore_index=-1, reduction="sum") / pixels
+
+        loss = of(output["logits"])
+        return loss + self.aux_weight * of(output["aux"]) if "aux" in output else loss
+
+
+def prepare(batch: dict[str, Any], mean: Stats, std: Stats, device: torch.device) -> Tensor:
+    """Normalised images, float32 [B, 3, h, w], with 0 in their padding."""
+    images = normalize(batch["image"].to(device, non_blocking=True), mean, std)
+    if "extent" not in batch:
+        return images
+    extent = batch["extent"].to(device, non_blocking=True)
+    inside = [
+        torch.arange(side, device=device) < extent[:, axis : axis + 1]  # [B, side]
+        for axis, side in enumerate(images.shape[2:])
+    ]
+    return images * (inside[0][:, None, :, None] & inside[1][:, None, None, :])
+
+
+def train_iterations(
+    model: nn.Module,
+    loader: Iterable[dict[str, Any]],
+    optimizer_step: OptimizerStep,
+    loss: PixelLoss,
+    schedule: Callable[[int], float],
+    *,
+    mean: Stats,
+    std: Stats,
+    seed: int,
+    rank: int,
+    world_size: int,
+    sum_over_ranks: Callable[[Tensor], Tensor],
+    first_step: int,
+    after_step: Callable[[StepReport], bool],
+) -> int:
+    """Train on what the loader yields, one optimiser step after another.
+
+    Args:
+        model: possibly wrapped for several processes.
+        loader: batches of `SegmentationSamples`; `accum_iter` of them are one step.
+        loss: of a micro-batch.
+        schedule: optimiser step, counted from 0 over the run, to learning rate.
+        mean, std: per channel, in 0..1 units.
+        seed, rank: with step and micro-step they decide drop path and dropout.
+        world_size: processes.
+        sum_over_ranks: adds a tensor over all processes, on their devices.
+        first_step: optimiser steps done before.
+        after_step: takes in each step; where it returns True, training is left there.
+
+    Returns:
+        optimiser steps done after.
+    """
+    model.train()
+    device = optimizer_step.device
+    step = first_step
+    shares = world_size * optimizer_step.accum_iter
+    pixels = torch.zeros((), device=device)
+
+    def forward(numbered: tuple[int, dict[str, Any]]) -> Tensor:
+        number, batch = numbered
+        label = batch["label"].to(device, non_blocking=True)
+        with seeded(seed_of(seed, "model", step, number, rank), device):
+            return loss(model(prepare(batch, mean, std, device)), label, pixels)
+
+    waiting = Stopwatch()
+    for micro_batches in steps_of(waiting.around(loader), optimizer_step.accum_iter):
+        lr = schedule(step)
+        # The step averages over processes and micro-steps: each divides by its share of all pixels.
+        counts = torch.stack([loss.pixels(batch["label"]) for batch in micro_batches]).sum()
+        total = sum_over_ranks(counts.to(device, torch.float32, non_blocking=True))
+        pixels = (total / shares).clamp(min=1)
+        result = optimizer_step(forward, enumerate(micro_batches), lr)
+        step += 1
+        indices = [batch["index"] for batch in micro_batches]
+        bad = [i for batch in micro_batches for i in batch["bad"].flatten().tolist() if i >= 0]
+        if after_step(StepReport(step, result, lr, waiting.lap(), indices, bad)):
+            break
+    return step
+
+
+@dataclass(frozen=True)
+class Inference:
+    """How the label map of an image is made of a model's logits.
+
+    Attributes:
+        slide: windows instead of the image at once.
+        window, stride: (down, right) pixels, of windows.
+        scales: of multi-scale inference; none: the image as it is.
+        flip: mean with the mirror image, also at a single scale.
+        short_side: of a scaled image, at least.
+
+    Raises:
+        BadInput: windows that leave pixels out.
+    """
+
+    slide: bool = False
+    window: Size = (512, 512)
+    stride: Size = (341, 341)
+    scales: tuple[float, ...] = ()
+    flip: bool = False
+    short_side: int = 0
+
+    def __post_init__(self) -> None:
+        # Found now, not when the first evaluation comes.
+        if self.slide and any(s > w for s, w in zip(self.stride, self.window, strict=True)):
+            raise BadInput(
+                f"--stride {self.stride} must be at most --window {self.window} (down, right), or "
+                "pixels are left out"
+            )
+
+    def __call__(self, model: nn.Module, image: Tensor, size: Size) -> Tensor:
+        """Classes of every pixel, uint8 [h, w] at `size`, of float [1, 3, H, W].
+
+        The model has `predict(images) -> logits` at the images' resolution.
+
+        At one scale the logits are resized to `size` before the most likely class is taken, with
+        several the probabilities are: mmsegmentation's ways.
+        """
+
+        logits_of = cast(Any, model).predict
+        predict = partial(whole, logits_of)
+        if self.slide:
+            predict = partial(slide, logits_of, window=self.window, stride=self.stride)
+        if not self.scales and not self.flip:
+            return resized_argmax(predict(image), size)
+        shares = multi_scale(predict, image, self.scales or (1.0,), self.flip, self.short_side)
+        return resized_argmax(shares, size)
+
+
+def resized_argmax(scores: Tensor, size: Size) -> Tensor:
+    """The class of highest score at another size: uint8 [h, w] of float [1, K, H, W].
+
+    Of equal scores the first class counts; where none is a number the result is 255. Few classes
+    at once are enlarged: 150 of a photograph of 12 megapixels would be 7 GB.
+    """
+    best = torch.full(size, -torch.inf, device=scores.device)
+    classes = torch.full(size, IGNORE, dtype=torch.uint8, device=scores.device)
+    for first in range(0, scores.shape[1], CLASSES_AT_ONCE):
+        part = resize(scores[:, first : first + CLASSES_AT_ONCE], size)[0]
+        highest = part.amax(dim=0)
+        index = (part == highest).int().argmax(dim=0)
+        better = highest > best
+        best = torch.where(better, highest, best)
+        classes = torch.where(better, (first + index).to(torch.uint8), classes)
+    return classes
+
+
+@torch.inference_mode()
+def predict(
+    model: nn.Module,
+    loader: Iterable[dict[str, Any]],
+    inference: Inference,
+    *,
+    mean: Stats,
+    std: Stats,
+    device: torch.device,
+) -> Iterator[tuple[dict[str, Any], Tensor]]:
+    """Label maps of images, in float32, one after the other.
+
+    Args:
+        model: not wrapped.
+        loader: batches of one; images may differ in size.
+
+    Yields:
+        the batch, and classes uint8 [H, W] at the size of its label, on the device.
+    """
+    model.eval()
+    for batch in loader:
+        shape = (batch["label"].shape[1], batch["label"].shape[2])
+        yield batch, inference(model, prepare(batch, mean, std, device), shape)
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    loader: Iterable[dict[str, Any]],
+    num_classes: int,
+    inference: Inference,
+    *,
+    mean: Stats,
+    std: Stats,
+    device: torch.device,
+    sum_over_ranks: Callable[[Tensor], Tensor],
+    gather: Callable[[Any], list[Any]],
+) -> Segmentation:
+    """Segment every image once, and compare with its labels at their own size.
+
+    Args:
+        model: not wrapped.
+        loader: batches of one, the whole set over all ranks.
+        sum_over_ranks: adds a tensor over all processes.
+        gather: a thing of every process, for all of them.
+
+    Raises:
+        BadInput: an image could not be decoded, on all processes.
+        RunFailed: the model's logits are not numbers.
+    """
+    meter = ConfusionMeter(num_classes, IGNORE, device)
+    bad: list[int] = []
+    broken = torch.zeros((), dtype=torch.int64, device=device)
+    for batch, classes in predict(model, loader, inference, mean=mean, std=std, device=device):
+        label = batch["label"][0].to(device)
+        no_class = (classes == IGNORE) & (label != IGNORE)
+        broken += no_class.sum()
+        meter.update(classes.masked_fill(no_class, 0), label)
+        bad += batch["bad"].flatten().tolist()
+    refuse_bad(bad, gather)
+    if pixels := int(sum_over_ranks(broken)):
+        raise RunFailed(f"the logits of {pixels} pixels are not finite numbers")
+    meter.reduce(sum_over_ranks)
+    return meter.result()

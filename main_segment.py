@@ -1,0 +1,632 @@
+"""Train a segmenter (UPerNet) on a pretrained encoder, measure one, or segment images with it.
+
+    python main_segment.py --finetune CHECKPOINT --data_path ADEChallengeData2016 ...   train
+    python main_segment.py --model vit_base_patch16 ...                                 from scratch
+    python main_segment.py --eval --resume CHECKPOINT --data_path DATA                  measure one
+    python main_segment.py --predict FOLDER --resume CHECKPOINT --output_dir OUT        its maps
+
+Several processes: torchrun --nproc_per_node 8 main_segment.py ...
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+import models_segmenters
+import models_zoo
+from engine_segment import LOSS_MEANS, Inference, PixelLoss, evaluate, predict, train_iterations
+from util import checkpoint as ckpt
+from util.class_names import check_classes
+from util.config import (
+    FlagParser,
+    add_checkpoint_flags,
+    add_data_flags,
+    add_optimisation_flags,
+    add_run_flags,
+    arithmetic_of,
+    number,
+    optional,
+    run_options,
+    settings_of,
+    size_pair,
+)
+from util.confusion import Segmentation
+from util.convert import read_encoder
+from util.dist import Processes, distribute, processes
+from util.errors import BadInput, command
+from util.folders import image_files
+from util.label_maps import overlay, save_label_map
+from util.logger import prepare_folder, say
+from util.optim import create_adamw, layer_decay_groups
+from util.randomness import EvalSampler, IterationSampler, evenly
+from util.run import Run
+from util.samples import build_loader, default_workers
+from util.schedule import PolySchedule, scaled_lr
+from util.segmentation_results import save_segmentation, sheet
+from util.segmentation_sets import (
+    SEGMENTATION_SETS,
+    SegmentationSource,
+    SegmentationSubset,
+    UnlabelledSource,
+    build_segmentation_set,
+    check_pairs,
+)
+from util.segmentation_transforms import (
+    SegmentationSamples,
+    SegmentEvalTransform,
+    SegmentTransform,
+)
+from util.step import OptimizerStep
+from util.visualize import save_png, to_picture
+from util.weights import load_state
+
+TASK = "segment"
+BEST = "checkpoint-best.pth"
+EVAL_SEED = 0
+LR = 1e-4
+SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
+# Beside those of every main: what is only measured, shown or looked at.
+HOUSEKEEPING = {"eval", "predict", "check_data", "pictures"}
+
+
+def build_parser() -> FlagParser:
+    """The flags; defaults are those of MAE's ADE20K run (README, "Segmentation")."""
+    parser = FlagParser(description=__doc__.split("\n")[0])
+    add_data_flags(parser, list(SEGMENTATION_SETS))
+    parser.set_defaults(dataset="ade20k", input_size=(512, 512))
+    parser.add_argument("--nb_classes", type=number(int, 1), help="of --dataset folder")
+    parser.add_argument(
+        "--scene_size", type=number(int, 16), default=96, help="of --dataset garments, pixels"
+    )
+    for name, what in (("train_images", "learn from"), ("val_images", "measure on")):
+        parser.add_argument(
+            f"--{name}", type=number(int, 1), help=f"{what} so many, evenly spaced; default: all"
+        )
+    parser.add_argument(
+        "--check_data", action="store_true", help="read every image and mask before training"
+    )
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", metavar="NAME", help="encoder; default: the checkpoint's")
+    group.add_argument("--list_models", action="store_true", help="print the names and leave")
+    group.add_argument("--finetune", metavar="CHECKPOINT", help="encoder: path or https URL")
+    group.add_argument(
+        "--pos_resize",
+        choices=("rescale", "extend"),
+        default="rescale",
+        help="positions at another size: rescale keeps the image's extent, extend the distance of "
+        "patches",
+    )
+    group.add_argument("--patch_size", type=size_pair, help="from scratch; overrides the name's")
+    group.add_argument(
+        "--lscale_init",
+        type=optional(number(float, 0, open_low=True)),
+        help="trainable branch scales, for an encoder that has none (the public run: 1)",
+    )
+    group.add_argument("--relative_bias", action="store_true", help="as the public run")
+    group.add_argument("--channels", type=number(int, 1), default=768, help="of the UPer head")
+    group.add_argument("--aux_channels", type=number(int, 1), default=256)
+    group.add_argument("--dropout", type=number(float, 0, 1), default=0.1, help="in the heads")
+    group.add_argument("--drop_path", type=number(float, 0, 1), default=0.1)
+    group = parser.add_argument_group("augmentation")
+    group.add_argument(
+        "--resize",
+        type=number(int, 1),
+        nargs=2,
+        default=[2048, 512],
+        metavar=("LONG", "SHORT"),
+        help="bounds of an image's sides, its aspect kept; also for evaluation",
+    )
+    group.add_argument(
+        "--ratio_range",
+        type=number(float, 0, open_low=True),
+        nargs=2,
+        default=[0.5, 2.0],
+        metavar=("MIN", "MAX"),
+        help="random factor on --resize",
+    )
+    group.add_argument(
+        "--cat_max_ratio",
+        type=number(float, 0, 1, open_low=True),
+        default=0.75,
+        help="most of a crop that one class may cover",
+    )
+    group.add_argument("--no_flip", action="store_true", help="no horizontal flip")
+    group.add_argument("--no_distortion", action="store_true", help="no photometric distortion")
+    add_optimisation_flags(parser, lengths="iterations")
+    parser.set_defaults(batch_size=2, iterations=160_000, warmup_iterations=1500)
+    group = parser.add_argument_group("optimisation, segmentation")
+    group.add_argument("--layer_decay", type=number(float, 0, 1, open_low=True), default=0.65)
+    group.add_argument("--betas", type=number(float, 0, 1), nargs=2, default=[0.9, 0.999])
+    group.add_argument("--aux_weight", type=number(float, 0), default=0.4, help="auxiliary loss")
+    group.add_argument(
+        "--loss_mean",
+        choices=LOSS_MEANS,
+        default="all",
+        help="divide by all pixels, as mmsegmentation does, or by those that are not ignored",
+    )
+    add_run_flags(parser)
+    group = add_checkpoint_flags(parser, "iterations")
+    parser.set_defaults(save_every=16_000)
+    group.add_argument("--eval_every", type=number(int, 0), default=16_000)
+    group.add_argument(
+        "--pictures", type=number(int, 0), default=6, help="held-out images to draw each time"
+    )
+    group = parser.add_argument_group("inference")
+    group.add_argument("--eval", action="store_true", help="measure --resume, and leave")
+    group.add_argument(
+        "--predict", nargs="+", metavar="PATH", help="images and folders to segment by --resume"
+    )
+    group.add_argument("--inference", choices=("slide", "whole"), default="slide")
+    group.add_argument("--window", type=size_pair, default=(512, 512))
+    group.add_argument("--stride", type=size_pair, default=(341, 341))
+    group.add_argument(
+        "--multi_scale",
+        action="store_true",
+        help=f"mean over scales {' '.join(map(str, SCALES))}; short side at least --resize's",
+    )
+    group.add_argument("--flip", action="store_true", help="and over the mirror image")
+    return parser
+
+
+def inference_of(args: argparse.Namespace) -> Inference:
+    """How label maps are made, from the flags."""
+    scales = SCALES if args.multi_scale else ()
+    sliding = args.inference == "slide"
+    short_side = min(args.resize) if args.multi_scale else 0
+    return Inference(sliding, args.window, args.stride, scales, args.flip, short_side)
+
+
+def open_set(
+    args: argparse.Namespace, split: str, classes: Sequence[str] | None = None
+) -> SegmentationSource:
+    """A split of the data set that the flags name, or as much of it as they ask for.
+
+    Args:
+        classes: of the model that is there already; they tell how many a folder has.
+    """
+    count = len(classes) if classes is not None and args.dataset == "folder" else args.nb_classes
+    source = build_segmentation_set(
+        args.dataset,
+        split,
+        args.data_path,
+        num_classes=count,
+        size=args.scene_size,
+        mean=args.mean,
+        std=args.std,
+    )
+    limit = args.train_images if split == "train" else args.val_images
+    return source if limit is None else SegmentationSubset(source, evenly(len(source), limit))
+
+
+def new_model(args: argparse.Namespace, num_classes: int) -> Any:
+    """The model that the flags describe, with fresh neck and heads."""
+    own = {
+        "img_size": args.input_size,
+        "drop_path": args.drop_path,
+        "channels": args.channels,
+        "aux_channels": args.aux_channels,
+        "dropout": args.dropout,
+        "relative_bias": args.relative_bias,
+    }
+    if args.finetune is None:
+        if args.model is None:
+            raise BadInput("give --finetune CHECKPOINT, or --model NAME to train from scratch")
+        more = {"patch_size": args.patch_size} if args.patch_size else {}
+        own["lscale_init"] = args.lscale_init
+        return models_zoo.create_segmenter(args.model, num_classes, **own, **more)
+    if args.patch_size:
+        raise BadInput("--patch_size with --finetune: the checkpoint says what it is")
+    stored = read_encoder(load_state(args.finetune), args.finetune, args.input_size).arguments
+    known = ("patch_size", "in_chans", "embed_dim", "depth", "mlp_ratio", "num_heads")
+    arguments = {name: stored[name] for name in known if name in stored}
+    if args.model is not None:
+        arguments["num_heads"] = models_zoo.model_arguments(args.model)["num_heads"]
+    elif "num_heads" not in arguments:
+        arguments["num_heads"] = models_zoo.known_heads(stored["embed_dim"], stored["depth"])
+    if stored["in_chans"] != 3:
+        raise BadInput(
+            f"{args.finetune} takes images of {stored['in_chans']} channels; segmentation sets are "
+            "RGB: pretrain on RGB images"
+        )
+    model = models_zoo.segmenter_from(arguments | own | {"num_classes": num_classes})
+    if args.lscale_init is not None:
+        model.add_lscale(args.lscale_init)
+    models_segmenters.load_segmenter_encoder(model, args.finetune, args.pos_resize)
+    return model
+
+
+def eval_loader(
+    source: SegmentationSource, scale: Sequence[int], workers: int, procs: Processes
+) -> DataLoader:
+    """Every image once, alone in its batch, dealt out to the processes."""
+    transform = SegmentEvalTransform((scale[0], scale[1]))
+    sampler = EvalSampler(range(len(source)), 1, world_size=procs.world_size, rank=procs.rank)
+    return build_loader(
+        SegmentationSamples(source, transform, EVAL_SEED),
+        sampler,
+        num_workers=workers,
+        pin_memory=procs.device.type == "cuda",
+    )
+
+
+def next_stop(step: int, total: int, *every: int) -> int:
+    """The next step after which something is due: a multiple of one of `every`, or the last."""
+    return min([total, *((step // period + 1) * period for period in every if period)])
+
+
+def is_due(every: int, step: int, total: int) -> bool:
+    """Whether what is done every so many steps, and after the last, is due after this one."""
+    return bool(every) and (step % every == 0 or step == total)
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one training, one evaluation or one prediction; see the module."""
+    args = build_parser().parse(argv)
+    if args.list_models:
+        print("\n".join(models_zoo.list_segmenters()))
+        return
+    if args.eval and args.predict:
+        raise BadInput("--eval and --predict are two commands; give one of them")
+    inference_of(args)  # refuses windows that cannot work
+    with processes(args.device, Path(args.output_dir)) as procs:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
+        if args.eval or args.predict:
+            use_checkpoint(args, procs)
+        else:
+            segment(args, procs)
+
+
+def use_checkpoint(args: argparse.Namespace, procs: Processes) -> None:
+    """Measure a whole segmenter on the held-out split, or segment images with it."""
+    folder = Path(args.output_dir)
+    path = None if args.resume in ("auto", "none") else args.resume
+    if path is None:
+        own = [p for p in (folder / BEST, ckpt.newest(folder, TASK).path) if p and p.exists()]
+        if not own:
+            raise BadInput(f"{folder} holds no segmenter; name a checkpoint with --resume")
+        path = str(own[0])
+    with procs.main_first():  # an address is fetched once
+        ckpt.local_file(path)
+    model, state = models_segmenters.load_segmenter(path, args.model)
+    model.to(procs.device)
+    # Images are normalised as in training, also those of another set.
+    trained_on = state.get("data", {})
+    args.mean, args.std = (args.mean or trained_on.get("mean"), args.std or trained_on.get("std"))
+    classes = state.get("classes")
+    if args.predict:
+        predict_files(args, procs, model, classes)
+        return
+    with procs.main_first():
+        source = open_set(args, "val", classes)
+    check_classes(source.classes, classes, model.num_classes)
+    measure = measurement(args, source, model.num_classes, procs)
+    prepare_folder(folder)
+    result = measure(model)
+    if procs.main:
+        say_result(f"{args.dataset} val", result, len(source))
+        more = {"checkpoint": str(path), "dataset": args.dataset, "images": len(source)}
+        save_segmentation(folder, result, source.classes, more)
+        draw(args, model, source, procs, f"{args.dataset} val", folder / "pictures" / "eval.png")
+        say(f"written     {folder}/result.json, per_class.txt")
+
+
+def predict_files(
+    args: argparse.Namespace, procs: Processes, model: Any, classes: Sequence[str] | None
+) -> None:
+    """Write the label map of each image, and its colours over the image."""
+    folder = Path(args.output_dir)
+    named = [(Path(p), file) for p in args.predict for file in image_files(Path(p), "--predict")]
+    # Sub-folders stay apart; endings are dropped, so two files may still meet in one name.
+    names = [
+        (file.relative_to(root) if root.is_dir() else Path(file.name)).with_suffix(".png")
+        for root, file in named
+    ]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise BadInput(f"--predict: two images would both be written to {twice}; rename one")
+    classes = classes or [f"class {i}" for i in range(model.num_classes)]
+    stats = [tuple(v) if v else None for v in (args.mean, args.std)]
+    source = UnlabelledSource([file for _, file in named], classes, mean=stats[0], std=stats[1])
+    workers = default_workers(procs.local_size) if args.num_workers is None else args.num_workers
+    loader = eval_loader(source, args.resize, workers, procs)
+    prepare_folder(folder)
+    found = predict(
+        model, loader, inference_of(args), mean=source.mean, std=source.std, device=procs.device
+    )
+    for batch, label in found:
+        index = int(batch["index"])
+        label_map = label.cpu().numpy()
+        save_label_map(folder / "maps" / names[index], label_map, source.colours)
+        image = np.asarray(source[index][0])
+        mixed = torch.from_numpy(overlay(image, label_map, source.colours)).permute(2, 0, 1)
+        save_png(folder / "overlays" / names[index], to_picture(mixed))
+    procs.barrier()
+    if procs.main:
+        (folder / "classes.txt").write_text("".join(f"{name}\n" for name in source.classes))
+        say(f"{len(source)} images: {folder}/maps (class indices), overlays; classes.txt")
+
+
+def measurement(
+    args: argparse.Namespace, source: SegmentationSource, num_classes: int, procs: Processes
+) -> Callable[[Any], Segmentation]:
+    """A function that measures a model on the held-out set. A collective."""
+    workers = default_workers(procs.local_size) if args.num_workers is None else args.num_workers
+    loader = eval_loader(source, args.resize, workers, procs)
+
+    def measure(model: Any) -> Segmentation:
+        return evaluate(
+            model,
+            loader,
+            num_classes,
+            inference_of(args),
+            mean=source.mean,
+            std=source.std,
+            device=procs.device,
+            sum_over_ranks=procs.sum,
+            gather=procs.gather,
+        )
+
+    return measure
+
+
+def say_result(of: str, result: Segmentation, images: int) -> None:
+    """One line for the reader."""
+    say(
+        f"{of}: mIoU {result.miou:.2f}  pixel accuracy {result.pixel_accuracy:.2f}  class accuracy "
+        f"{result.class_accuracy:.2f}  ({images:,} images)"
+    )
+
+
+def draw(
+    args: argparse.Namespace,
+    model: Any,
+    source: SegmentationSource,
+    procs: Processes,
+    title: str,
+    path: Path,
+) -> np.ndarray | None:
+    """A sheet of held-out images with labels and predictions; the main process alone draws."""
+    if not args.pictures:
+        return None
+    shown = SegmentationSubset(source, evenly(len(source), args.pictures))
+    alone = Processes(0, 1, 0, 1, procs.device)
+    found = predict(
+        model,
+        eval_loader(shown, args.resize, 0, alone),
+        inference_of(args),
+        mean=source.mean,
+        std=source.std,
+        device=procs.device,
+    )
+    pairs = [shown[i] for i in range(len(shown))]
+    picture = sheet(
+        [np.asarray(image) for image, _ in pairs],
+        [label for _, label in pairs],
+        [label.cpu().numpy() for _, label in found],
+        [shown.file_name(i) for i in range(len(shown))],
+        source.classes,
+        source.colours,
+        title,
+    )
+    save_png(path, picture)
+    return np.asarray(picture)
+
+
+def segment(args: argparse.Namespace, procs: Processes) -> None:
+    """The run, from top to bottom."""
+    # ------------------------------------------------------------------ run and processes
+    device, folder = procs.device, Path(args.output_dir)
+    torch.manual_seed(args.seed)
+    path, notes = ckpt.start_of(folder, TASK, args.resume, procs.gather)
+    saved = None if path is None else ckpt.load_task(path, TASK)
+    if args.batch_size * procs.world_size < 2:
+        raise BadInput(
+            "BatchNorm over the 1 x 1 pool needs two images at once: --batch_size 2, or more "
+            "processes"
+        )
+
+    # ------------------------------------------------------------------------------- data
+    # One process lists a folder or fetches a file; the others find what it left on the disk.
+    with procs.main_first():
+        classes = saved["classes"] if saved else None
+        source = open_set(args, "train", classes)
+        val_source = open_set(args, "val", source.classes) if args.eval_every else None
+        if args.finetune and not saved:
+            ckpt.local_file(args.finetune)
+    check_classes(source.classes, classes or source.classes, len(source.classes))
+    if val_source is not None:
+        check_classes(val_source.classes, source.classes, len(source.classes))
+    if args.check_data:
+        check_data([source] + ([val_source] if val_source is not None else []), procs)
+
+    # ------------------------------------------------------------------------------ model
+    if saved:
+        model = models_zoo.segmenter_from(saved["model_args"])
+    else:
+        model = new_model(args, len(source.classes))
+    model.to(device)
+    model.set_grad_checkpointing(args.grad_checkpointing)
+    # Only when asked for: batch statistics of several processes cut the graph into pieces.
+    args.compile = bool(args.compile)
+    trained = distribute(model, procs, compiled=args.compile, fullgraph=False)
+
+    transform = SegmentTransform(
+        args.input_size,
+        scale=(args.resize[0], args.resize[1]),
+        ratio=(args.ratio_range[0], args.ratio_range[1]),
+        most_of_one=args.cat_max_ratio,
+        flip=not args.no_flip,
+        distortion=not args.no_distortion,
+    )
+    sampler = IterationSampler(
+        len(source),
+        args.batch_size,
+        accum_iter=args.accum_iter,
+        world_size=procs.world_size,
+        rank=procs.rank,
+        seed=args.seed,
+    )
+    workers = default_workers(procs.local_size) if args.num_workers is None else args.num_workers
+    loader = build_loader(
+        SegmentationSamples(source, transform, args.seed),
+        sampler,
+        num_workers=workers,
+        pin_memory=args.pin_mem and device.type == "cuda",
+    )
+    measure = None
+    if val_source is not None:
+        measure = measurement(args, val_source, len(source.classes), procs)
+
+    # ------------------------------------------------------------- optimiser and schedule
+    lr = args.lr
+    if lr is None:
+        lr = LR if args.blr is None else scaled_lr(args.blr, sampler.global_batch)
+    schedule = PolySchedule(lr, args.warmup_iterations, args.iterations, args.min_lr)
+    groups = layer_decay_groups(model, args.weight_decay, args.layer_decay)
+    optimizer = create_adamw(groups, lr, betas=(args.betas[0], args.betas[1]))
+    optimizer_step = OptimizerStep(
+        trained,
+        optimizer,
+        device=device,
+        precision=args.precision,
+        accum_iter=args.accum_iter,
+        clip_grad=args.clip_grad,
+    )
+
+    # ----------------------------------------------------------------------------- resume
+    settings = settings_of(args)
+    model_args = model.arguments
+    arithmetic = arithmetic_of(settings, HOUSEKEEPING) | {
+        "model_args": model_args,
+        "global_batch": sampler.global_batch,
+        "processes": procs.world_size,  # drop path is drawn by process and micro-step
+        "micro_steps": args.accum_iter,  # BatchNorm's statistics are a micro-step's
+        "images": len(source),
+    }
+    best: dict[str, Any] = {"miou": -1.0, "step": -1}
+    if saved is not None and path is not None:
+        ckpt.check_resume(saved, path, arithmetic, notes, allow_changes=args.allow_changes)
+        ckpt.load_weights(model, saved["model"], "the checkpoint")
+        optimizer.load_state_dict(saved["optimizer"])
+        optimizer_step.scaler.load_state_dict(saved["scaler"])
+        best = saved["best"]
+
+    def snapshot() -> dict[str, Any]:
+        return {
+            "model_name": args.model,
+            "model_args": model_args,
+            "model": model.state_dict(),
+            "classes": list(source.classes),
+            "best": best,
+            "optimizer": optimizer.state_dict(),
+            "scaler": optimizer_step.scaler.state_dict(),
+            "data": {"dataset": args.dataset, "mean": source.mean, "std": source.std},
+        }
+
+    run = Run(
+        folder,
+        procs,
+        task=TASK,
+        source=source,
+        settings=settings,
+        arithmetic=arithmetic,
+        snapshot=snapshot,
+        state=saved,
+        notes=notes,
+        steps_per_epoch=sampler.steps_per_epoch,
+        total_steps=args.iterations,
+        global_batch=sampler.global_batch,
+        **run_options(args),
+    )
+    if procs.main:
+        say(
+            f"UPerNet, {sum(p.numel() for p in model.parameters()):,} parameters; {len(source):,} "
+            f"images of {args.dataset}, {len(source.classes)} classes; global batch "
+            f"{sampler.global_batch} = {args.batch_size} x {procs.world_size} processes x "
+            f"{args.accum_iter}; lr {lr:.3g}; {args.precision} on {device}"
+        )
+
+    # ------------------------------------------------------------------------- iterations
+    step, stage, total = run.step, run.stage, args.iterations
+    with run:
+        while stage != "done" or step < total:
+            if stage != "measuring":
+                # Stopped at the very step where something is due, that is still to be done.
+                begun = step - 1 if stage == "training" and step else step
+                goal = next_stop(begun, total, args.eval_every, args.save_every)
+                sampler.between(step, goal)
+                step = train_iterations(
+                    trained,
+                    loader,
+                    optimizer_step,
+                    PixelLoss(args.aux_weight, args.loss_mean),
+                    schedule,
+                    mean=source.mean,
+                    std=source.std,
+                    seed=args.seed,
+                    rank=procs.rank,
+                    world_size=procs.world_size,
+                    sum_over_ranks=procs.sum,
+                    first_step=step,
+                    after_step=run.after_step,
+                )
+                run.end_epoch((step - 1) // sampler.steps_per_epoch, step)
+                measuring = measure is not None and is_due(args.eval_every, step, total)
+                numbered = step if is_due(args.save_every, step, total) else None
+                run.save(step, "measuring" if measuring else "done", numbered)
+                stage = "measuring" if measuring else "done"
+            if measure is not None and val_source is not None and stage == "measuring":
+                result = measure(model)
+                run.logger.record("eval", step, **result.summary())
+                better = result.miou > best["miou"]
+                if better:
+                    best = {"miou": result.miou, "step": step}
+                if procs.main:
+                    title = f"{args.dataset} val after {step:,} iterations"
+                    say_result(title, result, len(val_source))
+                    more = {"best": best, "step": step, "dataset": args.dataset}
+                    save_segmentation(folder, result, source.classes, more)
+                    picture = folder / "pictures" / f"iteration-{step}.png"
+                    drawn = draw(args, model, val_source, procs, title, picture)
+                    if drawn is not None:
+                        run.logger.picture("segmentation", step, drawn)
+                if better and procs.main:  # killed in between, the run measures and links again
+                    ckpt.link(folder / ckpt.LAST, folder / BEST)
+                run.save(step, "done")
+                stage = "done"
+
+        # -------------------------------------------------------------------------- close
+        if procs.main:
+            run.say_results()
+            if best["step"] >= 0:
+                say(f"best        {json.dumps(best)}  {folder / BEST}")
+
+
+def check_data(sources: Sequence[SegmentationSource], procs: Processes) -> None:
+    """Read every pair once, each process its share; stop at the first that cannot be learnt from.
+
+    Raises:
+        BadInput: with the file, the same on every process.
+    """
+    for source in sources:
+        fault, count = "", 0
+        try:
+            count = check_pairs(source, range(procs.rank, len(source), procs.world_size))
+        except BadInput as error:
+            fault = str(error)
+        found = procs.gather((fault, count))
+        if faults := [text for text, _ in found if text]:
+            raise BadInput(faults[0])
+        if procs.main:
+            say(f"checked {sum(n for _, n in found):,} pairs of {source.name} {source.split}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""Segmenters and files of weights: an encoder's into a segmenter, and whole ones, both ways."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from models_layers import relative_index
+from models_upernet import UperNet
+from models_zoo import known_heads, model_arguments, segmenter_from
+from util.checkpoint import load_file, load_weights, local_file
+from util.convert import HEAD_KEYS, NORM_KEYS, read_encoder, weights_of
+from util.convert_upernet import (
+    is_mmseg_segmenter,
+    is_segmenter,
+    segmenter_arguments,
+    segmenter_from_mmseg,
+    segmenter_to_mmseg,
+)
+from util.errors import BadInput
+from util.weights import load_state
+
+
+def load_segmenter_encoder(
+    model: UperNet, path: str, pos_resize: str = "rescale"
+) -> dict[str, Any]:
+    """Give a segmenter the encoder of a file; neck, heads and relative biases stay as they are.
+
+    Branch scales (LScale) come with the file. Where it has some and the model none, the model gets
+    them, so load before the optimiser is made; where the model alone has them, they stay as they
+    are, 1 as in the public run.
+
+    Args:
+        model: changed in place.
+        path: pretraining, fine-tuning or segmentation checkpoint of ours, official MAE, timm,
+            mmsegmentation, a folder of transformers, or an https URL; `util.weights.load_state`.
+        pos_resize: rescale | extend: how its positions come to the grid of the model's crop, see
+            `EncoderWeights.positions`.
+
+    Returns:
+        what else the file holds.
+
+    Raises:
+        BadInput: unreadable, of another architecture, or weights that do not fit.
+    """
+    if pos_resize not in ("rescale", "extend"):
+        raise BadInput(f"unknown pos_resize {pos_resize!r}, choose from rescale, extend")
+    encoder, state = model.encoder, load_state(path)
+    stored = read_encoder(state, path, encoder.img_size)
+    own = model.arguments
+    said = stored.arguments | {"patch_size": list(stored.arguments["patch_size"])}
+    differing = [
+        f"{key} {said[key]}, the model has {own[key]}"
+        for key in ("embed_dim", "depth", "num_heads", "patch_size", "in_chans", "mlp_ratio")
+        if key in said and said[key] != own[key]
+    ]
+    if differing:
+        raise BadInput(f"{path} is another architecture: {'; '.join(differing)}")
+    weights: dict[str, Any] = {
+        key: tensor
+        for key, tensor in stored.weights.items()
+        if not key.startswith((*HEAD_KEYS, *NORM_KEYS.values()))
+    }
+    weights["pos_embed"] = stored.positions(encoder.grid, pos_resize)
+    if stored.arguments["lscale_init"] is not None:
+        model.add_lscale()
+    else:
+        scales = (".ls1.gamma", ".ls2.gamma")
+        weights |= {k: v for k, v in encoder.state_dict().items() if k.endswith(scales)}
+    load_weights(encoder, weights, path)
+    return state
+
+
+def load_segmenter(path: str, name: str | None = None) -> tuple[UperNet, dict[str, Any]]:
+    """A whole segmenter: a checkpoint of ours, or a file of mmsegmentation or of the public run.
+
+    Args:
+        path: file or https URL.
+        name: model that it has to be, and whose number of attention heads a file has that does not
+            say; None: whatever it is, with the usual number for its width.
+
+    Returns:
+        the model, on the CPU; what else the file holds.
+
+    Raises:
+        BadInput: unreadable, of another architecture, or weights that do not fit.
+    """
+    return segmenter_of(load_file(local_file(path)), path, name)
+
+
+def segmenter_of(
+    state: Mapping[str, Any], path: str, name: str | None = None
+) -> tuple[UperNet, dict[str, Any]]:
+    """`load_segmenter` of what was read."""
+    weights, said = weights_of(state, path), state.get("model_args")
+    if is_mmseg_segmenter(weights):
+        has = said or {"lscale_init": None, "relative_bias": None}
+        scales, biases = has["lscale_init"] is not None, has["relative_bias"]
+        weights = segmenter_from_mmseg(weights, path, scales=scales, biases=biases)
+    elif not is_segmenter(weights):
+        raise BadInput(
+            f"{path} holds no segmenter, neither ours nor mmsegmentation's; an encoder alone goes "
+            "to --finetune"
+        )
+    arguments = dict(said or segmenter_arguments(weights, path))
+    if "num_heads" not in arguments:
+        arguments["num_heads"] = (
+            model_arguments(name)["num_heads"]
+            if name
+            else known_heads(arguments["embed_dim"], arguments["depth"])
+        )
+    model = segmenter_from(arguments)
+    if name is not None:
+        _check_name(model, name, path)
+    load_weights(model, weights, path)
+    return model, {k: v for k, v in state.items() if k not in ("model", "state_dict")}
+
+
+def to_mmseg_names(model: UperNet) -> dict[str, Tensor]:
+    """The weights of a whole segmentor of mmsegmentation, to be saved as its `state_dict`.
+
+    Raises:
+        BadInput: it has no such model: for patches of 4, or that are not square.
+    """
+    (ph, pw), ratio = model.patch_size, model.arguments["mlp_ratio"]
+    if ph != pw or ratio != int(ratio) or min(model.neck.factors) < 0.25:
+        raise BadInput(
+            f"mmsegmentation takes square patches of 8 pixels or more and a whole mlp_ratio, not "
+            f"{(ph, pw)} and {ratio}"
+        )
+    weights = {k: v.detach() for k, v in model.state_dict().items()}
+    heads: Any = model.encoder.blocks[0]
+    index = relative_index(model.grid, model.grid)
+    return segmenter_to_mmseg(weights, model.grid, heads.attn.num_heads, index)
+
+
+def mmseg_config(model: UperNet) -> str:
+    """The `model` of a config of mmsegmentation that takes `to_mmseg_names`, as Python text."""
+    a, D = model.arguments, model.encoder.num_features
+    last = f"num_classes={a['num_classes']}, dropout_ratio={a['dropout']}, align_corners=False"
+    last += ", norm_cfg=dict(type='SyncBN')"
+    backbone = (
+        f"type='MAE', img_size={tuple(a['img_size'])}, patch_size={a['patch_size'][0]}, "
+        f"in_channels={a['in_chans']}, embed_dims={D}, num_layers={a['depth']}, "
+        f"num_heads={a['num_heads']}, mlp_ratio={int(a['mlp_ratio'])}, "
+        f"out_indices={tuple(a['taps'])}, drop_path_rate={a['drop_path']}, init_values=1.0, "
+        "norm_cfg=dict(type='LN', eps=1e-6)"
+    )
+    parts = {
+        "backbone": backbone,
+        "neck": f"type='Feature2Pyramid', embed_dim={D}, rescales={model.neck.factors}",
+        "decode_head": f"type='UPerHead', in_channels={[D] * 4}, in_index=[0, 1, 2, 3], "
+        f"pool_scales={tuple(a['pool_scales'])}, channels={a['channels']}, {last}",
+        "auxiliary_head": f"type='FCNHead', in_channels={D}, in_index={a['aux_tap']}, "
+        f"channels={a['aux_channels']}, num_convs=1, concat_input=False, {last}",
+    }
+    inside = ", ".join(f"{name}=dict({text})" for name, text in parts.items())
+    return f"model=dict(type='EncoderDecoder', {inside})"
+
+
+def holds_segmenter(state: Mapping[str, Any], path: str) -> bool:
+    """Whether a file holds a whole segmenter, of ours or of mmsegmentation."""
+    weights = weights_of(state, path)
+    return is_segmenter(weights) or is_mmseg_segmenter(weights)
+
+
+def _check_name(model: UperNet, name: str, path: str) -> None:
+    expected, found = model_arguments(name), model.arguments
+    expected["patch_size"] = [expected["patch_size"]] * 2
+    differing = [
+        f"{key} {found[key]}, {name} has {expected[key]}"
+        for key in ("embed_dim", "depth", "num_heads", "patch_size")
+        if found[key] != expected[key]
+    ]
+    if differing:
+        raise BadInput(f"{path} is another architecture: {'; '.join(differing)}")

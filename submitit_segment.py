@@ -1,0 +1,20 @@
+"""Segment by Slurm: the flags of main_segment.py and those of the job; --help lists both.
+
+python submitit_segment.py --job_dir JOB_DIR --nodes 1 --data_path ADEChallengeData2016 ...
+"""
+
+from collections.abc import Sequence
+
+import main_segment
+from util.errors import command
+from util.slurm import submit
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    """Submit one run; see the module."""
+    submit(main_segment, argv)
+
+
+if __name__ == "__main__":
+    main()

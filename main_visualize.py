@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 import models_zoo
-from engine_pretrain import STATISTICS_NOTE, Masker, fills_of, reconstruct
+from engine_pretrain import Masker, fills_of, note_of, reconstruct
 from util.config import FlagParser, number
 from util.datasets import DATASETS, build_dataset
 from util.dist import choose_device
@@ -134,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         captions,
         headers=("original", f"{args.mask}, {1 - kept:.0%} masked", "reconstruction"),
         title=f"{Path(args.checkpoint).name}: PSNR over masked pixels, beside two trivial fills",
-        footer=STATISTICS_NOTE if model.norm_pix_loss else None,
+        footer=note_of(model),
     )
     prepare_folder(folder)
     save_png(folder / "grid.png", grid)

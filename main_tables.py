@@ -93,6 +93,7 @@ MAINS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "main_pretrain": from_records,
     "main_finetune": from_json("result.json"),
     "main_knn": from_json("knn.json"),
+    "main_visualize": from_json("reconstruction.json"),
 }
 
 

@@ -7,7 +7,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from models_layers import take
 from util.logger import StepReport
 from util.masking import MaskStrategy
 from util.metrics import (
@@ -213,8 +212,9 @@ def fit_pca(
     moments = PatchMoments(patch_size[0] * patch_size[1] * len(mean))
     for batch in loader:
         patches = patchify(normalize(batch["image"], mean, std), patch_size)
-        ids = batch["noise"][:, -1].argsort(dim=1)[:, :per_image]
-        moments.update(take(patches, ids).flatten(0, 1))
+        ids = batch["noise"][:, -1].argsort(dim=1)[:, :per_image, None]
+        picked = patches.gather(1, ids.expand(-1, -1, patches.shape[-1]))
+        moments.update(picked.flatten(0, 1))
     moments.sum_over(sum_over_ranks)
     return moments.principal(components)
 

@@ -78,15 +78,24 @@ def _set(given: Any, where: str) -> ArmSet:
 def _factorial(factors: dict[str, Any], seeds: tuple[int, ...] | None, where: str) -> ArmSet:
     arms, levels = {}, {}
     choices = [
-        [(factor, level, mapping(flags, f"level {level} of {factor} of {where}"))
-         for level, flags in mapping(named, f"factor {factor} of {where}").items()]
+        [
+            (factor, level, mapping(flags, f"level {level} of {factor} of {where}"))
+            for level, flags in _levels(named, f"factor {factor} of {where}").items()
+        ]
         for factor, named in factors.items()
-    ]  # fmt: skip
+    ]
     for combination in itertools.product(*choices):
         arm = "-".join(f"{factor}_{level}" for factor, level, _ in combination)
         arms[arm] = {flag: value for *_, flags in combination for flag, value in flags.items()}
         levels[arm] = {factor: level for factor, level, _ in combination}
     return ArmSet(seeds, arms, levels)
+
+
+def _levels(given: Any, where: str) -> dict[str, Any]:
+    # YAML reads on and off without quotes as true and false.
+    if isinstance(given, dict):
+        given = {{True: "on", False: "off"}.get(k, k): v for k, v in given.items()}
+    return mapping(given, where)
 
 
 def _one_at_a_time(entry: dict[str, Any], seeds: tuple[int, ...] | None, where: str) -> ArmSet:
@@ -129,16 +138,17 @@ def expand(
     """
     entries: dict[str, Any] = {}
     copies: dict[str, Copy] = {}
+    armed = {
+        name: _armed(name, entry, sets, f"run {name!r} in {path}")
+        for name, entry in runs.items()
+        if isinstance(entry, dict) and "arms" in entry
+    }
     for name, entry in runs.items():
         where = f"run {name!r} in {path}"
         if not isinstance(entry, dict) or not entry.keys() & {"arms", "of"}:
             entries[name], copies[name] = entry, Copy(name)
             continue
-        rest = {k: v for k, v in entry.items() if k not in ("arms", "of")}
-        if "of" in entry:
-            made = _derived(name, entry, rest, copies, where)
-        else:
-            made = _armed(name, entry["arms"], rest, sets, where)
+        made = armed[name] if name in armed else _derived(name, entry, armed, where)
         for copy, one in made:
             full = f"{name}.{copy.arm}"
             if full in entries or full in runs:
@@ -147,34 +157,31 @@ def expand(
     return entries, copies
 
 
-def _armed(
-    name: str, named: Any, rest: dict[str, Any], sets: Mapping[str, ArmSet], where: str
-) -> list[tuple[Copy, dict[str, Any]]]:
-    made = []
+Made = list[tuple[Copy, dict[str, Any]]]
+
+
+def _armed(name: str, entry: dict[str, Any], sets: Mapping[str, ArmSet], where: str) -> Made:
+    if "of" in entry:
+        raise BadInput(f"{where}: give arms or of, not both")
+    rest = {k: v for k, v in entry.items() if k != "arms"}
+    named, made = entry["arms"], []
     for set_name in named if isinstance(named, list) else [named]:
         known(set_name, sets, f"arms of {where}")
         for arm, flags in sets[set_name].arms.items():
-            entry = rest | {"flags": {**(rest.get("flags") or {}), **flags}}
-            made.append((Copy(name, arm, sets[set_name].seeds), entry))
+            one = rest | {"flags": {**(rest.get("flags") or {}), **flags}}
+            made.append((Copy(name, arm, sets[set_name].seeds), one))
     return made
 
 
-def _derived(
-    name: str, entry: dict[str, Any], rest: dict[str, Any], copies: Mapping[str, Copy], where: str
-) -> list[tuple[Copy, dict[str, Any]]]:
-    if "arms" in entry:
-        raise BadInput(f"{where}: give arms or of, not both")
+def _derived(name: str, entry: dict[str, Any], armed: Mapping[str, Made], where: str) -> Made:
+    rest = {k: v for k, v in entry.items() if k != "of"}
     parent = entry["of"]
-    parents = {copy.arm: full for full, copy in copies.items() if copy.origin == parent}
-    if not parents or None in parents:
-        armed = sorted({c.origin for c in copies.values() if c.arm is not None})
-        raise BadInput(
-            f"of at {where}: {parent!r} is no run with arms above it; known: {', '.join(armed)}"
-        )
+    known(parent, armed, f"run with arms, of at {where}")
     made = []
-    for arm, full in parents.items():
+    for copy, _ in armed[parent]:
+        full = f"{parent}.{copy.arm}"
         flags = {k: _renamed(v, parent, full) for k, v in (rest.get("flags") or {}).items()}
-        made.append((Copy(name, arm, copies[full].seeds), rest | {"flags": flags}))
+        made.append((Copy(name, copy.arm, copy.seeds), rest | {"flags": flags}))
     return made
 
 

@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
-# Runs of `make results` at once, each with its share of the cores.
+# Runs of `make results` and `make study` at once, each with its share of the cores.
 JOBS ?= 2
 
 VENV := .venv
@@ -18,12 +18,13 @@ export OMP_WAIT_POLICY ?= PASSIVE
 .DELETE_ON_ERROR:
 # Two installations into one environment at once would break it.
 .NOTPARALLEL:
-.PHONY: help setup demo results test check clean
+.PHONY: help setup demo results study test check clean
 
 help:
 	@echo "make setup   the virtual environment for everything below"
 	@echo "make demo    pretrain on the bundled photographs; pictures at the end"
 	@echo "make results the tables on Fashion-MNIST, 3 seeds; stopped, it goes on where it was"
+	@echo "make study   M-MAE's terms and settings, decided on Fashion-MNIST; resumable as well"
 	@echo "make test    all tests; some of them: make test PYTEST_ARGS='-m smoke'"
 	@echo "make check   ruff (lint, format) and mypy"
 	@echo "make clean   remove the virtual environment and caches; runs stay"
@@ -36,6 +37,9 @@ demo: $(DEMO)
 
 results: $(DEMO)
 	$(BIN)/python main_tables.py --plan recipes/tables/fashion_mnist.yaml --jobs $(JOBS)
+
+study: $(DEMO)
+	$(BIN)/python main_study.py --plan recipes/tables/study.yaml --jobs $(JOBS)
 
 test: $(DEV)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

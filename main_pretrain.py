@@ -43,7 +43,7 @@ from util.config import (
 from util.datasets import DATASETS, build_dataset
 from util.dist import Processes, distribute, processes
 from util.errors import BadInput, command, needs
-from util.images import ImageSource
+from util.images import ImageSource, Subset
 from util.logger import RunLogger, say
 from util.masking import count_visible, create_strategy
 from util.optim import create_adamw, parameter_groups
@@ -68,6 +68,11 @@ def build_parser() -> FlagParser:
     add_method_flags(parser)
     add_data_flags(parser, list(DATASETS))
     group = parser.add_argument_group("data, pretraining")
+    group.add_argument(
+        "--train_images",
+        type=number(int, 1),
+        help="learn from so many, evenly spaced; default: all",
+    )
     group.add_argument(
         "--crop_scale",
         type=number(float, 0, 1, open_low=True),
@@ -265,6 +270,8 @@ def pretrain(args: argparse.Namespace, procs: Processes) -> None:
     # One process lists a folder or fetches a set; the others find what it left on the disk.
     with procs.main_first():
         source = open_set(args, "train", args.in_chans)
+        if args.train_images is not None:
+            source = Subset(source, evenly(len(source), args.train_images))
         val_source = held_out_source(args, source.channels)
     model, model_args = build_model(args, source.channels)
     strategy = create_strategy(

@@ -180,9 +180,7 @@ def test_arms_make_runs_and_rows(tmp_path: Path) -> None:
         ("of y", "k.y"),
     ]
     assert len(cells_of(plan, plan.seeds, tmp_path)) == 8
-    other = yaml.safe_load(
-        yaml.safe_dump(with_arms(plan, "z", [9], {"w": {"lr": 5}}), sort_keys=False)
-    )
+    other = with_arms(plan, "z", [9], {"w": {"lr": 5}})
     (tmp_path / "other.yaml").write_text(yaml.safe_dump(other, sort_keys=False))
     again = read_plan(tmp_path / "other.yaml", main_tables.MAINS)
     assert list(again.runs) == ["p.w", "k.w"] and again.seeds == (9,)

@@ -4,7 +4,7 @@ PYTHON ?= python3
 PYTEST_ARGS ?=
 # More flags of `make bench`, for example --batch_size 8.
 BENCH_ARGS ?=
-# Runs of `make results` at once, each with its share of the cores.
+# Runs of `make results` and `make study` at once, each with its share of the cores.
 JOBS ?= 2
 
 VENV := .venv
@@ -20,12 +20,13 @@ export OMP_WAIT_POLICY ?= PASSIVE
 .DELETE_ON_ERROR:
 # Two installations into one environment at once would break it.
 .NOTPARALLEL:
-.PHONY: help setup demo results bench test check clean
+.PHONY: help setup demo results study bench test check clean
 
 help:
 	@echo "make setup   the virtual environment for everything below"
 	@echo "make demo    pretrain on the bundled photographs; pictures at the end"
 	@echo "make results the tables on Fashion-MNIST, 3 seeds; stopped, it goes on where it was"
+	@echo "make study   M-MAE's terms and settings, decided on Fashion-MNIST; resumable as well"
 	@echo "make bench   what this machine can do, and the training step beside transformers'"
 	@echo "make test    all tests; some of them: make test PYTEST_ARGS='-m smoke'"
 	@echo "make check   ruff (lint, format) and mypy"
@@ -44,6 +45,9 @@ results: $(DEMO)
 bench: $(DEV)
 	$(BIN)/python main_benchmark.py limits --json output_dir/bench/limits.json
 	$(BIN)/python main_benchmark.py step --json output_dir/bench/step.json $(BENCH_ARGS)
+
+study: $(DEMO)
+	$(BIN)/python main_study.py --plan recipes/tables/study.yaml --jobs $(JOBS)
 
 test: $(DEV)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -17,7 +17,8 @@ from util.metrics import (
     fill,
     masked_patches,
 )
-from util.patches import patch_averages
+from util.patches import patch_averages, patchify
+from util.pca import PatchFit, PatchMoments
 from util.step import OptimizerStep, Stopwatch, steps_of
 from util.transforms import denormalize, normalize
 
@@ -28,7 +29,12 @@ class PretrainModel(Protocol):
     """What this engine asks of a model, M-MAE or another."""
 
     norm_pix_loss: bool
+    pca_components: int | None
     patch_size: tuple[int, int]
+
+    def pixels_of(self, pred: Tensor) -> Tensor:
+        """See `MaskedAutoencoderViT.pixels_of`."""
+        ...
 
     def __call__(
         self,
@@ -140,7 +146,7 @@ def reconstruct(
         float32 [B, C, H, W], gray levels, clipped to 0..255; visible patches are the image's own.
     """
     x = normalize(images, mean, std)
-    pred = model(x, mask, num_visible)["pred"].float()
+    pred = model.pixels_of(model(x, mask, num_visible)["pred"].float())
     if model.norm_pix_loss:
         pred = apply_statistics(pred, masked_patches(x, mask, model.patch_size))
     return compose(images, mask, to_gray_levels(pred, mean, std), model.patch_size)
@@ -171,6 +177,47 @@ STATISTICS_NOTE = (
     "Model of normalised pixels: each hidden patch is shown with its true mean and deviation, "
     "which the model does not predict; the fills beside it are given the same."
 )
+
+
+def note_of(model: PretrainModel) -> str | None:
+    """What a reader of the model's pictures and PSNR has to know; None: nothing."""
+    if model.norm_pix_loss:
+        return STATISTICS_NOTE
+    if model.pca_components is not None:
+        return (
+            f"Model of PCA coefficients: detail beyond the {model.pca_components} of a patch is in "
+            "no prediction of it."
+        )
+    return None
+
+
+def fit_pca(
+    loader: Iterable[dict[str, Any]],
+    components: int,
+    *,
+    patch_size: tuple[int, int],
+    per_image: int,
+    mean: Stats,
+    std: Stats,
+    sum_over_ranks: Callable[[Tensor], Tensor],
+) -> PatchFit:
+    """Principal components of normalised patches, `per_image` random ones of each image.
+
+    Args:
+        loader: this process's batches of `PretrainSamples`; the last row of their noise picks.
+        sum_over_ranks: adds a float64 tensor over all processes.
+
+    Raises:
+        BadInput: more components than values or patches; on every process alike.
+    """
+    moments = PatchMoments(patch_size[0] * patch_size[1] * len(mean))
+    for batch in loader:
+        patches = patchify(normalize(batch["image"], mean, std), patch_size)
+        ids = batch["noise"][:, -1].argsort(dim=1)[:, :per_image, None]
+        picked = patches.gather(1, ids.expand(-1, -1, patches.shape[-1]))
+        moments.update(picked.flatten(0, 1))
+    moments.sum_over(sum_over_ranks)
+    return moments.principal(components)
 
 
 @torch.inference_mode()

@@ -30,7 +30,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import models_zoo
 from engine_pretrain import Masker, train_one_epoch
-from util.arms import Arm, name_of, parse_arms
 from util.benchmark import (
     machine,
     machine_lines,
@@ -45,6 +44,7 @@ from util.benchmark import (
 )
 from util.children import Answer, Children
 from util.config import METHODS, FlagParser, add_data_flags, number
+from util.contenders import Arm, name_of, parse_arms
 from util.datasets import DATASETS, build_dataset
 from util.dist import Place, Processes, choose_device, distribute, join
 from util.errors import BadInput, command, needs

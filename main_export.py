@@ -211,10 +211,10 @@ def read_source(args: argparse.Namespace) -> Source:
             norm_pix_loss=args.norm_pix_loss or None,
             img_size=args.input_size,
         )
-        if model.decoder != "full" and args.to != "mmae":
+        if args.to != "mmae" and (unlike := unlike_mae(model)):
             raise BadInput(
-                f"--to {args.to} takes MAE's decoder, and this one is {model.decoder!r} "
-                "(CrossMAE's); leave it out with --part encoder, for example --to timm"
+                f"--to {args.to} takes MAE's decoder, and this one has {unlike}; leave it out with "
+                "--part encoder, for example --to timm"
             )
         arguments = arguments_of(model)
         if "lscale_init" in state.get("model_args", {}):
@@ -235,6 +235,15 @@ def read_source(args: argparse.Namespace) -> Source:
         arguments |= {"drop_path": 0.0}
     lost = losses_of(state, part, other="other" if args.ema else "averaged (--ema)")
     return Source(model.eval(), arguments, state, part, state.get("norm_eps", EPS), lost)
+
+
+def unlike_mae(model: MaskedAutoencoderViT) -> str | None:
+    """What no other program's masked autoencoder has room for; None: nothing."""
+    if model.decoder != "full":
+        return f"decoder {model.decoder!r} (CrossMAE's)"
+    if model.encoder_mask_tokens:
+        return "its mask token in the encoder"
+    return None if model.pca_components is None else "PCA coefficients as its target"
 
 
 def part_of(asked: str, to: str, weights: dict[str, Tensor]) -> str:
@@ -298,6 +307,8 @@ def arguments_of(model: MaskedAutoencoderViT) -> dict[str, Any]:
         "pos_offset": model.pos_offset,
         "decoder": model.decoder,
         "predict_ratio": model.predict_ratio,
+        "encoder_mask_tokens": model.encoder_mask_tokens,
+        "pca_components": model.pca_components,
     }
 
 

@@ -14,10 +14,18 @@ import numpy as np
 import torch
 
 import models_zoo
-from engine_pretrain import STATISTICS_NOTE, Masker, evaluate, reconstruct, train_one_epoch
+from engine_pretrain import (
+    Masker,
+    evaluate,
+    fit_pca,
+    note_of,
+    reconstruct,
+    train_one_epoch,
+)
 from models_mmae import DECODERS
 from util import checkpoint as ckpt
 from util.config import (
+    PCA_PER_IMAGE,
     FlagParser,
     add_checkpoint_flags,
     add_data_flags,
@@ -25,6 +33,7 @@ from util.config import (
     add_optimisation_flags,
     add_run_flags,
     add_shard_flag,
+    add_target_flags,
     arithmetic_of,
     compiles,
     number,
@@ -36,7 +45,7 @@ from util.config import (
 from util.datasets import DATASETS, build_dataset
 from util.dist import Processes, distribute, processes
 from util.errors import BadInput, command, needs
-from util.images import IMAGE_DECODERS, ImageSource
+from util.images import IMAGE_DECODERS, ImageSource, Subset
 from util.logger import RunLogger, say
 from util.masking import count_visible, create_strategy
 from util.optim import create_adamw, parameter_groups
@@ -46,7 +55,7 @@ from util.samples import PretrainSamples, build_loader, default_workers
 from util.schedule import CosineSchedule, scaled_lr
 from util.shard import Placed, optimizer_parts
 from util.step import OptimizerStep
-from util.transforms import EvalTransform, pretrain_transform
+from util.transforms import AUGMENTS, EvalTransform, pretrain_transform
 from util.visualize import panels, picture_grid, save_png
 
 TASK = "pretrain"
@@ -62,6 +71,11 @@ def build_parser() -> FlagParser:
     add_method_flags(parser)
     add_data_flags(parser, list(DATASETS))
     group = parser.add_argument_group("data, pretraining")
+    group.add_argument(
+        "--train_images",
+        type=number(int, 1),
+        help="learn from so many, evenly spaced; default: all",
+    )
     group.add_argument(
         "--crop_scale",
         type=number(float, 0, 1, open_low=True),
@@ -83,6 +97,13 @@ def build_parser() -> FlagParser:
         default=1,
         metavar="R",
         help="crops of each decoded image, in one batch; an epoch decodes every R-th image",
+    )
+    group.add_argument(
+        "--augment",
+        choices=AUGMENTS,
+        default="random_crop",
+        help="none: the centre, not flipped; fixed_crop: a random place at one scale; random_crop: "
+        "random scale too (--crop_scale); crop_jitter: and brightness, contrast, saturation .4",
     )
     group = parser.add_argument_group("model (unset sizes follow --model)")
     group.add_argument("--model", default="mae_vit_base_patch16", metavar="NAME")
@@ -106,8 +127,11 @@ def build_parser() -> FlagParser:
     group.add_argument("--decoder_num_heads", type=number(int, 1))
     group.add_argument("--mask_ratio", type=number(float, 0, 1, open_low=True), default=0.75)
     group.add_argument(
-        "--norm_pix_loss", action="store_true", help="predict patches normalised by themselves"
+        "--encoder_mask_tokens",
+        action="store_true",
+        help="the encoder sees mask tokens too (MAE's ablation): about 3 times the computation",
     )
+    add_target_flags(parser)
     add_optimisation_flags(parser)
     parser.set_defaults(epochs=400, warmup_epochs=40.0, blr=1.5e-4)
     add_shard_flag(parser)
@@ -128,6 +152,8 @@ def build_model(args: argparse.Namespace, in_chans: int) -> tuple[Any, dict[str,
         "pos_offset": args.pos_offset,
         "decoder": args.decoder,
         "predict_ratio": args.predict_ratio,
+        "encoder_mask_tokens": args.encoder_mask_tokens,
+        "pca_components": args.pca_components if args.target == "pca" else None,
     }
     flags = {
         "img_size": args.input_size,
@@ -149,6 +175,37 @@ def open_set(
         args.dataset, split, args.data_path, channels=channels, mean=args.mean, std=args.std
     )
     return source.with_decoder(decoder)
+
+
+def fit_target(
+    args: argparse.Namespace,
+    model: Any,
+    source: ImageSource,
+    samples: PretrainSamples,
+    workers: int,
+    procs: Processes,
+) -> None:
+    """Fit the PCA of the model's target on views of evenly spaced training images.
+
+    The same on every process, and a function of the flags: the views are those of epoch 0.
+    """
+    indices = evenly(len(source), -(-args.pca_patches // PCA_PER_IMAGE))
+    sampler = EvalSampler(indices, args.batch_size, world_size=procs.world_size, rank=procs.rank)
+    fit = fit_pca(
+        build_loader(samples, sampler, num_workers=workers, pin_memory=False),
+        args.pca_components,
+        patch_size=model.patch_size,
+        per_image=-(-args.pca_patches // len(indices)),
+        mean=source.mean,
+        std=source.std,
+        sum_over_ranks=procs.sum,
+    )
+    model.pca.set(fit.mean, fit.basis)
+    if procs.main:
+        say(
+            f"target: {args.pca_components} PCA coefficients of {len(fit.mean)} values hold "
+            f"{fit.share:.2%} of the variance of {fit.patches:,} training patches"
+        )
 
 
 @dataclass(frozen=True)
@@ -204,7 +261,7 @@ def draw_pictures(model: Any, held_out: HeldOut, device: torch.device, title: st
         [Path(source.file_name(key.index)).name for key in keys],
         headers=("original", f"masked {EVAL_RATIO:.0%}", "reconstruction"),
         title=title,
-        footer=STATISTICS_NOTE if model.norm_pix_loss else None,
+        footer=note_of(model),
     )
 
 
@@ -233,6 +290,8 @@ def pretrain(args: argparse.Namespace, procs: Processes) -> None:
     # One process lists a folder or fetches a set; the others find what it left on the disk.
     with procs.main_first():
         source = open_set(args, "train", args.in_chans, args.decode)
+        if args.train_images is not None:
+            source = Subset(source, evenly(len(source), args.train_images))
         val_source = held_out_source(args, source.channels)
     model, model_args = build_model(args, source.channels)
     strategy = create_strategy(
@@ -243,8 +302,15 @@ def pretrain(args: argparse.Namespace, procs: Processes) -> None:
     )
     num_patches = model.grid[0] * model.grid[1]
     masker = Masker(strategy, count_visible(num_patches, args.mask_ratio), model.patch_size)
-    crop_scale = tuple(args.crop_scale)
-    transform = pretrain_transform(args.decode, model.img_size, crop_scale, flip=not args.no_flip)
+    transform = pretrain_transform(
+        args.augment,
+        args.decode,
+        model.img_size,
+        tuple(args.crop_scale),
+        flip=not args.no_flip,
+        channels=source.channels,
+        margin=source.eval_margin,
+    )
     samples = PretrainSamples(source, transform, strategy, model.grid, args.seed)
     sampler = EpochSampler(
         len(source),
@@ -309,6 +375,8 @@ def pretrain(args: argparse.Namespace, procs: Processes) -> None:
         ckpt.load_weights(model, placed.parts(state["model"]), "the checkpoint")
         optimizer.load_state_dict(optimizer_parts(optimizer, state["optimizer"]))
         optimizer_step.scaler.load_state_dict(state["scaler"])
+    elif model.pca is not None:
+        fit_target(args, model, source, samples, workers, procs)
 
     def snapshot() -> dict[str, Any]:
         return {

@@ -94,6 +94,7 @@ MAINS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "main_finetune": from_json("result.json"),
     "main_knn": from_json("knn.json"),
     "main_segment": from_json("result.json"),
+    "main_visualize": from_json("reconstruction.json"),
 }
 
 

@@ -2,9 +2,11 @@
 
 python main_visualize.py --checkpoint RUN/checkpoint-last.pth --images photo.jpg folder/
 python main_visualize.py --checkpoint RUN/checkpoint-last.pth --dataset photos
+python main_visualize.py --checkpoint RUN/checkpoint-last.pth --dataset photos --measure
 """
 
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,19 +15,23 @@ import torch
 from torch import Tensor
 
 import models_zoo
-from engine_pretrain import STATISTICS_NOTE, Masker, fills_of, reconstruct
+from engine_pretrain import Masker, Stats, evaluate, fills_of, note_of, reconstruct
 from util.config import FlagParser, number
 from util.datasets import DATASETS, DEFAULT, build_dataset, place_of
 from util.dist import choose_device
 from util.errors import BadInput, command
 from util.folders import image_files
 from util.images import IMAGENET_MEAN, IMAGENET_STD, read_image
-from util.logger import prepare_folder
+from util.logger import prepare_folder, write_text
 from util.masking import ORDERS, STRATEGIES, count_visible, create_strategy
 from util.metrics import masked_psnr
-from util.randomness import evenly, generator_of
+from util.randomness import EvalSampler, evenly, generator_of
+from util.samples import PretrainSamples, build_loader
 from util.transforms import EvalTransform
 from util.visualize import panels, picture_grid, save_panels, save_png
+
+RESULT = "reconstruction.json"
+MEASURED_AT_ONCE = 64
 
 
 def build_parser() -> FlagParser:
@@ -42,6 +48,11 @@ def build_parser() -> FlagParser:
     parser.add_argument("--avg_order", choices=ORDERS, default="far")
     parser.add_argument("--avg_temperature", type=number(float, 0), default=1.0)
     parser.add_argument("--seed", type=number(int, 0), default=0, help="of the masks")
+    parser.add_argument(
+        "--measure",
+        action="store_true",
+        help=f"no pictures: PSNR and SSIM over --num_images of --dataset, into {RESULT}",
+    )
     parser.add_argument("--output_dir", default="./pictures", help="folder for grid.png and panels")
     parser.add_argument("--device", default="auto", help="auto | cpu | cuda")
     group = parser.add_argument_group("for weights that do not say what they are")
@@ -68,6 +79,50 @@ def gather_images(args: argparse.Namespace, model: Any) -> tuple[list[str], list
     return [str(p) for p in paths], [transform(read_image(p, model.in_chans)) for p in paths]
 
 
+def measure(
+    args: argparse.Namespace,
+    model: Any,
+    masker: Masker,
+    device: torch.device,
+    stats: tuple[Stats, Stats],
+) -> None:
+    """PSNR and SSIM on held-out images of a set, the model's own or another; see `evaluate`.
+
+    Masks are a function of (seed, index), as in pretraining's --eval_every: with the same set,
+    number of images and the default masks the numbers are those.
+    """
+    if not args.dataset:
+        raise BadInput("--measure takes held-out images of a --dataset")
+    mean, std = stats
+    source = build_dataset(
+        args.dataset, "val", args.data_path, channels=model.in_chans, mean=mean, std=std
+    )
+    transform = EvalTransform(model.img_size, margin=source.eval_margin)
+    samples = PretrainSamples(source, transform, masker.strategy, model.grid, args.seed)
+    sampler = EvalSampler(evenly(len(source), args.num_images), MEASURED_AT_ONCE)
+    loader = build_loader(samples, sampler, num_workers=0, pin_memory=False)
+    table = evaluate(
+        model, loader, masker, mean=mean, std=std, device=device, sum_over_ranks=torch.clone
+    )
+    values = {f"{arm}_{name}": v for arm, row in table.items() for name, v in row.items()}
+    result = {
+        "checkpoint": args.checkpoint,
+        "dataset": args.dataset,
+        "mask": args.mask,
+        "mask_ratio": args.mask_ratio,
+        "images": sampler.total,
+        **values,
+    }
+    folder = Path(args.output_dir)
+    prepare_folder(folder)
+    write_text(folder / RESULT, json.dumps(result, indent=1) + "\n")
+    for arm, row in table.items():
+        print(f"{arm:8s} PSNR {row['psnr']:6.2f} dB   SSIM {row['ssim']:.4f}")
+    if note := note_of(model):
+        print(note)
+    print(f"result  {folder / RESULT}")
+
+
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the pictures; see the module."""
@@ -88,8 +143,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         mean = [sum(IMAGENET_MEAN) / 3] if gray else IMAGENET_MEAN
         std = [sum(IMAGENET_STD) / 3] if gray else IMAGENET_STD
 
-    # ----------------------------------------------------------------------------- images
-    names, images = gather_images(args, model)
+    # ------------------------------------------------------------------------------ masks
     strategy = create_strategy(
         args.mask,
         avg_share=args.avg_share,
@@ -98,6 +152,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     num_visible = count_visible(model.grid[0] * model.grid[1], args.mask_ratio)
     masker = Masker(strategy, num_visible, model.patch_size)
+    if args.measure:
+        measure(args, model, masker, device, (mean, std))
+        return
+
+    # ----------------------------------------------------------------------------- images
+    names, images = gather_images(args, model)
     draws = [
         strategy.draw(model.grid, generator_of(args.seed, "mask", 0, i, 0))
         for i in range(len(images))
@@ -123,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         captions,
         headers=("original", f"{args.mask}, {1 - kept:.0%} masked", "reconstruction"),
         title=f"{Path(args.checkpoint).name}: PSNR over masked pixels, beside two trivial fills",
-        footer=STATISTICS_NOTE if model.norm_pix_loss else None,
+        footer=note_of(model),
     )
     prepare_folder(folder)
     save_png(folder / "grid.png", grid)

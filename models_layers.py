@@ -278,6 +278,45 @@ def relative_index(of: Pair, grid: Pair, device: torch.device | None = None) -> 
     return index
 
 
+class PatchPCA(nn.Module):
+    """PCA coefficients of patches, a fixed linear map that was fitted before training.
+
+    Its buffers are in the checkpoint, so that neither a resume nor a picture fits it again. They
+    are NaN until `set` is called: a target that nobody fitted must not be trained on.
+
+    Args:
+        values: of a patch.
+        components: coefficients kept, those of largest variance first.
+    """
+
+    mean: Tensor
+    basis: Tensor
+
+    def __init__(self, values: int, components: int) -> None:
+        super().__init__()
+        if not 1 <= components <= values:
+            raise BadInput(
+                f"pca_components {components} must be from 1 to the {values} values of a patch"
+            )
+        self.register_buffer("mean", torch.full((values,), torch.nan))
+        self.register_buffer("basis", torch.full((values, components), torch.nan))
+
+    def set(self, mean: Tensor, basis: Tensor) -> None:
+        """Take in a fit: [V], and orthonormal columns [V, components], see `util.pca`."""
+        self.mean.copy_(mean)
+        self.basis.copy_(basis)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """[..., V] to coefficients [..., components]."""
+        # As normalised pixels are: a target is not rounded to autocast's precision.
+        with torch.autocast(patches.device.type, enabled=False):
+            return (patches - self.mean) @ self.basis
+
+    def inverse(self, coefficients: Tensor) -> Tensor:
+        """Coefficients [..., components] to the nearest patches that have them, [..., V]."""
+        return coefficients @ self.basis.T + self.mean
+
+
 def take(x_BLD: Tensor, ids_BM: Tensor) -> Tensor:
     """Rows `ids` of each image: [B or 1, L, D] and int64 [B, M] to [B, M, D]."""
     B, M = ids_BM.shape

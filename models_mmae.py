@@ -19,6 +19,7 @@ from models_layers import (
     CrossTrunk,
     DecoderTrunk,
     LayerNorm,
+    PatchPCA,
     check_lscale,
     embed_patches,
     init_weights,
@@ -52,6 +53,10 @@ class MaskedAutoencoderViT(nn.Module):
         decoder: full: MAE's; cross: masked tokens read the encoder's outputs and not each other
             (CrossMAE, see `CrossTrunk`).
         predict_ratio: share of the masked patches that `cross` predicts while training.
+        encoder_mask_tokens: the encoder sees all patches, the masked ones as a learned token with
+            their position; the decoder has no token of its own (MAE, table 1c).
+        pca_components: the target is so many PCA coefficients of a patch (MAE, table 1d), largest
+            variance first; until `pca.set` is called the loss is NaN, see `PatchPCA`.
 
     Attributes:
         grid: (gh, gw) patches.
@@ -82,12 +87,15 @@ class MaskedAutoencoderViT(nn.Module):
         pos_offset: str = "none",
         decoder: str = "full",
         predict_ratio: float = 1.0,
+        encoder_mask_tokens: bool = False,
+        pca_components: int | None = None,
     ) -> None:
         super().__init__()
         self.img_size, self.patch_size = pair(img_size), pair(patch_size)
         self.in_chans, self.embed_dim = in_chans, embed_dim
         self.norm_pix_loss, self.pos_offset = norm_pix_loss, pos_offset
         self.decoder, self.predict_ratio = decoder, predict_ratio
+        self.encoder_mask_tokens, self.pca_components = encoder_mask_tokens, pca_components
         self._check(num_heads, decoder_embed_dim, decoder_num_heads)
         if depth < 1 or not mlp_ratio > 0:
             raise BadInput(f"depth {depth} and mlp_ratio {mlp_ratio} must be positive")
@@ -106,7 +114,10 @@ class MaskedAutoencoderViT(nn.Module):
 
         if decoder == "full":
             self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
+        if encoder_mask_tokens:
+            self.encoder_mask_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        else:
+            self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
         self.decoder_pos_embed = nn.Parameter(
             torch.zeros(1, num_tokens, decoder_embed_dim), requires_grad=False
         )
@@ -125,7 +136,9 @@ class MaskedAutoencoderViT(nn.Module):
                 outputs=depth + 1,
             )
         self.decoder_norm = LayerNorm(decoder_embed_dim)
-        self.decoder_pred = nn.Linear(decoder_embed_dim, ph * pw * in_chans)
+        values = ph * pw * in_chans
+        self.decoder_pred = nn.Linear(decoder_embed_dim, pca_components or values)
+        self.pca = None if pca_components is None else PatchPCA(values, pca_components)
 
         # Phases of `learned`, row axis then column axis; a decoder of another width has its own.
         self.pos_phase = self.decoder_pos_phase = None
@@ -155,6 +168,13 @@ class MaskedAutoencoderViT(nn.Module):
                 f"predict_ratio {self.predict_ratio} must be above 0 and at most 1, and below 1 "
                 "needs decoder 'cross': full blocks mix all masked tokens"
             )
+        if self.encoder_mask_tokens and self.decoder == "cross":
+            raise BadInput(
+                "encoder_mask_tokens needs decoder 'full': the queries of 'cross' are mask tokens "
+                "of its own"
+            )
+        if self.pca_components is not None and self.norm_pix_loss:
+            raise BadInput("norm_pix_loss and pca_components are two targets; choose one")
         for part, dim, heads in (
             ("encoder", self.embed_dim, num_heads),
             ("decoder", decoder_embed_dim, decoder_num_heads),
@@ -173,7 +193,8 @@ class MaskedAutoencoderViT(nn.Module):
         self.apply(init_weights)
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(self.embed_dim, -1))
         nn.init.normal_(self.cls_token, std=0.02)
-        nn.init.normal_(self.mask_token, std=0.02)
+        token = self.encoder_mask_token if self.encoder_mask_tokens else self.mask_token
+        nn.init.normal_(token, std=0.02)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Compute activations again in the backward pass instead of keeping them (as timm's)."""
@@ -202,26 +223,38 @@ class MaskedAutoencoderViT(nn.Module):
         return code.to(fixed.dtype)
 
     def encode(
-        self, patches_BLV: Tensor, ids_visible: Tensor, shift_B2: Tensor | None = None
+        self,
+        patches_BLV: Tensor,
+        ids_visible: Tensor,
+        shift_B2: Tensor | None = None,
+        ids_masked: Tensor | None = None,
     ) -> Iterator[Tensor]:
         """The visible patches' tokens before the blocks and after each, the last one normalised.
 
-        [B, L, V] and int64 [B, K] to depth + 1 times [B, 1 + K, D].
+        [B, L, V] and int64 [B, K] to depth + 1 times [B, 1 + K, D]; with `ids_masked` [B, M], which
+        encoder_mask_tokens needs, [B, 1 + K + M, D].
         """
+        code = self.position_code("encoder", shift_B2)
         x_BKD = embed_patches(self.patch_embed.proj, take(patches_BLV, ids_visible))
-        x_BKD = x_BKD + take(self.position_code("encoder", shift_B2), ids_visible)
-        cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(x_BKD), -1, -1)
-        x_BND = torch.cat([cls_token, x_BKD], dim=1)
+        x_BKD = x_BKD + take(code, ids_visible)
+        tokens = [(self.cls_token + self.pos_embed[:, :1]).expand(len(x_BKD), -1, -1), x_BKD]
+        if ids_masked is not None:
+            tokens.append(self.encoder_mask_token + take(code, ids_masked))
+        x_BND = torch.cat(tokens, dim=1)
         for block in self.blocks:
             yield x_BND
             x_BND = run(block, x_BND, recompute=self.grad_checkpointing)
         yield self.norm(x_BND)
 
     def forward_encoder(
-        self, patches_BLV: Tensor, ids_visible: Tensor, shift_B2: Tensor | None = None
+        self,
+        patches_BLV: Tensor,
+        ids_visible: Tensor,
+        shift_B2: Tensor | None = None,
+        ids_masked: Tensor | None = None,
     ) -> Tensor:
-        """Encode the visible patches: [B, L, V] and int64 [B, K] to [B, 1 + K, D]."""
-        for x_BND in self.encode(patches_BLV, ids_visible, shift_B2):
+        """The last of what `encode` gives."""
+        for x_BND in self.encode(patches_BLV, ids_visible, shift_B2, ids_masked):
             latent_BND = x_BND
         return latent_BND
 
@@ -239,23 +272,40 @@ class MaskedAutoencoderViT(nn.Module):
         ids_masked: Tensor,
         shift_B2: Tensor | None = None,
     ) -> Tensor:
-        """Predict the masked patches: [B, 1 + K, D] to [B, M, V], raster order."""
+        """Predict the masked patches: [B, 1 + K, D] to [B, M, V], raster order.
+
+        With encoder_mask_tokens, from [B, 1 + K + M, D].
+        """
         x_BND = self.decoder_embed(latent_BND)
         code = self.position_code("decoder", shift_B2)
+        K = ids_visible.shape[1]
         cls_token = x_BND[:, :1] + self.decoder_pos_embed[:, :1]
-        visible = x_BND[:, 1:] + take(code, ids_visible)
-        masked = self.mask_token + take(code, ids_masked)
+        visible = x_BND[:, 1 : 1 + K] + take(code, ids_visible)
+        token = x_BND[:, 1 + K :] if self.encoder_mask_tokens else self.mask_token
+        masked = token + take(code, ids_masked)
         # Attention does not know order: visible first and masked last saves MAE's unshuffle.
         x_BND = torch.cat([cls_token, visible, masked], dim=1)
         x_BMD = self.decoder_blocks(x_BND, num_queries=ids_masked.shape[1])
         return self.decoder_pred(self.decoder_norm(x_BMD))
 
     def target(self, patches: Tensor) -> Tensor:
-        """What the decoder is to predict of patches [..., V]: their pixels, or normalised ones."""
+        """What the decoder is to predict of patches [..., V].
+
+        Their pixels, normalised pixels, or PCA coefficients [..., pca_components].
+        """
+        if self.pca is not None:
+            return self.pca(patches)
         if not self.norm_pix_loss:
             return patches
         mean, std = patch_statistics(patches)
         return (patches - mean) / std
+
+    def pixels_of(self, pred: Tensor) -> Tensor:
+        """The inverse of `target` for PCA coefficients: [..., pca_components] to [..., V].
+
+        Pixels stay as they are; normalised ones do too, for their statistics are not predicted.
+        """
+        return pred if self.pca is None else self.pca.inverse(pred)
 
     def forward(
         self,
@@ -277,7 +327,7 @@ class MaskedAutoencoderViT(nn.Module):
                 predicted, those of lowest order. None: all of them.
 
         Returns:
-            loss: scalar, squared error, mean over a patch's values and all predicted patches.
+            loss: scalar, squared error, mean over a patch's target and all predicted patches.
             pred: [B, M, V], the predicted patches (all masked ones, if there is no order) in raster
                 order, in the space of the target.
             mask: as given.
@@ -302,7 +352,8 @@ class MaskedAutoencoderViT(nn.Module):
             outputs = list(self.encode(patches_BLV, ids_visible, shift))
             pred = self.forward_cross_decoder(outputs, ids_masked, shift)
         else:
-            latent = self.forward_encoder(patches_BLV, ids_visible, shift)
+            seen = ids_masked if self.encoder_mask_tokens else None
+            latent = self.forward_encoder(patches_BLV, ids_visible, shift, seen)
             pred = self.forward_decoder(latent, ids_visible, ids_masked, shift)
         target = self.target(take(patches_BLV, ids_masked))
         loss = F.mse_loss(pred.to(target.dtype), target)

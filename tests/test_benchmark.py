@@ -13,8 +13,8 @@ from transformers import ViTMAEForPreTraining
 
 import main_benchmark
 from util import benchmark, limits
-from util.arms import Arm, name_of, parse_arm, parse_arms
 from util.children import Answer, Children
+from util.contenders import Arm, name_of, parse_arm, parse_arms
 from util.datasets import build_dataset
 from util.errors import BadInput, RunFailed
 from util.made_images import jpegs_like_imagenet, make_jpegs, make_tiny_files

@@ -108,6 +108,7 @@ def test_perfect_predictions_restore_the_image() -> None:
             def __init__(self, model: torch.nn.Module) -> None:
                 self.model = model
                 self.norm_pix_loss, self.patch_size = model.norm_pix_loss, model.patch_size
+                self.pixels_of = model.pixels_of
 
             def __call__(self, x, mask, num_visible):
                 from util.metrics import masked_patches

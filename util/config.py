@@ -44,6 +44,10 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
+TARGETS = ("pixels", "norm_pixels", "pca")
+PCA_PER_IMAGE = 16  # patches of one image that a PCA is fitted on
+
+
 class FlagParser(argparse.ArgumentParser):
     """argparse without abbreviations; a bad flag is a `BadInput` that names the nearest one."""
 
@@ -118,6 +122,17 @@ class FlagParser(argparse.ArgumentParser):
         if len(values) == 1:
             return [f"{flag}={values[0]}"]
         return [flag, *(str(v) for v in values)]
+
+
+class SetTarget(argparse.Action):
+    """`--target`, and `--norm_pix_loss`, MAE's name of one of its values: the last one counts."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: Any
+    ) -> None:
+        """Keep the two in step."""
+        namespace.target = values if self.dest == "target" else "norm_pixels"
+        namespace.norm_pix_loss = namespace.target == "norm_pixels"
 
 
 def number(kind: type, low: float, high: float = float("inf"), *, open_low: bool = False) -> Any:
@@ -197,6 +212,34 @@ def fill_unset(settings: argparse.Namespace, preset: Mapping[str, Any]) -> None:
     for name, value in preset.items():
         if not hasattr(settings, name):
             setattr(settings, name, value)
+
+
+def add_target_flags(parser: FlagParser) -> None:
+    """What the decoder predicts."""
+    group = parser.add_argument_group("target")
+    group.add_argument(
+        "--target",
+        choices=TARGETS,
+        action=SetTarget,
+        default="pixels",
+        help="norm_pixels: patches normalised by themselves; pca: their PCA coefficients",
+    )
+    group.add_argument(
+        "--norm_pix_loss",
+        action=SetTarget,
+        nargs=0,
+        const=True,
+        default=False,
+        help="MAE's name of --target norm_pixels",
+    )
+    group.add_argument("--pca_components", type=number(int, 1), default=96, help="of --target pca")
+    group.add_argument(
+        "--pca_patches",
+        type=number(int, 2),
+        default=65536,
+        help=f"of the training set to fit the PCA on, {PCA_PER_IMAGE} of an image where there are "
+        "enough images; the checkpoint keeps the fit",
+    )
 
 
 def add_data_flags(parser: FlagParser, datasets: Sequence[str]) -> None:

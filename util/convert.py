@@ -22,7 +22,7 @@ Pair = tuple[int, int]
 Weights = dict[str, Tensor]
 
 # A masked autoencoder's own: no encoder has them.
-PRETRAINING_KEYS = ("decoder_", "mask_token", "pos_phase")
+PRETRAINING_KEYS = ("decoder_", "mask_token", "encoder_mask_token", "pos_phase", "pca.")
 # Of a classifier that starts anew on pretrained weights.
 HEAD_KEYS = ("head.",)
 # The final norm before pooling is the class token's, the one after it the mean's: a model has one.

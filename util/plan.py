@@ -4,7 +4,6 @@ A cell is a run of the plan at one seed. Its folder holds `starts.json` from its
 `done.json` when it is done.
 """
 
-import difflib
 import fnmatch
 import json
 import re
@@ -16,7 +15,9 @@ from typing import Any
 
 import yaml
 
+from util.arms import ArmSet, Copy, expand, read_arms
 from util.errors import BadInput
+from util.given import known, mapping, nearest, seeds_of
 
 PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
 NAME = re.compile(r"\w[\w.-]*")
@@ -35,6 +36,7 @@ class Run:
         flags: by name, the defaults of the command among them; not filled in yet.
         reads: runs whose folders the flags name.
         needs: runs that must be done before, directly or through others; in plan order.
+        copy: the run of the file that it is made from, its arm and its seeds.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Run:
     flags: dict[str, Any]
     reads: tuple[str, ...]
     needs: tuple[str, ...]
+    copy: Copy
 
     def words(self, seed: str, folder_of: Callable[[str], str]) -> list[str]:
         """The command line after the interpreter.
@@ -94,12 +97,19 @@ class Table:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a plan file says; runs in its order."""
+    """What a plan file says; runs in its order.
+
+    Attributes:
+        seeds: the file's, and those of its arms.
+        given: the file's contents, of which `study` is for `util.study`.
+    """
 
     path: Path
     seeds: tuple[int, ...]
     runs: dict[str, Run]
     tables: tuple[Table, ...]
+    arms: dict[str, ArmSet]
+    given: dict[str, Any]
 
 
 class _Loader(yaml.SafeLoader):
@@ -132,37 +142,39 @@ def read_plan(path: Path, mains: Collection[str]) -> Plan:
         raise BadInput(f"cannot read the plan {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise BadInput(f"the plan {path} is not YAML: {' '.join(str(error).split())}") from None
-    top = _mapping(given, str(path), ("seeds", "defaults", "runs", "tables"))
+    top = mapping(given, str(path), ("seeds", "defaults", "arms", "runs", "tables", "study"))
     for key in ("seeds", "runs", "tables"):
         if not top.get(key):
             raise BadInput(f"{path} has no {key!r}, or an empty one")
     defaults = {
         main: _flags(flags, f"defaults of {main} in {path}")
-        for main, flags in _mapping(top.get("defaults") or {}, f"defaults in {path}", mains).items()
+        for main, flags in mapping(top.get("defaults") or {}, f"defaults in {path}", mains).items()
     }
-    runs = _runs(_mapping(top["runs"], f"runs in {path}"), defaults, mains, path)
-    return Plan(path, _seeds(top["seeds"], path), runs, _tables(top["tables"], runs, path))
-
-
-def _seeds(given: Any, path: Path) -> tuple[int, ...]:
-    whole = isinstance(given, list) and all(type(s) is int and 0 <= s < 2**32 for s in given)
-    if not whole or len(set(given)) < len(given):
-        raise BadInput(f"seeds in {path} must be different whole numbers, not {given!r}")
-    return tuple(given)
+    arms = read_arms(top.get("arms") or {}, path)
+    entries, copies = expand(mapping(top["runs"], f"runs in {path}"), arms, path)
+    seeds = seeds_of(top["seeds"], str(path))
+    runs = _runs(entries, copies, seeds, defaults, mains, path)
+    seeds = tuple(dict.fromkeys([*seeds, *(s for r in runs.values() for s in r.copy.seeds or ())]))
+    return Plan(path, seeds, runs, _tables(top["tables"], runs, path), arms, top)
 
 
 def _runs(
-    given: dict[str, Any], defaults: Mapping[str, Any], mains: Collection[str], path: Path
+    given: dict[str, Any],
+    copies: Mapping[str, Copy],
+    seeds: Sequence[int],
+    defaults: Mapping[str, Any],
+    mains: Collection[str],
+    path: Path,
 ) -> dict[str, Run]:
     flags, reads, direct = {}, {}, {}
     for name, entry in given.items():
         where = f"run {name!r} in {path}"
         if not NAME.fullmatch(name):
             raise BadInput(f"{where}: a name is letters, digits and ._- (it is a folder's name)")
-        entry = _mapping(entry, where, ("main", "flags", "after"))
+        entry = mapping(entry, where, ("main", "flags", "after"))
         if "main" not in entry:
             raise BadInput(f"{where} names no main; one of {', '.join(mains)}")
-        _known(entry["main"], mains, f"main of {where}")
+        known(entry["main"], mains, f"main of {where}")
         own = _flags(entry.get("flags") or {}, where)
         flags[name] = {**defaults.get(entry["main"], {}), **own}
         used = list(_placeholders(flags[name], where))
@@ -176,9 +188,17 @@ def _runs(
         if not isinstance(after, list):
             raise BadInput(f"after of {where} must be a list of runs, not {after!r}")
         for other in (*reads[name], *after):
-            _known(other, given, f"run that {where} needs")
+            known(other, given, f"run that {where} needs")
         direct[name] = (*reads[name], *after)
     needs = {name: _reached(name, direct, path) for name in given}
+    for name in given:
+        wanted = set(copies[name].seeds or seeds)
+        for other in needs[name]:
+            if lost := wanted - set(copies[other].seeds or seeds):
+                raise BadInput(
+                    f"run {name!r} in {path} needs {other!r}, which is not run at its seeds "
+                    f"{', '.join(map(str, sorted(lost)))}"
+                )
     return {
         name: Run(
             name,
@@ -186,6 +206,7 @@ def _runs(
             flags[name],
             reads[name],
             tuple(other for other in given if other in needs[name]),
+            copies[name],
         )
         for name in given
     }
@@ -223,7 +244,7 @@ def _reached(start: str, direct: Mapping[str, tuple[str, ...]], path: Path) -> s
 
 def _flags(given: Any, where: str) -> dict[str, Any]:
     """Flags by name: text, numbers, switches, lists of these; null: the command's own default."""
-    flags = _mapping(given, f"flags, {where}")
+    flags = mapping(given, f"flags, {where}")
     for flag, value in flags.items():
         if not FLAG.fullmatch(flag):
             raise BadInput(f"flag {flag!r} of {where}: write the name alone, without -- or =")
@@ -245,7 +266,7 @@ def _tables(given: Any, runs: Mapping[str, Run], path: Path) -> tuple[Table, ...
     tables = []
     for i, entry in enumerate(given):
         where = f"table {i + 1} in {path}"
-        entry = _mapping(entry, where, ("title", "rows"))
+        entry = mapping(entry, where, ("title", "rows"))
         title, rows = entry.get("title"), entry.get("rows")
         if not isinstance(title, str) or not isinstance(rows, list) or not rows:
             raise BadInput(f"{where} needs a title and rows")
@@ -253,36 +274,18 @@ def _tables(given: Any, runs: Mapping[str, Run], path: Path) -> tuple[Table, ...
         for row in rows:
             if not isinstance(row, list) or len(row) < 3:
                 raise BadInput(f"row {row!r} of {where}: expected [label, run, metric, ...]")
-            label, run, *metrics = row
-            _known(run, runs, f"run of row {label!r} of {where}")
+            label, named, *metrics = row
+            # The name of a run with arms stands for all of them.
+            copies = [run.name for run in runs.values() if named == run.copy.origin]
+            if not copies:
+                known(named, runs, f"run of row {label!r} of {where}")
             if not all(isinstance(metric, str) for metric in metrics):
                 raise BadInput(f"row {row!r} of {where}: metrics are names")
-            made.append(Row(str(label), run, tuple(metrics)))
+            for run in copies or [named]:
+                text = str(label).replace("{arm}", str(runs[run].copy.arm))
+                made.append(Row(text, run, tuple(metrics)))
         tables.append(Table(title, tuple(made)))
     return tuple(tables)
-
-
-def _mapping(given: Any, where: str, keys: Collection[str] | None = None) -> dict[str, Any]:
-    """A mapping whose keys are text and, where they are given, among the known ones."""
-    if not isinstance(given, dict):
-        raise BadInput(f"{where}: expected a mapping, found {given!r}")
-    for key in given:
-        if not isinstance(key, str):
-            raise BadInput(f"{where}: the key {key!r} must be text; put it in quotes")
-        if keys is not None:
-            _known(key, keys, f"key of {where}")
-    return given
-
-
-def _known(name: Any, names: Collection[str], what: str) -> None:
-    if not isinstance(name, str) or name not in names:
-        raise BadInput(f"unknown {what}: {name!r}{nearest(str(name), names)}")
-
-
-def nearest(name: str, names: Collection[str]) -> str:
-    """The end of a message about an unknown name: the nearest valid one, or all."""
-    near = difflib.get_close_matches(name, names, n=1)
-    return f" (did you mean {near[0]}?)" if near else f"; known: {', '.join(names)}"
 
 
 # ---- Cells -------------------------------------------------------------------------------------
@@ -343,8 +346,18 @@ class Cell:
 
 
 def cells_of(plan: Plan, seeds: Sequence[int], output: Path) -> dict[str, Cell]:
-    """All cells by title: seed after seed, so that whole tables of fewer seeds come early."""
-    cells = [Cell(run, seed, output) for seed in seeds for run in plan.runs.values()]
+    """All cells by title: seed after seed, so that whole tables of fewer seeds come early.
+
+    Runs whose arms have seeds of their own are made at those, and at seeds that the plan does not
+    name.
+    """
+    own = {name: run.copy.seeds or plan.given["seeds"] for name, run in plan.runs.items()}
+    cells = [
+        Cell(run, seed, output)
+        for seed in seeds
+        for name, run in plan.runs.items()
+        if seed in own[name] or seed not in plan.seeds
+    ]
     return {cell.title: cell for cell in cells}
 
 

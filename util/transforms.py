@@ -139,12 +139,71 @@ def _below(limit: int, generator: torch.Generator | None) -> int:
     return int(torch.randint(0, limit, (1,), generator=generator).item())
 
 
+AUGMENTS = ("none", "fixed_crop", "random_crop", "crop_jitter")
+JITTER = 0.4  # of brightness, contrast and saturation, as in MAE's ablation
+
+
 def pretrain_transform(
-    decoder: str, size: Pair, crop_scale: tuple[float, float], flip: bool
-) -> PretrainTransform | PretrainTensorTransform:
-    """The augmentation of pretraining for images of a decoder of `util.images.IMAGE_DECODERS`."""
+    augment: str,
+    decoder: str,
+    size: Pair,
+    crop_scale: tuple[float, float],
+    *,
+    flip: bool,
+    channels: int,
+    margin: bool,
+) -> Callable[[Any], Tensor]:
+    """The augmentation of that name (MAE, table 1e): an image to a uint8 view [C, h, w].
+
+    Args:
+        augment: none: the centre as in evaluation, never flipped; fixed_crop: scaled to cover
+            size / .875, then a random place; random_crop: `PretrainTransform`, the recipe's;
+            crop_jitter: the same with colours shaken.
+        decoder: of `util.images.IMAGE_DECODERS`, which the images come from.
+        size, crop_scale, flip: see `PretrainTransform`; crop_scale is for the last two.
+        channels: of the images.
+        margin: of the centre, see `EvalTransform`.
+
+    Raises:
+        BadInput: an unknown name, or colours to shake that are neither gray nor RGB.
+    """
+    if augment not in AUGMENTS:
+        raise BadInput(f"unknown augmentation {augment!r}, choose from {', '.join(AUGMENTS)}")
+    if augment == "none":
+        return EvalTransform(size, margin)
+    if augment == "fixed_crop":
+        return FixedCropTransform(size, flip)
     kind = PretrainTransform if decoder == "pil" else PretrainTensorTransform
-    return kind(size, crop_scale, flip)
+    crop = kind(size, crop_scale, flip)
+    if augment == "random_crop":
+        return crop
+    if channels not in (1, 3):
+        raise BadInput(
+            f"crop_jitter shakes gray and RGB images, these have {channels} channels; use "
+            "--augment random_crop"
+        )
+    # After the crop: the same view, and fewer pixels to shake.
+    jitter = v2.ColorJitter(JITTER, JITTER, JITTER if channels == 3 else 0)
+    return v2.Compose([crop, jitter])
+
+
+class FixedCropTransform:
+    """A crop of fixed size from a random place, and horizontal flip: MAE's "crop, fixed size".
+
+    The image is scaled until it covers size / .875, which leaves an eighth of each side to move in.
+    Draws come from torch's global CPU generator alone.
+    """
+
+    def __init__(self, size: Pair, flip: bool = True) -> None:
+        self.cover = (int(size[0] / CROP_SHARE), int(size[1] / CROP_SHARE))
+        steps: list[torch.nn.Module] = [v2.RandomCrop(size)]
+        if flip:
+            steps.append(v2.RandomHorizontalFlip())
+        self.steps = v2.Compose([*steps, v2.PILToTensor()])
+
+    def __call__(self, image: Image.Image | Tensor) -> Tensor:
+        """One augmented view: uint8 [C, h, w]."""
+        return self.steps(scale_to_cover(image, self.cover))
 
 
 class FinetuneTransform:
@@ -218,6 +277,20 @@ def posterize(image: Image.Image, bits: int, **unused: Any) -> Image.Image:
     return auto_augmentation.posterize(image, bits)
 
 
+def scale_to_cover(image: Any, cover: Pair) -> Any:
+    """Scale (bicubic) to the smallest size of the same aspect that covers (h, w) pixels."""
+    longest = 16 * min(v2.functional.get_size(image))
+    # Covering with a strip would enlarge it to gigabytes, of which the crop keeps the middle.
+    if max(v2.functional.get_size(image)) > longest:
+        shape = [min(side, longest) for side in v2.functional.get_size(image)]
+        image = v2.functional.center_crop(image, shape)
+    H, W = v2.functional.get_size(image)
+    h, w = cover
+    # Whole numbers, because a float could round the free side to one pixel below the target.
+    scaled = [h, h * W // H] if h * W >= w * H else [w * H // W, w]
+    return v2.functional.resize(image, scaled, interpolation=BICUBIC, antialias=True)
+
+
 class EvalTransform:
     """Evaluation: scale until the image covers size / .875, keep its aspect, crop the centre.
 
@@ -236,16 +309,7 @@ class EvalTransform:
 
     def __call__(self, image: Image.Image | Tensor) -> Tensor:
         """The centre view: uint8 [C, h, w]."""
-        longest = 16 * min(v2.functional.get_size(image))
-        # Covering with a strip would enlarge it to gigabytes, of which the crop keeps the middle.
-        if max(v2.functional.get_size(image)) > longest:
-            shape = [min(side, longest) for side in v2.functional.get_size(image)]
-            image = v2.functional.center_crop(image, shape)
-        H, W = v2.functional.get_size(image)
-        h, w = self.cover
-        # Whole numbers, because a float could round the free side to one pixel below the target.
-        scaled = [h, h * W // H] if h * W >= w * H else [w * H // W, w]
-        image = v2.functional.resize(image, scaled, interpolation=BICUBIC, antialias=True)
+        image = scale_to_cover(image, self.cover)
         image = v2.functional.center_crop(image, list(self.size))
         return image if isinstance(image, Tensor) else v2.functional.pil_to_tensor(image)
 

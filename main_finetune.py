@@ -437,7 +437,9 @@ def finetune(args: argparse.Namespace, procs: Processes) -> None:
     model.set_grad_checkpointing(args.grad_checkpointing)
     if args.compile is None:
         args.compile = device.type == "cuda"
-    trained = distribute(model, procs, compiled=args.compile)
+    # A probe's BatchNorm talks to the other processes in the middle of the graph.
+    whole = args.tune != "linear" or procs.world_size == 1
+    trained = distribute(model, procs, compiled=args.compile, fullgraph=whole)
     ema = ModelEmaV3(model, decay=args.ema_decay) if args.ema_decay is not None else None
 
     transform = FinetuneTransform(

@@ -421,7 +421,9 @@ def finetune(args: argparse.Namespace, procs: Processes) -> None:
         averaged = Placed(ema.module, procs, shard=args.shard)
     placed = Placed(model, procs, shard=args.shard)
     args.compile = compiles(args, device)
-    trained = distribute(model, procs, compiled=args.compile)
+    # A probe's BatchNorm talks to the other processes in the middle of the graph.
+    fullgraph = args.tune != "linear" or procs.world_size == 1
+    trained = distribute(model, procs, compiled=args.compile, fullgraph=fullgraph)
 
     transform = FinetuneTransform(
         model.img_size,

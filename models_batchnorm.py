@@ -51,6 +51,7 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
         self._track(mean, var)
         return output
 
+    @torch.compiler.disable  # its collectives cannot be traced; the graph is cut here
     def _over_processes(self, input: Tensor) -> Tensor:
         x = input.to(torch.promote_types(input.dtype, torch.float32))
         per_channel = (1, -1) + (1,) * (x.ndim - 2)

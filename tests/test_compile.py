@@ -149,6 +149,25 @@ def test_two_processes_with_it_are_one_without(tmp_path: Path) -> None:
     assert [r["loss"] for r in one] == pytest.approx([r["loss"] for r in other], rel=1e-4)
 
 
+PROBE = [
+    "--dataset=digits", "--model=vit_micro_patch4", "--input_size=8", "--tune=linear",
+    "--epochs=1", "--warmup_epochs=0", "--num_workers=0", "--device=cpu", "--train_images=96",
+    "--log_every=1", "--compile", "--eval_every=0", "--blr=1",
+]  # fmt: skip
+
+
+@pytest.mark.dist
+@pytest.mark.usefixtures("traced")
+def test_probe_with_it_on_two_processes_has_the_batch_norm_of_both(tmp_path: Path) -> None:
+    log, two, one = tmp_path / "log", tmp_path / "two", tmp_path / "one"
+    flags = [*PROBE, "--batch_size=24", f"--output_dir={two}"]
+    children = launch(flags, log, 2, module="main_finetune", prepare=without_inductor)
+    assert wait(children) == [0, 0], log.read_text()
+    main_finetune.main([*PROBE, "--batch_size=48", f"--output_dir={one}"])
+    models = [load_file(folder / LAST)["model"] for folder in (one, two)]
+    torch.testing.assert_close(*models, rtol=1e-4, atol=1e-6)
+
+
 def test_flag_and_recipe(tmp_path: Path) -> None:
     parser = FlagParser()
     add_optimisation_flags(parser)

@@ -372,7 +372,7 @@ def memory_of(
 
 
 def checkpoint_bytes(parameters: int, learning: int, optimizer: str, averages: bool = False) -> int:
-    """Bytes of one checkpoint: weights, averaged ones, and the optimiser's state; arguments as above."""
+    """Bytes of one checkpoint: weights, averaged ones, the optimiser's state; see `memory_of`."""
     return FULL * (parameters * (1 + averages) + OPTIMIZER_STATE[optimizer] * learning)
 
 

@@ -4,6 +4,8 @@ PYTHON ?= python3
 PYTEST_ARGS ?=
 # Runs of `make results` at once, each with its share of the cores.
 JOBS ?= 2
+# Where `make tables` looks for finished runs.
+RUNS ?= output_dir
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -18,12 +20,13 @@ export OMP_WAIT_POLICY ?= PASSIVE
 .DELETE_ON_ERROR:
 # Two installations into one environment at once would break it.
 .NOTPARALLEL:
-.PHONY: help setup demo results test check clean
+.PHONY: help setup demo results tables test check clean
 
 help:
 	@echo "make setup   the virtual environment for everything below"
 	@echo "make demo    pretrain on the bundled photographs; pictures at the end"
 	@echo "make results the tables on Fashion-MNIST, 3 seeds; stopped, it goes on where it was"
+	@echo "make tables  the papers' tables, with a column for the runs in RUNS (output_dir)"
 	@echo "make test    all tests; some of them: make test PYTEST_ARGS='-m smoke'"
 	@echo "make check   ruff (lint, format) and mypy"
 	@echo "make clean   remove the virtual environment and caches; runs stay"
@@ -36,6 +39,10 @@ demo: $(DEMO)
 
 results: $(DEMO)
 	$(BIN)/python main_tables.py --plan recipes/tables/fashion_mnist.yaml --jobs $(JOBS)
+
+tables: $(DEMO)
+	@mkdir -p $(RUNS)
+	$(BIN)/python main_tables.py --papers recipes/papers/*.yaml --runs $(RUNS)
 
 test: $(DEV)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

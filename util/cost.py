@@ -32,6 +32,8 @@ class Layer:
             that is not computed again.
         block: which block of its part it belongs to, for what is computed again together; None: no
             block. A block's layer begins with a norm.
+        last: operations of a block's last product, which is not computed again: nothing keeps what
+            it gives.
         weights: numbers in its product's weights, which autocast copies.
         trains: its weights learn.
     """
@@ -43,6 +45,7 @@ class Layer:
     narrow: float = 0
     entry: float = 0
     block: int | None = None
+    last: float = 0
     weights: float = 0
     trains: bool = True
 
@@ -123,6 +126,7 @@ def block_layers(
         full=M * dim + 2 * M,
         narrow=M * dim + 2 * M * hidden + lscale * M * dim,
         block=number,
+        last=0 if lscale else _product(M, hidden, dim),
         weights=2 * dim * hidden,
     )
     return [attention, mlp]
@@ -157,6 +161,7 @@ def cross_block_layers(
         full=M * dim + 2 * M,
         narrow=M * dim + 2 * M * hidden + lscale * M * dim,
         block=number,
+        last=0 if lscale else _product(M, hidden, dim),
         weights=2 * dim * hidden,
     )
     return [attention, mlp]
@@ -299,7 +304,7 @@ def cost_of(
             key = (layer.part, layer.block)
             again[key] = again.get(key, 0) + saved
             kept += FULL * layer.entry
-            backward += layer.products + layer.attention
+            backward += layer.products - layer.last + layer.attention
             attention += layer.attention
         else:
             kept += saved

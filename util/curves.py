@@ -203,7 +203,7 @@ def verdict(run: Curve, reference: Curve, found: Comparison) -> str:
         versions = ", ".join(f"{k} {v}" for k, v in origin.get("versions", {}).items())
         lines.append(
             f"reference   seed {origin.get('seed')}, {origin.get('machine')}, {versions}, commit "
-            f"{origin.get('commit')}"
+            f"{origin.get('commit')}; {origin.get('note', 'no note')}"
         )
     lines += [f"differs     {text}" for text in found.changed]
     length = min(last - first for first, last, *_ in found.stretches)

@@ -254,10 +254,10 @@ def submit(main: ModuleType, argv: Sequence[str] | None) -> None:
         # Whole: what it extends is not looked for again beside the snapshot.
         files[RECIPE] = write_recipe(read_recipe(Path(settings.config)))
     code = shared / f"code-{digest(files)}"
+    planned = [*words, "--dry_run"]
     if settings.config:
         words.append(f"--config={code / RECIPE}")  # the last one counts
     run_folder = settings.output_dir or str(job_dir)
-    planned = [*words, f"--output_dir={run_folder}", "--dry_run"]
     words.append(f"--output_dir={run_folder}")
     if job.ngpus == 0 and settings.device == "auto":
         words.append("--device=cpu")  # a GPU that is there all the same is not this job's
@@ -267,6 +267,7 @@ def submit(main: ModuleType, argv: Sequence[str] | None) -> None:
         if hasattr(settings, "dry_run_processes"):  # the main can say what the run costs
             if settings.dry_run_processes is None:
                 planned.append(f"--dry_run_processes={job.nodes * tasks_of(job)}")
+            planned.append(f"--output_dir={run_folder}")
             main.main.__wrapped__(planned)
             print()
         describe(training, code, executor)

@@ -114,9 +114,7 @@ def read_paper(path: Path, recipes: Path) -> list[PaperTable]:
             for table in given["tables"]
         ]
     except (KeyError, TypeError) as error:
-        raise BadInput(
-            f"{path} is no file of tables like recipes/papers/mae.yaml: {error!r}"
-        ) from None
+        raise BadInput(f"{path} holds no tables like recipes/papers/mae.yaml: {error!r}") from None
     for table in tables:
         if table.metric not in MAINS:
             raise BadInput(f"metric {table.metric!r} in {path}{nearest(table.metric, MAINS)}")
@@ -247,7 +245,10 @@ def differences(recipe: Mapping[str, Any], settings: Mapping[str, Any]) -> list[
 
 
 def _plain(value: Any) -> Any:
-    """A value as YAML and as argparse give it, made comparable: 1.0e-6 may be text."""
+    """A value as YAML and as argparse give it, made comparable.
+
+    1.0e-6 may be text, and a run saves the size 64 as 64x64.
+    """
     if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
     if isinstance(value, bool) or value is None:
@@ -255,7 +256,11 @@ def _plain(value: Any) -> Any:
     try:
         return float(value)
     except (TypeError, ValueError):
-        return None if str(value).lower() == "none" else str(value)
+        text = str(value).lower()
+        high, _, wide = text.partition("x")
+        if high == wide and high.isdecimal():
+            return float(high)
+        return None if text == "none" else text
 
 
 # ---- For the reader ----------------------------------------------------------------------------

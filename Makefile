@@ -6,6 +6,8 @@ PYTEST_ARGS ?=
 BENCH_ARGS ?=
 # Runs of `make results` and `make study` at once, each with its share of the cores.
 JOBS ?= 2
+# Where `make tables` looks for finished runs.
+RUNS ?= output_dir
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -20,7 +22,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 .DELETE_ON_ERROR:
 # Two installations into one environment at once would break it.
 .NOTPARALLEL:
-.PHONY: help setup demo results study bench test check clean
+.PHONY: help setup demo results study tables bench test check clean
 
 help:
 	@echo "make setup   the virtual environment for everything below"
@@ -28,6 +30,7 @@ help:
 	@echo "make results the tables on Fashion-MNIST, 3 seeds; stopped, it goes on where it was"
 	@echo "make study   M-MAE's terms and settings, decided on Fashion-MNIST; resumable as well"
 	@echo "make bench   what this machine can do, and the training step beside transformers'"
+	@echo "make tables  the papers' tables, with a column for the runs in RUNS (output_dir)"
 	@echo "make test    all tests; some of them: make test PYTEST_ARGS='-m smoke'"
 	@echo "make check   ruff (lint, format) and mypy"
 	@echo "make clean   remove the virtual environment and caches; runs stay"
@@ -48,6 +51,10 @@ bench: $(DEV)
 
 study: $(DEMO)
 	$(BIN)/python main_study.py --plan recipes/tables/study.yaml --jobs $(JOBS)
+
+tables: $(DEMO)
+	@mkdir -p $(RUNS)
+	$(BIN)/python main_tables.py --papers recipes/papers/*.yaml --runs $(RUNS)
 
 test: $(DEV)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

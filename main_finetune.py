@@ -12,6 +12,7 @@ Several processes: torchrun --nproc_per_node 8 main_finetune.py ...
 import argparse
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from util.config import (
     FlagParser,
     add_checkpoint_flags,
     add_data_flags,
+    add_dry_run_flags,
     add_optimisation_flags,
     add_run_flags,
     add_shard_flag,
@@ -44,8 +46,19 @@ from util.config import (
     size_pair,
 )
 from util.convert import read_encoder
+from util.cost import classifier_layers, cost_of
 from util.datasets import DATASETS, build_dataset
-from util.dist import Processes, distribute, processes
+from util.dist import Processes, choose_device, distribute, processes
+from util.dry_run import (
+    Data,
+    Plan,
+    describe,
+    look_at_data,
+    measure_rate,
+    parameters_by_part,
+    processes_of,
+    rate_of,
+)
 from util.errors import BadInput, RunFailed, command
 from util.images import ImageSource, Subset
 from util.logger import prepare_folder, say
@@ -79,6 +92,8 @@ FULL: dict[str, Any] = {
     "smoothing": 0.1,
     "reprob": 0.25,
 }
+# From scratch; for what --dry_run warns of.
+SCRATCH_BLR = 1e-4
 LINEAR: dict[str, Any] = {
     "epochs": 90,
     "warmup_epochs": 10.0,
@@ -181,6 +196,7 @@ def build_parser() -> FlagParser:
     group.add_argument(
         "--dist_eval", action="store_true", help="accepted; evaluation is exact on any processes"
     )
+    add_dry_run_flags(parser)
     return parser
 
 
@@ -293,12 +309,125 @@ def main(argv: Sequence[str] | None = None) -> None:
         print("\n".join(models_zoo.list_classifiers()))
         return
     resolve_tune(args)
+    if args.dry_run:
+        count, speaks = processes_of(args.dry_run_processes, Path(args.output_dir))
+        if speaks:
+            print(describe(plan_run(args, count)), flush=True)
+        return
     with processes(args.device, Path(args.output_dir)) as procs:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
         if args.eval:
             evaluate_checkpoint(args, procs)
         else:
             finetune(args, procs)
+
+
+def planned_model(args: argparse.Namespace, data: Data) -> tuple[Any, dict[str, Any], str]:
+    """The model of a plan, its arguments, and where it starts.
+
+    Without the checkpoint at hand the model is the one that --model names, or its recipe's.
+    """
+    num_classes = args.nb_classes or data.classes
+    if args.finetune and (args.finetune.startswith("https:") or Path(args.finetune).exists()):
+        origin = load_state(args.finetune)
+        model, arguments = new_model(args, origin, data.channels, num_classes)
+        return model, arguments, f"from {args.finetune}"
+    start = "from scratch"
+    if args.finetune:
+        if args.model is None:
+            raise BadInput(
+                f"--finetune {args.finetune} is not there, and it says which model this is; give "
+                "--model NAME to plan without it"
+            )
+        start = f"from {args.finetune} (not there yet: sizes as --model says, no LScale)"
+        args = argparse.Namespace(**vars(args) | {"finetune": None})
+    with torch.device("meta"):  # no memory and no time, whatever the size
+        model, arguments = new_model(args, None, args.in_chans or data.channels, num_classes)
+    return model, arguments, start
+
+
+def plan_run(args: argparse.Namespace, count: int) -> Plan:
+    """What the run would do and cost on `count` processes, see `util.dry_run`."""
+    data = look_at_data(
+        args.dataset,
+        args.data_path,
+        args.dry_run_images,
+        lambda: open_set(args, "train", args.in_chans),
+    )
+    if args.train_images is not None:
+        note = f"{args.train_images:,} by --train_images, of {data.images:,}: {data.note}"
+        data = replace(data, images=min(args.train_images, data.images), note=note)
+    model, arguments, start = planned_model(args, data)
+    tuned = model.freeze_to(args.tune)
+    blocks = blocks_of(args.tune, len(model.blocks))
+    (h, w), (ph, pw) = model.img_size, model.patch_size
+    global_batch = args.batch_size * count * args.accum_iter
+    rate, rate_note = rate_of(
+        args.images_per_second,
+        (lambda: rate_here(args, arguments)) if args.dry_run_measure else None,
+        count,
+    )
+    linear = args.tune == "linear"
+    scratch = args.finetune is None and not linear
+    return Plan(
+        task=TASK,
+        what=f"{args.model or 'the model'} {start}, tune {args.tune} ({len(tuned)} tensors), "
+        f"{model.in_chans} x {h} x {w}, patches {ph} x {pw}, {model.num_classes} classes",
+        data=data,
+        dataset=args.dataset,
+        batch_size=args.batch_size,
+        processes=count,
+        accum_iter=args.accum_iter,
+        epochs=args.epochs,
+        warmup_epochs=args.warmup_epochs,
+        lr=scaled_lr(args.blr, global_batch) if args.lr is None else args.lr,
+        min_lr=args.min_lr,
+        recipe_blr=LINEAR["blr"] if linear else SCRATCH_BLR if scratch else FULL["blr"],
+        recipe_batch=16384 if linear else 4096 if scratch else 1024,
+        parameters=parameters_by_part(model),
+        cost=cost_of(
+            classifier_layers(arguments, blocks),
+            precision=args.precision,
+            grad_checkpointing=args.grad_checkpointing,
+        ),
+        counted="matrix products, 2 a multiply-add; backward of what learns and of what is after "
+        "it; evaluation is not counted",
+        precision=args.precision,
+        grad_checkpointing=args.grad_checkpointing,
+        optimizer="lars" if linear else "adamw",
+        averages=args.ema_decay is not None,
+        image_values=model.in_chans * h * w,
+        save_every=args.save_every,
+        keep=args.keep,
+        output_dir=args.output_dir,
+        images_per_second=rate,
+        rate_note=rate_note,
+    )
+
+
+def rate_here(args: argparse.Namespace, arguments: dict[str, Any]) -> float:
+    """Images/s of this process on drawn images: forward, backward, update; no loading."""
+    device = choose_device(args.device, 0)
+    model = models_zoo.VisionTransformer(**arguments)
+    model.freeze_to(args.tune)
+    model.to(device).train()
+    model.set_grad_checkpointing(args.grad_checkpointing)
+    images = torch.randn(args.batch_size, model.in_chans, *model.img_size, device=device)
+    labels = torch.zeros(args.batch_size, dtype=torch.long, device=device)
+    groups = layer_decay_groups(model, args.weight_decay, args.layer_decay)
+    optimizer: torch.optim.Optimizer
+    if args.tune == "linear":
+        optimizer = create_lars(groups, 0.0)
+    else:
+        optimizer = create_adamw(groups, 0.0, betas=(0.9, 0.999))
+    step = OptimizerStep(model, optimizer, device=device, precision=args.precision)
+    augmentation = BatchAugmentation()
+    return measure_rate(
+        lambda: step(lambda x: augmentation.loss(model(x), labels), [images], 0.0),
+        args.batch_size,
+        args.dry_run_measure,
+        device,
+    )
 
 
 def evaluate_checkpoint(args: argparse.Namespace, procs: Processes) -> None:

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 
 import models_zoo
-from util.config import FlagParser, add_data_flags, number
+from util.config import FlagParser, add_data_flags, add_dry_run_flags, number
+from util.cost import classifier_layers, cost_of
 from util.datasets import DATASETS, SPLITS, build_dataset
 from util.dist import Processes, processes
+from util.dry_run import Features, describe_features, look_at_data, processes_of
 from util.errors import BadInput, command
 from util.images import ImageSource, Subset
 from util.knn import Bank, neighbours, rank_of, unit, vote
@@ -92,6 +94,7 @@ def build_parser() -> FlagParser:
         help="write features-{train,val}.npy, float32 [N, D] in the data set's order and not "
         "normalised, and labels-{train,val}.npy, -1 (and a row of zeros) for undecodable images",
     )
+    add_dry_run_flags(parser)
     return parser
 
 
@@ -286,8 +289,60 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse(argv)
     if not args.checkpoint:
         raise BadInput("--checkpoint is missing: whose features are to be measured?")
+    if args.dry_run:
+        count, speaks = processes_of(args.dry_run_processes, Path(args.output_dir))
+        if speaks:
+            print(plan_run(args, count), flush=True)
+        return
     with processes(args.device, Path(args.output_dir)) as procs:
         measure(args, procs)
+
+
+def plan_run(args: argparse.Namespace, count: int) -> str:
+    """What the features would cost on `count` processes."""
+    if args.dry_run_measure:
+        raise BadInput("main_knn measures no rate beforehand; give --images_per_second X")
+    data = look_at_data(
+        args.dataset,
+        args.data_path,
+        args.dry_run_images,
+        lambda: build_dataset(args.dataset, "train", args.data_path),
+    )
+    if args.checkpoint.startswith("https:") or Path(args.checkpoint).exists():
+        model, _ = models_zoo.load_encoder(
+            args.checkpoint, args.model, img_size=args.input_size, pos_resize=args.pos_resize
+        )
+    elif args.model is None:
+        raise BadInput(
+            f"--checkpoint {args.checkpoint} is not there, and it says which model this is; give "
+            "--model NAME to plan without it"
+        )
+    else:
+        size = {} if args.input_size is None else {"img_size": args.input_size}
+        with torch.device("meta"):
+            model = models_zoo.create_model(args.model, num_classes=0, **size)
+    arguments = {
+        "img_size": model.img_size,
+        "patch_size": model.patch_size,
+        "in_chans": model.in_chans,
+        "embed_dim": model.num_features,
+        "depth": len(model.blocks),
+        "num_heads": model.blocks[0].attn.num_heads,
+        "num_classes": 0,
+    }
+    return describe_features(
+        Features(
+            what=f"{args.model or args.checkpoint}, features {args.features}, k {args.k}",
+            data=data,
+            dataset=args.dataset,
+            used=min(args.train_images or data.images, data.images),
+            processes=count,
+            parameters=sum(p.numel() for p in model.parameters()),
+            forward=cost_of(classifier_layers(arguments, 0)).forward,
+            width=width_of(model, args.features),
+            images_per_second=args.images_per_second,
+        )
+    )
 
 
 def measure(args: argparse.Namespace, procs: Processes) -> None:

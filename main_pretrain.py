@@ -29,6 +29,7 @@ from util.config import (
     FlagParser,
     add_checkpoint_flags,
     add_data_flags,
+    add_dry_run_flags,
     add_method_flags,
     add_optimisation_flags,
     add_run_flags,
@@ -42,8 +43,18 @@ from util.config import (
     settings_of,
     size_pair,
 )
+from util.cost import autoencoder_layers, cost_of
 from util.datasets import DATASETS, build_dataset
-from util.dist import Processes, distribute, processes
+from util.dist import Processes, choose_device, distribute, processes
+from util.dry_run import (
+    Plan,
+    describe,
+    look_at_data,
+    measure_rate,
+    parameters_by_part,
+    processes_of,
+    rate_of,
+)
 from util.errors import BadInput, command, needs
 from util.images import IMAGE_DECODERS, ImageSource, Subset
 from util.logger import RunLogger, say
@@ -61,6 +72,8 @@ from util.visualize import panels, picture_grid, save_png
 TASK = "pretrain"
 # Held-out images are measured and shown under masks that no flag changes, so that runs compare.
 EVAL_SEED, EVAL_MASK, EVAL_RATIO, PICTURES = 0, "random", 0.75, 8
+# MAE's recipe, for what --dry_run warns of.
+RECIPE_BLR, RECIPE_BATCH = 1.5e-4, 4096
 # Beside those of every main: what is only looked at.
 HOUSEKEEPING = {"eval_images", "picture_every"}
 
@@ -140,6 +153,7 @@ def build_parser() -> FlagParser:
     group.add_argument("--picture_every", type=number(int, 0), default=20)
     group.add_argument("--eval_every", type=number(int, 0), default=0, help="PSNR and SSIM")
     group.add_argument("--eval_images", type=number(int, 1), default=256)
+    add_dry_run_flags(parser)
     return parser
 
 
@@ -265,6 +279,87 @@ def draw_pictures(model: Any, held_out: HeldOut, device: torch.device, title: st
     )
 
 
+def peak_lr(args: argparse.Namespace, model: Any, num_visible: int, global_batch: int) -> float:
+    """The learning rate after the warm-up."""
+    if args.lr is not None:
+        return args.lr
+    masked = model.grid[0] * model.grid[1] - num_visible
+    # CrossMAE's rule: fewer predictions, smaller steps.
+    return scaled_lr(args.blr, global_batch) * model.num_predicted(num_visible) / masked
+
+
+def plan_run(args: argparse.Namespace, count: int) -> Plan:
+    """What the run would do and cost on `count` processes, see `util.dry_run`."""
+    data = look_at_data(
+        args.dataset,
+        args.data_path,
+        args.dry_run_images,
+        lambda: open_set(args, "train", args.in_chans),
+    )
+    with torch.device("meta"):  # no memory and no time, whatever the size
+        model, arguments = build_model(args, args.in_chans or data.channels)
+    num_patches = model.grid[0] * model.grid[1]
+    num_visible = count_visible(num_patches, args.mask_ratio)
+    predicted = model.num_predicted(num_visible)
+    layers = autoencoder_layers(arguments, num_visible, predicted)
+    lr = peak_lr(args, model, num_visible, args.batch_size * count * args.accum_iter)
+    (h, w), (ph, pw) = model.img_size, model.patch_size
+    rate, rate_note = rate_of(
+        args.images_per_second,
+        (lambda: rate_here(args, data.channels)) if args.dry_run_measure else None,
+        count,
+    )
+    return Plan(
+        task=TASK,
+        what=f"{args.model} ({args.method}), {model.in_chans} x {h} x {w}, patches {ph} x {pw}: "
+        f"{num_visible} of {num_patches} visible, {predicted} predicted; mask {args.mask}",
+        data=data,
+        dataset=args.dataset,
+        batch_size=args.batch_size,
+        processes=count,
+        accum_iter=args.accum_iter,
+        epochs=args.epochs,
+        warmup_epochs=args.warmup_epochs,
+        lr=lr,
+        min_lr=args.min_lr,
+        recipe_blr=RECIPE_BLR,
+        recipe_batch=RECIPE_BATCH,
+        parameters=parameters_by_part(model),
+        cost=cost_of(layers, precision=args.precision, grad_checkpointing=args.grad_checkpointing),
+        counted="matrix products of encoder and decoder, 2 a multiply-add, both passes",
+        precision=args.precision,
+        grad_checkpointing=args.grad_checkpointing,
+        optimizer="adamw",
+        averages=False,
+        image_values=model.in_chans * h * w,
+        save_every=args.save_every,
+        keep=args.keep,
+        output_dir=args.output_dir,
+        images_per_second=rate,
+        rate_note=rate_note,
+    )
+
+
+def rate_here(args: argparse.Namespace, channels: int) -> float:
+    """Images/s of this process on drawn images: forward, backward, update; no loading."""
+    device = choose_device(args.device, 0)
+    model, _ = build_model(args, args.in_chans or channels)
+    model.to(device).set_grad_checkpointing(args.grad_checkpointing)
+    num_patches = model.grid[0] * model.grid[1]
+    num_visible = count_visible(num_patches, args.mask_ratio)
+    images = torch.randn(args.batch_size, model.in_chans, *model.img_size, device=device)
+    order = torch.rand(args.batch_size, num_patches, device=device)
+    mask = order.argsort(dim=1) >= num_visible
+    optimizer = create_adamw(parameter_groups(model, args.weight_decay), 0.0, betas=(0.9, 0.95))
+    step = OptimizerStep(model, optimizer, device=device, precision=args.precision)
+    return measure_rate(
+        lambda: step(lambda x: model(x, mask, num_visible, order=order)["loss"], [images], 0.0),
+        args.batch_size,
+        args.dry_run_measure,
+        device,
+    )
+
+
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one pretraining; see the module."""
@@ -273,6 +368,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         print("\n".join(models_zoo.list_models()))
         return
     resolve_method(args)
+    if args.dry_run:
+        count, speaks = processes_of(args.dry_run_processes, Path(args.output_dir))
+        if speaks:
+            print(describe(plan_run(args, count)), flush=True)
+        return
     with processes(args.device, Path(args.output_dir)) as procs:
         pretrain(args, procs)
 
@@ -343,9 +443,7 @@ def pretrain(args: argparse.Namespace, procs: Processes) -> None:
 
     # ------------------------------------------------------------- optimiser and schedule
     steps_per_epoch = sampler.steps_per_epoch
-    lr = scaled_lr(args.blr, sampler.global_batch) if args.lr is None else args.lr
-    if args.lr is None:  # CrossMAE's rule: fewer predictions, smaller steps
-        lr *= model.num_predicted(masker.num_visible) / (num_patches - masker.num_visible)
+    lr = peak_lr(args, model, masker.num_visible, sampler.global_batch)
     schedule = CosineSchedule(
         lr, args.min_lr, args.warmup_epochs * steps_per_epoch, args.epochs * steps_per_epoch
     )

@@ -2,6 +2,9 @@
 
 python main_tables.py --plan recipes/tables/fashion_mnist.yaml
 
+python main_tables.py --papers recipes/papers/*.yaml --runs output_dir  the papers' tables
+python main_tables.py --compare output_dir/demo docs/curves/demo.json   a run and a reference
+
 A cell is a run of the plan at one seed. What is done stays done, and the same command goes on after
 a stop. The tables are OUTPUT/tables.md and tables.json, written anew whenever a cell is done.
 """
@@ -29,9 +32,20 @@ from typing import Any
 import torch
 
 from util.config import FlagParser, number
+from util.curves import (
+    TOLERANCE,
+    WINDOW,
+    compare,
+    draw_curves,
+    read_curve,
+    save_curve,
+    verdict,
+)
 from util.dist import STOP_SIGNALS
 from util.errors import EXIT_STOPPED, BadInput, RunFailed, Stopped, command
 from util.logger import METRICS, prepare_folder, say, write_text
+from util.paper_tables import commands, find_runs, look_up, read_paper, to_csv
+from util.paper_tables import markdown as papers_markdown
 from util.plan import (
     DONE,
     STARTS,
@@ -67,6 +81,33 @@ def build_parser() -> FlagParser:
         help="runs (or seed-S/RUN) whose name matches, such as 'knn_*', and what they need",
     )
     parser.add_argument("--list", action="store_true", help="print the cells and leave")
+    group = parser.add_argument_group("tables of papers, from runs that are there")
+    group.add_argument(
+        "--papers", nargs="+", metavar="FILE", help="such as recipes/papers/mae.yaml"
+    )
+    group.add_argument(
+        "--runs", nargs="+", default=["output_dir"], metavar="FOLDER", help="where runs are found"
+    )
+    group.add_argument("--commands", action="store_true", help="print each row's commands instead")
+    group = parser.add_argument_group("curves: loss by step")
+    group.add_argument(
+        "--compare", nargs=2, metavar=("RUN", "REFERENCE"), help="how far, and where they part"
+    )
+    group.add_argument(
+        "--tolerance",
+        type=number(float, 0),
+        default=TOLERANCE,
+        help="relative difference of a stretch of steps up to which curves are the same",
+    )
+    group.add_argument(
+        "--window", type=number(int, 1), default=WINDOW, help="steps of such a stretch, at least"
+    )
+    group.add_argument(
+        "--save_curve",
+        nargs=2,
+        metavar=("RUN", "FILE"),
+        help="keep a run of this machine and these versions as a reference",
+    )
     return parser
 
 
@@ -426,12 +467,74 @@ def say_list(cells: Mapping[str, Cell], wanted: Sequence[str]) -> None:
         print(f"{title}  [{state}]\n    {shlex.join(['python', *cell.words(ROOT)])}")
 
 
+def paper_tables(args: argparse.Namespace) -> None:
+    """The papers' tables with a column for the runs that are finished."""
+    recipes = ROOT / "recipes"
+    tables = [table for path in args.papers for table in read_paper(Path(path), recipes)]
+    if args.commands:
+        for table in tables:
+            print(f"\n# {table.paper}: {table.title}")
+            for row in table.rows:
+                lines = commands(row, table.metric, recipes)
+                print("\n".join([f"# {row.name}", *(lines or ["# no system of ours"])]))
+        return
+    runs = find_runs([Path(root) for root in args.runs])
+    filled = [
+        (table, [look_up(row, table.metric, runs, recipes) for row in table.rows])
+        for table in tables
+    ]
+    output = Path(args.output_dir or "output_dir/tables/papers")
+    prepare_folder(output)
+    text = papers_markdown(filled)
+    write_text(output / "papers.md", text)
+    write_text(output / "papers.csv", to_csv(filled))
+    print(text)
+    found = {f.folder: f"{t.title}: {r.name}" for t, fs in filled
+             for r, f in zip(t.rows, fs, strict=True) if f.folder}  # fmt: skip
+    if found:
+        curves = [(name, read_curve(folder)) for folder, name in found.items()]
+        draw_curves(curves, output / "curves.png")
+        say(f"curves  {output / 'curves.png'}")
+    say(f"tables  {output / 'papers.md'}, {output / 'papers.csv'}")
+
+
+def compare_curves(args: argparse.Namespace) -> None:
+    """Say how far a run is from a reference.
+
+    Raises:
+        RunFailed: beyond the tolerance.
+    """
+    run, reference = (read_curve(Path(path)) for path in args.compare)
+    found = compare(run, reference, args.tolerance, args.window)
+    print(verdict(run, reference, found))
+    if not found.same:
+        raise RunFailed(f"{args.compare[0]} does not follow {args.compare[1]}")
+
+
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Run what is not done yet, and write the tables; see the module."""
     args = build_parser().parse(argv)
-    if not args.plan:
-        raise BadInput("--plan is missing, for example recipes/tables/fashion_mnist.yaml")
+    jobs = [n for n in ("plan", "papers", "compare", "save_curve") if getattr(args, n)]
+    if len(jobs) != 1:
+        given = f"not {', '.join('--' + name for name in jobs)}" if jobs else "none was given"
+        raise BadInput(
+            f"give one of --plan (such as recipes/tables/fashion_mnist.yaml), --papers, --compare "
+            f"and --save_curve; {given}"
+        )
+    if args.papers:
+        paper_tables(args)
+        return
+    if args.compare:
+        compare_curves(args)
+        return
+    if args.save_curve:
+        run, path = args.save_curve
+        prepare_folder(Path(path).parent)
+        about = surroundings(1)
+        save_curve(read_curve(Path(run)), Path(path), {"saved": now(), **about})
+        say(f"curve   {path}")
+        return
 
     # ------------------------------------------------------------------------------- plan
     plan = read_plan(Path(args.plan), MAINS)

@@ -20,6 +20,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch  # noqa: E402  # after the environment that it reads
 
 from util.dist import STOP_SIGNALS  # noqa: E402
+from util.images import Subset  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -54,6 +55,22 @@ def run_main(capfd: pytest.CaptureFixture[str]) -> RunMain:
         return code or 0, out, err
 
     return run
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Pretraining and fine-tuning see that many images of their data set: runs of a few steps."""
+    count = 60
+    for name in ("main_pretrain", "main_finetune"):
+        module = importlib.import_module(name)
+        whole = module.open_set
+
+        def opened(*rest: object, whole: Callable = whole) -> object:
+            source = whole(*rest)
+            return Subset(source, range(min(count, len(source))))
+
+        monkeypatch.setattr(module, "open_set", opened)
+    return count
 
 
 # ---- Skips in CI -------------------------------------------------------------------------------

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-import yaml
 
 from util.errors import BadInput
 from util.masking import ORDERS, STRATEGIES
 from util.pos_embed import COORDINATES
+from util.recipes import read_layers
 from util.step import PRECISIONS
 
 # Settings that say where and how often, not what is computed; all others change the numbers.
@@ -21,6 +21,7 @@ HOUSEKEEPING = {
     "eval_every", "resume", "list_models", "data_path", "batch_size", "accum_iter", "save_minutes",
     "keep", "allow_changes", "nan_policy", "grad_checkpointing", "max_bad_images", "shard",
     "prefetch_factor", "compile",
+    "dry_run", "dry_run_images", "dry_run_processes", "dry_run_measure", "images_per_second",
 }  # fmt: skip
 
 # What `--method` presets; each flag of its own overrides.
@@ -87,24 +88,30 @@ class FlagParser(argparse.ArgumentParser):
 
     def _recipe_tokens(self, path: Path) -> list[str]:
         """A recipe as command-line words, so that each value is cast and checked as its flag's."""
-        try:
-            recipe = yaml.safe_load(path.read_text())
-        except OSError as error:
-            self.error(f"cannot read --config {path}: {error.strerror}")
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            self.error(f"--config {path} is not YAML: {' '.join(str(error).split())}")
-        if not isinstance(recipe, dict):
-            self.error(f"--config {path} must be a mapping of flags to values")
         # Of flags that set the same, the first takes values; others are switches for one of them.
         flags = {a.dest: a for a in reversed(self._actions) if a.option_strings}
+        resolved: dict[str, tuple[Any, Path]] = {}
+        for file, recipe in read_layers(path):
+            for key, value in recipe.items():
+                if key not in flags or key in ("config", "help"):
+                    near = difflib.get_close_matches(str(key), flags, n=1)
+                    hint = f" (did you mean {near[0]}?)" if near else ""
+                    self.error(f"unknown key {key!r} in {file}{hint}")
+                resolved[key] = value, file
         tokens: list[str] = []
-        for key, value in recipe.items():
-            if key not in flags or key in ("config", "help"):
-                near = difflib.get_close_matches(str(key), flags, n=1)
-                hint = f" (did you mean {near[0]}?)" if near else ""
-                self.error(f"unknown key {key!r} in {path}{hint}")
-            tokens += self._tokens_of(flags[key], value, path)
+        for key, (value, file) in resolved.items():
+            tokens += self._tokens_of(flags[key], value, file)
         return tokens
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """As argparse's, and the message names the nearest choice."""
+        if action.choices is not None and value not in action.choices:
+            near = difflib.get_close_matches(str(value), map(str, action.choices), n=1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            choices = ", ".join(map(str, action.choices))
+            raise argparse.ArgumentError(
+                action, f"invalid choice: {value!r}{hint}; choose from {choices}"
+            )
 
     def _tokens_of(self, action: argparse.Action, value: Any, path: Path) -> list[str]:
         flag = action.option_strings[0]
@@ -407,3 +414,30 @@ def add_run_flags(parser: FlagParser) -> None:
     group.add_argument("--device", default="auto", help="auto | cpu | cuda")
     group.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0)
     group.add_argument("--log_every", type=number(int, 1), default=20, help="steps")
+
+
+def add_dry_run_flags(parser: FlagParser) -> None:
+    """`--dry_run` and what it is to assume."""
+    group = parser.add_argument_group("dry run")
+    group.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="print what the run would do and cost, check it, and leave; nothing is written",
+    )
+    group.add_argument(
+        "--dry_run_images", type=number(int, 1), help="assume so many training images"
+    )
+    group.add_argument(
+        "--dry_run_processes", type=number(int, 1), help="assume so many; default: those started"
+    )
+    group.add_argument(
+        "--images_per_second",
+        type=number(float, 0, open_low=True),
+        help="of all processes together, for the hours",
+    )
+    group.add_argument(
+        "--dry_run_measure",
+        type=number(int, 1),
+        metavar="STEPS",
+        help="measure images/s of one process on drawn images now, over so many steps",
+    )

@@ -33,6 +33,7 @@ from submitit.local.local import LOCAL_REQUEUE_RETURN_CODE
 from util.config import number
 from util.errors import EXIT_STOPPED, BadInput, RunFailed, Stopped
 from util.logger import prepare_folder
+from util.recipes import read_recipe, write_recipe
 
 PROJECT = Path(__file__).resolve().parent.parent
 # What a job runs: nothing else of the project is read after the submission.
@@ -85,9 +86,11 @@ def add_job_flags(parser: argparse.ArgumentParser) -> None:
         help="shell line to run before the tasks, such as 'module load cuda'; can be repeated",
     )
     group.add_argument("--local", action="store_true", help="on this machine, in the background")
-    group.add_argument(
-        "--dry_run", action="store_true", help="print the job and its sbatch file, submit nothing"
-    )
+    # A main's own --dry_run says what the run costs; here it says the job as well.
+    if "--dry_run" not in parser._option_string_actions:
+        group.add_argument(
+            "--dry_run", action="store_true", help="print the run and the job, submit nothing"
+        )
 
 
 @dataclass
@@ -248,8 +251,10 @@ def submit(main: ModuleType, argv: Sequence[str] | None) -> None:
 
     files = project_files()
     if settings.config:
-        files[RECIPE] = Path(settings.config).read_bytes()
+        # Whole: what it extends is not looked for again beside the snapshot.
+        files[RECIPE] = write_recipe(read_recipe(Path(settings.config)))
     code = shared / f"code-{digest(files)}"
+    planned = [*words, "--dry_run"]
     if settings.config:
         words.append(f"--config={code / RECIPE}")  # the last one counts
     run_folder = settings.output_dir or str(job_dir)
@@ -259,6 +264,12 @@ def submit(main: ModuleType, argv: Sequence[str] | None) -> None:
     training = Training(main.__name__, words, os.getcwd(), free_port() if job.local else 0)
     executor = create_executor(job, job_dir, code, name=f"mmae-{main.TASK}")
     if job.dry_run:
+        if hasattr(settings, "dry_run_processes"):  # the main can say what the run costs
+            if settings.dry_run_processes is None:
+                planned.append(f"--dry_run_processes={job.nodes * tasks_of(job)}")
+            planned.append(f"--output_dir={run_folder}")
+            main.main.__wrapped__(planned)
+            print()
         describe(training, code, executor)
         return
 

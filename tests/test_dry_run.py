@@ -1,0 +1,228 @@
+"""--dry_run: the plan is what the run then does, costs nothing, and warns of what looks wrong."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import main_finetune
+import main_knn
+import main_pretrain
+from models_zoo import create_model
+from util.dry_run import describe, warnings_of
+
+TINY = [
+    "--dataset=digits", "--input_size=16", "--batch_size=12", "--warmup_epochs=1.5", "--epochs=4",
+    "--num_workers=0", "--device=cpu", "--log_every=1", "--save_every=0",
+]  # fmt: skip
+PRETRAIN = [*TINY, "--model=mae_vit_micro_patch4", "--picture_every=0"]
+FINETUNE = [*TINY, "--model=vit_micro_patch4", "--eval_every=0"]
+
+
+def pretrain_plan(flags: list[str], processes: int = 1) -> Any:
+    args = main_pretrain.build_parser().parse(flags)
+    main_pretrain.resolve_method(args)
+    return main_pretrain.plan_run(args, processes)
+
+
+def finetune_plan(flags: list[str], processes: int = 1) -> Any:
+    args = main_finetune.build_parser().parse(flags)
+    main_finetune.resolve_tune(args)
+    return main_finetune.plan_run(args, processes)
+
+
+def check_against_log(plan: Any, path: Path) -> None:
+    """Number of steps, and the learning rate of each, warm-up included."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    logged = [r for r in lines if r["kind"] == "train"]
+    assert [r["step"] for r in logged] == list(range(1, plan.steps + 1))
+    for record in logged:
+        if record["step"] - 1 < plan.warmup_steps:  # straight from 0 to the peak
+            expected = plan.lr * (record["step"] - 1) / plan.warmup_steps
+            assert record["lr"] == pytest.approx(expected, rel=1e-12)
+        else:
+            assert plan.min_lr < record["lr"] <= plan.lr
+    falling = [r["lr"] for r in logged if r["step"] - 1 >= plan.warmup_steps]
+    assert falling == sorted(falling, reverse=True)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize(
+    "flags",
+    [[], ["--accum_iter=2", "--lr=0.01"], ["--decoder=cross", "--predict_ratio=0.34"]],
+)
+def test_plan_of_pretraining_is_the_log(flags: list[str], tmp_path: Path, few) -> None:
+    flags = [*PRETRAIN, *flags, f"--output_dir={tmp_path}"]
+    main_pretrain.main(flags)
+    check_against_log(pretrain_plan(flags), tmp_path / "metrics.jsonl")
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("flags", [[], ["--tune=partial:1"], ["--train_images=31"]])
+def test_plan_of_fine_tuning_is_the_log(flags: list[str], tmp_path: Path, few) -> None:
+    flags = [*FINETUNE, "--batch_size=6", *flags, f"--output_dir={tmp_path}"]
+    main_finetune.main(flags)
+    plan = finetune_plan(flags)
+    check_against_log(plan, tmp_path / "metrics-finetune.jsonl")
+
+
+def test_learned_parameters_are_those_the_run_names(tmp_path: Path, few, run_main) -> None:
+    main_pretrain.main([*PRETRAIN, "--epochs=1", "--warmup_epochs=0", f"--output_dir={tmp_path}"])
+    start = [f"--finetune={tmp_path}/checkpoint-last.pth", "--epochs=2", "--warmup_epochs=1"]
+    for tune in ("full", "linear", "partial:0.5"):
+        flags = [*FINETUNE, *start, f"--tune={tune}", "--blr=1e-4"]
+        code, out, err = run_main("main_finetune", [*flags, f"--output_dir={tmp_path / tune}"])
+        assert code == 0, err
+        said = re.search(r"([\d,]+) of ([\d,]+) parameters learn", out)
+        plan = finetune_plan(flags)
+        assert said is not None
+        assert said.groups() == (f"{plan.learning:,}", f"{plan.weights:,}")
+
+
+# ---- What a plan says of the published recipes -------------------------------------------------
+
+BASE = ["--method=mae", "--norm_pix_loss", "--batch_size=64", "--accum_iter=8"]
+
+
+def test_plan_of_vit_base_on_8_gpus() -> None:
+    plan = pretrain_plan([*BASE, "--images_per_second=1000", "--epochs=800"], 8)
+    assert (plan.global_batch, plan.steps_per_epoch) == (4096, 312)
+    assert (plan.steps, plan.warmup_steps) == (249_600, 12_480)
+    assert plan.lr == pytest.approx(2.4e-3)
+    assert plan.weights == 111_907_840  # the official model's
+    model = create_model("mae_vit_base_patch16")
+    assert plan.learning == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    encoder = sum(p.numel() for name, p in model.named_parameters() if name.startswith("blocks."))
+    assert plan.parameters["encoder blocks"] == (encoder, encoder)
+    assert plan.hours == pytest.approx(249_600 * 4096 / 1000 / 3600)
+    text = describe(plan)
+    for part in (
+        "57.50 G an image",
+        "1,281,167 images",
+        "4,096 = 64 x 8 processes x 8",
+        "283.99 h",
+    ):
+        assert part in text
+    # The disk is this machine's business; nothing else looks wrong.
+    assert not [w for w in warnings_of(plan) if not w.startswith("checkpoints need")]
+
+
+def test_a_huge_model_takes_no_memory() -> None:
+    with torch.device("meta"):
+        model = create_model("mae_vit_huge_patch14")
+    plan = pretrain_plan(["--model=mae_vit_huge_patch14", "--method=mae"])
+    assert plan.weights == 657_074_508 == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--blr=1.5e-3"], "10 x the published recipe's 0.00015"),
+        (["--blr=1.4e-3"], None),
+        (["--lr=1e-6"], "of the published recipe's"),
+        (["--lr=0"], "0 x the published recipe's"),
+        (["--epochs=40"], "warm-up of 40 epochs is as long as training"),
+        (["--epochs=30"], "or longer"),
+        (["--dry_run_images=4000"], "global batch 4,096 is larger than the data, 4,000 images"),
+        (["--dry_run_images=8000"], "3,904 of 8,000 images (49%) fill no step"),
+        (["--min_lr=1"], "--min_lr 1 is above the peak"),
+        (["--accum_iter=2"], "far below the recipe's 4,096"),
+        (["--output_dir=/proc/nowhere"], "checkpoints need"),
+    ],
+)
+def test_what_looks_wrong_is_said(flags: list[str], expected: str | None) -> None:
+    warnings = warnings_of(pretrain_plan([*BASE, *flags], 8))
+    if expected is None:
+        assert not [w for w in warnings if "recipe" in w]
+    else:
+        assert any(expected in w for w in warnings), warnings
+
+
+def test_linear_and_scratch_are_held_to_their_own_recipes() -> None:
+    assert finetune_plan(["--model=vit_base_patch16", "--tune=linear"]).recipe_blr == 0.1
+    assert finetune_plan(["--model=vit_base_patch16"]).recipe_blr == 1e-4
+    tuned = finetune_plan(["--model=vit_base_patch16", "--finetune=nowhere.pth"])
+    assert tuned.recipe_blr == 1e-3 and tuned.optimizer == "adamw"
+
+
+# ---- Nothing is written, nothing has to be there -----------------------------------------------
+
+ABSENT = {
+    "main_pretrain": ["--data_path=nowhere"],
+    "main_finetune": ["--finetune=nowhere.pth", "--model=vit_base_patch16", "--data_path=nowhere"],
+    "main_knn": ["--checkpoint=nowhere.pth", "--model=vit_base_patch16", "--data_path=nowhere"],
+}
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("module", ABSENT)
+@pytest.mark.parametrize("processes", [1, 8])
+def test_neither_data_nor_checkpoint_nor_traces(
+    module: str, processes: int, tmp_path: Path, run_main, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    flags = [*ABSENT[module], "--dry_run", f"--dry_run_processes={processes}"]
+    code, out, err = run_main(module, flags)
+    assert code == 0, err
+    assert "1,281,167" in out and "ImageNet-1K's" in out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_data_that_is_there_is_counted(tmp_path: Path, run_main) -> None:
+    from PIL import Image
+
+    for name in ("a", "b", "c"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "train" / name / "x.png")
+    plan = pretrain_plan([f"--data_path={tmp_path}"])
+    assert (plan.data.images, plan.data.note) == (3, "counted")
+    code, _, err = run_main("main_pretrain", ["--dry_run", f"--data_path={tmp_path / 'train'}"])
+    assert code == 2 and "train" in err  # a folder of another layout is a fault, not ImageNet
+
+
+def test_a_checkpoint_that_is_not_there_needs_a_name(run_main) -> None:
+    for module, flag in (("main_finetune", "--finetune"), ("main_knn", "--checkpoint")):
+        code, _, err = run_main(module, ["--dry_run", f"{flag}=nowhere.pth"])
+        assert code == 2 and "--model NAME" in err
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize(
+    ("module", "flags"), [("main_pretrain", PRETRAIN), ("main_finetune", FINETUNE)]
+)
+def test_rate_is_measured(module: str, flags: list[str], tmp_path: Path, run_main) -> None:
+    words = [*flags, "--dry_run", "--dry_run_measure=1", "--batch_size=4", "--dry_run_processes=3"]
+    code, out, err = run_main(module, [*words, f"--output_dir={tmp_path / 'run'}"])
+    assert code == 0, err
+    found = re.search(r"h at ([\d,.]+) images/s \(([\d,.]+) images/s of one process.*, x 3\)", out)
+    assert found is not None
+    all_, one = (float(text.replace(",", "")) for text in found.groups())
+    assert all_ == pytest.approx(3 * one, rel=0.01)
+    assert not (tmp_path / "run").exists()
+
+
+def test_knn_counts_its_features() -> None:
+    args = main_knn.build_parser().parse(
+        ["--checkpoint=x", "--model=vit_base_patch16", "--features=both", "--train_images=1000"]
+    )
+    text = main_knn.plan_run(args, 2)
+    assert f"{4 * 2 * 768 * 1000 / 2 / 1e9:.3f} GB of features" in text
+    assert "85,798,656, none learns" in text
+
+
+def test_submitted_dry_run_says_the_run_and_the_job(
+    tmp_path: Path, run_main, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))  # no Slurm
+    recipe = Path(__file__).parent.parent / "recipes" / "mae" / "pretrain_vit_base_800.yaml"
+    flags = [f"--config={recipe}", "--nodes=4", "--accum_iter=2", "--job_dir=JOB", "--dry_run"]
+    code, out, err = run_main("submitit_pretrain", flags)
+    assert code == 0, err
+    run, _, job = out.partition("dry run: nothing is submitted")
+    assert "4,096 = 64 x 32 processes x 2 micro-steps" in run
+    assert "#SBATCH --nodes=4" in job
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,320 @@
+"""recipes/*.yaml: they parse, say what FIELD says, run, and a wrong key or value is named."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import main_finetune
+import main_pretrain
+from util.config import FlagParser, settings_of
+from util.errors import BadInput
+from util.paper_tables import differences
+from util.recipes import read_layers, read_recipe, write_recipe
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPES = ROOT / "recipes"
+ROWS = sorted(
+    path.relative_to(RECIPES).as_posix()
+    for folder in ("mae", "mmae", "small")
+    for path in (RECIPES / folder).rglob("*.yaml")
+)
+MAINS = {"pretrain": main_pretrain, "finetune": main_finetune}
+
+
+def task_of(name: str) -> str:
+    return "pretrain" if "mask_ratio" in read_recipe(RECIPES / name) else "finetune"
+
+
+def parser_of(name: str) -> FlagParser:
+    return MAINS[task_of(name)].build_parser()
+
+
+def resolved(name: str, *more: str) -> argparse.Namespace:
+    """All flags of a recipe as its main sees them."""
+    found = parser_of(name).parse([f"--config={RECIPES / name}", *more])
+    if task_of(name) == "pretrain":
+        main_pretrain.resolve_method(found)
+    else:
+        main_finetune.resolve_tune(found)
+    return found
+
+
+def numbers(name: str) -> dict[str, Any]:
+    """What a table of recipes states, on the 8 GPUs of the headers."""
+    found = vars(resolved(name))
+    batch = found["batch_size"] * 8 * found["accum_iter"]
+    names = (
+        "epochs", "warmup_epochs", "weight_decay", "min_lr", "model", "norm_pix_loss", "mask_ratio",
+        "mask", "method", "layer_decay", "drop_path", "tune", "mixup", "cutmix", "smoothing",
+        "reprob", "aa", "betas", "ema_decay", "global_pool", "clip_grad", "crop_scale", "dataset",
+        "decoder_depth", "decoder_embed_dim", "no_flip", "lscale_init", "pos_offset",
+    )  # fmt: skip
+    values = {k: found[k] for k in names if k in found}
+    return values | {"batch": batch, "lr": round(found["blr"] * batch / 256, 12)}
+
+
+# ---- The numbers of FIELD.md, written down here once more --------------------------------------
+
+PATCH = {"base": 16, "large": 16, "huge": 14}
+PRETRAIN = {
+    "batch": 4096, "lr": 2.4e-3, "warmup_epochs": 40, "weight_decay": 0.05, "min_lr": 0,
+    "mask_ratio": 0.75, "clip_grad": None, "crop_scale": [0.2, 1.0], "no_flip": False,
+    "norm_pix_loss": True, "dataset": "imagefolder", "decoder_depth": None,
+}  # fmt: skip
+TERMS = {
+    "mae": {"method": "mae", "mask": "random", "lscale_init": None, "pos_offset": "none"},
+    "mmae": {"method": "mmae", "mask": "mixed"},
+}
+TUNED = {
+    "batch": 1024, "warmup_epochs": 5, "weight_decay": 0.05, "min_lr": 1e-6, "mixup": 0.8,
+    "cutmix": 1.0, "smoothing": 0.1, "reprob": 0.25, "aa": "rand-m9-mstd0.5-inc1", "tune": "full",
+    "betas": [0.9, 0.999], "global_pool": "avg", "ema_decay": None, "clip_grad": None,
+}  # fmt: skip
+SIZES = {
+    "base": {"epochs": 100, "lr": 2e-3, "layer_decay": 0.65, "drop_path": 0.1},
+    "large": {"epochs": 50, "lr": 4e-3, "layer_decay": 0.75, "drop_path": 0.2},
+    "huge": {"epochs": 50, "lr": 4e-3, "layer_decay": 0.75, "drop_path": 0.3},
+}
+LINEAR = {
+    "batch": 16384, "lr": 6.4, "epochs": 90, "warmup_epochs": 10, "weight_decay": 0, "min_lr": 0,
+    "mixup": 0, "cutmix": 0, "smoothing": 0, "reprob": 0, "aa": None, "drop_path": 0,
+    "tune": "linear", "global_pool": "cls", "crop_scale": [0.08, 1.0], "layer_decay": 1,
+}  # fmt: skip
+SCRATCH = {
+    "batch": 4096, "lr": 1.6e-3, "warmup_epochs": 20, "weight_decay": 0.3, "betas": [0.9, 0.95],
+    "reprob": 0, "ema_decay": 0.9999, "mixup": 0.8, "cutmix": 1, "smoothing": 0.1,
+    "layer_decay": 1, "aa": "rand-m9-mstd0.5-inc1",
+}  # fmt: skip
+BASELINE = {"epochs": 800, "model": "mae_vit_large_patch16", "norm_pix_loss": False}
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "baseline": {},
+    **{f"decoder_depth_{n}": {"decoder_depth": n} for n in (1, 2, 4, 12)},
+    **{f"decoder_width_{n}": {"decoder_embed_dim": n} for n in (128, 256, 768, 1024)},
+    "encoder_mask_tokens": {},
+    "target_norm_pixels": {"norm_pix_loss": True},
+    "target_pca": {},
+    "augment_none": {"no_flip": True},
+    "augment_fixed_crop": {},
+    "augment_crop_jitter": {},
+    "mask_block_50": {"mask": "block", "mask_ratio": 0.5},
+    "mask_block_75": {"mask": "block"},
+    "mask_grid_75": {"mask": "grid"},
+    **{f"ratio_{n}0": {"mask_ratio": n / 10} for n in range(1, 10)},
+    **{f"schedule_{n}": {"epochs": n} for n in (100, 200, 400, 1600)},
+}
+PARTIAL = ("0.5", "1", "2", "4", "6", "12", "18")
+
+
+def expected() -> dict[str, dict[str, Any]]:
+    """Every row of the papers' systems with its numbers."""
+    rows: dict[str, dict[str, Any]] = {}
+    for size, patch in PATCH.items():
+        encoder = {"model": f"vit_{size}_patch{patch}"}
+        tuned = TUNED | SIZES[size] | encoder
+        for method, terms in TERMS.items():
+            lengths = (
+                (300, 400, 800, 1600) if (method, size) == ("mae", "base") else (400, 800, 1600)
+            )
+            for epochs in lengths:
+                own = {"epochs": epochs, "model": f"mae_vit_{size}_patch{patch}"}
+                rows[f"{method}/pretrain_vit_{size}_{epochs}.yaml"] = PRETRAIN | terms | own
+            rows[f"{method}/finetune_vit_{size}.yaml"] = tuned
+            rows[f"{method}/linear_vit_{size}.yaml"] = LINEAR | encoder
+        rows[f"mae/places365_vit_{size}.yaml"] = tuned | {"dataset": "places365"}
+        long, drop = (300, 0.1) if size == "base" else (200, 0.2)
+        rows[f"mae/scratch_vit_{size}.yaml"] = (
+            SCRATCH | encoder | {"epochs": long, "drop_path": drop}
+        )
+    rows["mmae/places365_vit_base.yaml"] = rows["mae/places365_vit_base.yaml"]
+    large = TUNED | SIZES["large"] | {"model": "vit_large_patch16"}
+    for blocks in PARTIAL:
+        rows[f"mae/partial/vit_large_{blocks}.yaml"] = large | {"tune": f"partial:{blocks}"}
+    for name, own in ABLATIONS.items():
+        rows[f"mae/ablations/{name}.yaml"] = PRETRAIN | TERMS["mae"] | BASELINE | own
+    return rows
+
+
+EXPECTED = expected()
+PUBLISHED = {
+    "mmae/published_pretrain.yaml": """--batch_size 100 --model mae_vit_base_patch16
+        --norm_pix_loss --mask_ratio 0.75 --epochs 400 --warmup_epochs 40 --blr 1.5e-4
+        --weight_decay 0.05""",
+    "mmae/published_finetune.yaml": """--batch_size 64 --model vit_base_patch16 --epochs 100
+        --blr 5e-4 --layer_decay 0.65 --weight_decay 0.05 --drop_path 0.1 --reprob 0.25
+        --mixup 0.8 --cutmix 1.0 --dist_eval""",
+}
+
+
+def missing_flags(name: str) -> set[str]:
+    """Flags of a recipe that its main does not have: those of a switchboard still to come."""
+    flags = {action.dest for action in parser_of(name)._actions}
+    missing = read_recipe(RECIPES / name).keys() - flags
+    assert missing <= {"encoder_mask_tokens", "target", "pca_components", "augment"}
+    return missing
+
+
+HERE = [name for name in ROWS if not missing_flags(name)]
+
+
+def test_every_row_is_there() -> None:
+    small = {name for name in ROWS if name.startswith("small/")}
+    assert set(ROWS) - small == EXPECTED.keys() | PUBLISHED.keys()
+    sets = ("cifar10", "cifar100", "stl10")
+    tasks = ("pretrain", "finetune", "linear")
+    assert small == {f"small/{name}_{task}.yaml" for name in sets for task in tasks}
+
+
+@pytest.mark.parametrize("name", [name for name in EXPECTED if name in HERE])
+def test_recipe_is_the_papers(name: str) -> None:
+    found = numbers(name)
+    assert {k: found[k] for k in EXPECTED[name]} == EXPECTED[name]
+
+
+@pytest.mark.parametrize("name", [name for name in ROWS if name not in HERE])
+def test_recipe_waits_for_its_flag(name: str) -> None:
+    with pytest.raises(BadInput, match="unknown key"):
+        resolved(name)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_commands_are_recipes(name: str) -> None:
+    recipe, words = settings_of(resolved(name)), PUBLISHED[name].split()
+    command = parser_of(name).parse(words)
+    if task_of(name) == "pretrain":
+        main_pretrain.resolve_method(command)
+    else:
+        main_finetune.resolve_tune(command)
+    given = settings_of(command)
+    different = {key for key in recipe if recipe[key] != given[key]}
+    assert different == {"output_dir", "precision"}  # the official code's precision is autocast's
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_header_says_row_cost_and_expectation(name: str) -> None:
+    text = (RECIPES / name).read_text()
+    head = [line for line in text.splitlines() if line.startswith("#")]
+    joined = " ".join(line.lstrip("# ") for line in head)
+    assert "Expected" in joined and "Cost: " in joined
+    assert f"--config recipes/{name}" in text or "Then" in joined
+    if name not in PUBLISHED and not name.startswith("small/"):
+        assert "(estimate)" in joined or "(published)" in joined
+
+
+def test_run_folders_are_apart() -> None:
+    """No two recipes write into one folder, but for the published commands, which do so."""
+    folders = [read_recipe(RECIPES / name)["output_dir"] for name in ROWS]
+    twice = {folder for folder in folders if folders.count(folder) > 1}
+    assert twice == {"output_dir/mmae/published"}
+
+
+# ---- Two steps of each -------------------------------------------------------------------------
+
+TINY = [
+    "--dataset=digits", "--batch_size=30", "--accum_iter=1", "--epochs=1", "--warmup_epochs=0",
+    "--precision=fp32", "--num_workers=0", "--device=cpu", "--save_every=0", "--log_every=1",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pretrained checkpoint of the tiny model."""
+    folder = tmp_path_factory.mktemp("start")
+    flags = ["--model=mae_vit_micro_patch4", "--input_size=16", "--picture_every=0"]
+    main_pretrain.main([*TINY, *flags, "--batch_size=750", f"--output_dir={folder}"])
+    return folder / "checkpoint-last.pth"
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("name", HERE)
+def test_recipe_trains_two_steps(name: str, start: Path, few: int, tmp_path: Path) -> None:
+    task, recipe = task_of(name), read_recipe(RECIPES / name)
+    flags = [f"--config={RECIPES / name}", *TINY, f"--output_dir={tmp_path}"]
+    if task == "pretrain":
+        flags += ["--model=mae_vit_micro_patch4", "--input_size=16", "--picture_every=0"]
+        if "pca_components" in recipe:
+            flags.append("--pca_components=8")  # a patch of 4 x 4 has 16 values
+    else:
+        flags += ["--model=vit_micro_patch4", "--eval_every=0"]
+        if "scratch" in name:
+            flags.append("--input_size=16")
+        else:
+            flags.append(f"--finetune={start}")
+        if recipe.get("tune", "").startswith("partial:") and float(recipe["tune"][8:]) > 4:
+            flags.append("--tune=partial:3")  # of 4 blocks
+    MAINS[task].main(flags)
+    file = "config.yaml" if task == "pretrain" else "config-finetune.yaml"
+    saved = yaml.safe_load((tmp_path / file).read_text())
+    given = {flag[2:].split("=")[0] for flag in flags}
+    asked = {k: v for k, v in recipe.items() if k not in given}
+    assert not differences(asked, saved)  # the resolved set is saved, and it is the recipe's
+    log = tmp_path / ("metrics.jsonl" if task == "pretrain" else "metrics-finetune.jsonl")
+    assert sum('"kind": "train"' in line for line in log.read_text().splitlines()) == few // 30
+
+
+# ---- Recipes that extend others ----------------------------------------------------------------
+
+
+def write(folder: Path, **files: str) -> Path:
+    for name, text in files.items():
+        (folder / f"{name}.yaml").write_text(text)
+    return folder / f"{next(iter(files))}.yaml"
+
+
+def parse(path: Path, *more: str) -> argparse.Namespace:
+    return main_pretrain.build_parser().parse([f"--config={path}", *more])
+
+
+def test_the_extending_recipe_wins_and_the_command_line_over_both(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        child="extends: middle.yaml\nblr: 2e-3\ndecoder_depth: null\n",
+        middle="extends: base.yaml\nmask_ratio: 0.6\nno_flip: false\ndecoder_depth: 3\n",
+        base="blr: 1e-3\nepochs: 7\nmask_ratio: 0.5\nno_flip: true\n",
+    )
+    found = parse(path, "--epochs=9")
+    assert (found.blr, found.mask_ratio, found.epochs) == (2e-3, 0.6, 9)
+    assert (found.no_flip, found.decoder_depth) == (False, None)
+    assert [file.stem for file, _ in read_layers(path)] == ["base", "middle", "child"]
+
+
+def test_a_recipe_written_out_is_the_same_elsewhere(tmp_path: Path) -> None:
+    path = RECIPES / "mmae" / "pretrain_vit_huge_800.yaml"
+    copy = tmp_path / "alone.yaml"
+    copy.write_bytes(write_recipe(read_recipe(path)))
+    assert settings_of(parse(copy)) == settings_of(parse(path))
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"a": "extends: b.yaml\n", "b": "extends: a.yaml\n"}, "extend each other"),
+        ({"a": "extends: a.yaml\n"}, "extend each other"),
+        ({"a": "extends: nowhere.yaml\n"}, "nowhere.yaml, which "),
+        ({"a": "extends: [b.yaml]\n"}, "must name one file"),
+        ({"a": "extends: b.yaml\n", "b": "blrr: 1\n"}, r"b\.yaml \(did you mean blr"),
+        ({"a": "blr: 1\nblr: 2\n"}, "'blr' stands twice"),
+        ({"a": "mask: randon\n"}, r"did you mean random\?"),
+        ({"a": "dataset: cifar-10\n"}, r"did you mean cifar10\?"),
+        ({"a": "precision: bf61\n"}, r"did you mean bf16\?"),
+        ({"a": "method: maee\n"}, r"did you mean mae\?"),
+        ({"a": "pos_offset: centre\n"}, r"did you mean center\?"),
+        ({"a": "mask_ratios: 0.5\n"}, r"did you mean mask_ratio\?"),
+        ({"a": "blr: fast\n"}, "'fast' is not a number"),
+        ({"a": "mask_ratio: 1.5\n"}, "1.5 is not above 0 and at most 1"),
+        ({"a": "norm_pix_loss: 1\n"}, "switch: true or false"),
+    ],
+)
+def test_what_is_wrong_is_named_with_the_nearest(
+    files: dict, expected: str, tmp_path: Path
+) -> None:
+    with pytest.raises(BadInput, match=expected):
+        parse(write(tmp_path, **files))
+
+
+def test_a_wrong_model_is_named_with_the_nearest(tmp_path: Path, run_main) -> None:
+    path = write(tmp_path, a="model: mae_vit_bse_patch16\n")
+    code, _, err = run_main("main_pretrain", [f"--config={path}", "--dry_run"])
+    assert code == 2 and "did you mean mae_vit_base_patch16?" in err

@@ -97,6 +97,14 @@ def test_mask_tokens_in_the_encoder_cost_the_papers_3_3() -> None:
     assert tokens / plain == pytest.approx(3.3, abs=0.1)
 
 
+def test_fewer_predicted_values_cost_less() -> None:
+    """96 coefficients of a patch instead of 768 pixels: the last product, in its three passes."""
+    arguments = model_arguments("mae_vit_large_patch16")
+    whole = cost_of(autoencoder_layers(arguments, 49)).total
+    fewer = cost_of(autoencoder_layers(arguments | {"pca_components": 96}, 49)).total
+    assert whole - fewer == 3 * 2 * 147 * 512 * (768 - 96)
+
+
 # ---- Activations -------------------------------------------------------------------------------
 
 

@@ -230,9 +230,7 @@ def autoencoder_layers(
 
 def num_output_values(arguments: Mapping[str, Any], values: int) -> int:
     """Numbers predicted of a patch: its pixel values, or so many principal components."""
-    if arguments.get("target") == "pca":
-        return int(arguments.get("pca_components") or values)
-    return values
+    return int(arguments.get("pca_components") or values)
 
 
 def classifier_layers(arguments: Mapping[str, Any], tune: float | None = None) -> list[Layer]:

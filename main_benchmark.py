@@ -11,11 +11,9 @@ python main_benchmark.py jpegs --made DIR --count 2000        a folder like Imag
 """
 
 import argparse
-import itertools
-import multiprocessing
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.data import DataLoader, RandomSampler, Sampler
+from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 import models_zoo
@@ -34,38 +32,51 @@ from util.benchmark import (
     machine,
     machine_lines,
     peak_resident,
-    private_memory,
-    ratios,
     save_json,
     spread,
     summary,
     table,
     take_turns,
 )
-from util.children import Answer, Children
-from util.config import METHODS, FlagParser, add_data_flags, number
+from util.children import Answer
+from util.config import METHODS, FlagParser, add_data_flags, add_view_flags, number
 from util.contenders import Arm, name_of, parse_arms
+from util.data_speed import (
+    PEER,
+    TurnSampler,
+    few,
+    measure_reads,
+    one_core,
+    our_reads,
+    pack_copies,
+    read_once,
+    usual_reads,
+)
 from util.datasets import DATASETS, build_dataset
 from util.dist import Place, Processes, choose_device, distribute, join
 from util.errors import BadInput, command, needs
-from util.images import ImageSource
+from util.images import ImageSource, Subset
 from util.limits import copy_rate, decode_rates, layer_shapes, matrix_rate, stopwatch
 from util.logger import StepReport, say
 from util.made_images import jpegs_like_imagenet, make_jpegs, make_tiny_files
+from util.many_files import measure_files
 from util.masking import count_visible, create_strategy
 from util.optim import create_adamw, parameter_groups
-from util.peers import UsualFiles, create_vitmae, one_thread
-from util.randomness import EpochSampler, Key, generator_of
+from util.peers import UsualFiles, create_vitmae
+from util.randomness import EpochSampler, evenly
 from util.samples import PretrainSamples, build_loader, default_workers
 from util.schedule import CosineSchedule, scaled_lr
 from util.step import PRECISIONS, OptimizerStep
-from util.transforms import PretrainTransform, normalize
+from util.step_speed import draw_sweeps, measure_steps, our_step, peers_step, show_steps
+from util.training_speed import compare_curves, measure_together
+from util.transforms import pretrain_transform
 
 WHAT = ("limits", "step", "data", "train", "scaling", "curves", "files", "jpegs")
 # The issue's table: the peer, MAE, and what each switch gives.
 ARMS = ("transformers", "mae", "mmae", "mae,cross=.34", "mae,bf16", "mae,checkpointing")
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-BLR, SMOOTHED = 1.5e-4, 20  # of `curves`: base rate, steps of the moving mean
+BLR = 1.5e-4  # of train and curves: base rate
+CROPS = 4  # of each decoded image, in data's row of several
+PACKED = {"dataset": "imagefolder", "train_images": None}  # flags of a copy: it holds what is read
 
 
 def build_parser() -> FlagParser:
@@ -86,12 +97,15 @@ def build_parser() -> FlagParser:
     group.add_argument("--batch_size", type=number(int, 1), default=32, help="per process")
     group.add_argument("--mask_ratio", type=number(float, 0, 1, open_low=True), default=0.75)
     add_data_flags(parser, list(DATASETS))
-    group = parser.add_argument_group("data")
-    group.add_argument(
-        "--crop_scale", type=number(float, 0, 1, open_low=True), nargs=2, default=[0.2, 1.0]
-    )
+    add_view_flags(parser)
+    group = parser.add_argument_group("data, benchmarks")
     group.add_argument("--images", type=number(int, 1), default=1024, help="of one repeat")
     group.add_argument("--usual_path", help="JPEG folder for the peer, where --data_path is none")
+    group.add_argument(
+        "--packed_path",
+        help="folder for the packed copies that data makes; default: one beside --data_path, which "
+        "is removed at the end",
+    )
     group.add_argument("--made", metavar="DIR", help="new folder, for files and jpegs")
     group.add_argument("--count", type=number(int, 1), default=2000, help="files to make")
     group = parser.add_argument_group("sweeps of scaling")
@@ -173,55 +187,7 @@ def flops_of(arm: Arm) -> int:
     return counter.get_total_flops()
 
 
-# ---- step: training without data -----------------------------------------------------------------
-
-
-def our_step(arm: Arm, procs: Processes) -> Callable[[], Any]:
-    """One step as main_pretrain takes it: masks, normalisation, forward, backward, update."""
-    model = create_arm(arm).to(procs.device)
-    model.set_grad_checkpointing(arm.checkpointing)
-    trained = distribute(model, procs, compiled=arm.compiled).train()
-    optimizer = create_adamw(parameter_groups(model, 0.05), 1e-4, betas=(0.9, 0.95))
-    optimizer_step = OptimizerStep(trained, optimizer, device=procs.device, precision=arm.precision)
-    strategy = strategy_of(arm)
-    patches = model.grid[0] * model.grid[1]
-    masker = Masker(strategy, count_visible(patches, arm.mask_ratio), model.patch_size)
-    size = (arm.batch, 3, *model.img_size)
-    images = torch.randint(0, 256, size, dtype=torch.uint8).to(procs.device)
-    drawn = [strategy.draw(model.grid, generator_of(0, "mask", i)) for i in range(arm.batch)]
-    noise = torch.stack(drawn).to(procs.device)
-    order = None
-    if arm.predict_ratio is not None:
-        order = torch.rand(arm.batch, patches).to(procs.device)
-
-    def forward(batch: Any) -> Tensor:
-        mask = masker(images, noise)
-        return trained(normalize(images, MEAN, STD), mask, masker.num_visible, None, order)["loss"]
-
-    return lambda: optimizer_step(forward, [None], 1e-4)
-
-
-def peers_step(arm: Arm, procs: Processes) -> Callable[[], Any]:
-    """One step of transformers' ViTMAE, with a fused AdamW and autocast as ours."""
-    model = create_arm(arm).to(procs.device).train()
-    if arm.checkpointing:
-        model.gradient_checkpointing_enable()
-    trained = distribute(model, procs, compiled=arm.compiled, fullgraph=False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True)
-    side = arguments_of(arm)["img_size"]
-    images = torch.randn(arm.batch, 3, side, side).to(procs.device)
-    dtype = PRECISIONS[arm.precision]
-    if arm.precision == "fp16":
-        raise BadInput("the peer is measured in fp32 or bf16")
-
-    def step() -> None:
-        with torch.autocast(procs.device.type, dtype, enabled=arm.precision != "fp32"):
-            loss = trained(pixel_values=images).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
+# ---- What measures in a process of its own -----------------------------------------------------
 
 
 def build_step(rank: int, arm: Arm, device_name: str, meeting: str) -> Answer:
@@ -233,7 +199,14 @@ def build_step(rank: int, arm: Arm, device_name: str, meeting: str) -> Answer:
     if arm.method == "transformers":  # what importing it takes is not the step's
         needs("transformers.models.vit_mae.modeling_vit_mae", "transformers")
     before = peak_resident()
-    step = (peers_step if arm.method == "transformers" else our_step)(arm, procs)
+    model = create_arm(arm).to(device)
+    if arm.method == "transformers":
+        step = peers_step(model, arm, procs)
+    else:
+        strategy = strategy_of(arm)
+        visible = count_visible(model.grid[0] * model.grid[1], arm.mask_ratio)
+        masker = Masker(strategy, visible, model.patch_size)
+        step = our_step(model, arm, procs, strategy, masker, visible)
     seconds_of = stopwatch(device)
 
     def answer(request: Any) -> Any:
@@ -257,131 +230,25 @@ def build_limit(rank: int, arm: Arm, precision: str, device_name: str) -> Answer
     return lambda request: measure()
 
 
-def measure_steps(
-    args: argparse.Namespace, arms: dict[str, Arm], threads: int
-) -> list[dict[str, Any]]:
-    """Images a second of all arms and of the matrix products of their precisions, in turns."""
-    first = next(iter(arms.values()))
-    with ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory())
-        teams: dict[str, Children] = {}
-        for name, arm in arms.items():
-            meeting = f"{folder}/{len(teams)}"
-            team = Children(
-                name,
-                build_step,
-                *(arm, args.device, meeting),
-                count=arm.processes,
-                threads=max(1, threads // arm.processes),
-            )
-            stack.callback(team.close)
-            teams[name] = team
-        limits: dict[str, Children] = {}
-        for precision in dict.fromkeys(arm.precision for arm in arms.values()):
-            team = Children(precision, build_limit, first, precision, args.device, threads=threads)
-            stack.callback(team.close)
-            limits[precision] = team
-        steps = args.steps or 1
-        turns: dict[str, Callable[[], float]] = {
-            name: partial(rate_of, team, arms[name], steps) for name, team in teams.items()
-        }
-        turns |= {f"limit {p}": partial(limit_of, team) for p, team in limits.items()}
-        found = take_turns(turns, args.repeats, args.warmup)
-        peaks = {name: team.ask("peak") for name, team in teams.items()}
-    return [
-        step_row(name, arm, found, peaks[name], next(iter(arms)), args.peak_tflops)
-        for name, arm in arms.items()
-    ]
-
-
-def rate_of(team: Children, arm: Arm, steps: int) -> float:
-    """Images a second of one repeat; the slowest process counts."""
-    return arm.batch * arm.processes / max(team.ask(steps))
-
-
-def limit_of(team: Children) -> float:
-    """Operations a second."""
-    return team.ask("")[0]
-
-
-def step_row(
-    name: str,
-    arm: Arm,
-    found: dict[str, list[float]],
-    peaks: list[dict[str, int]],
-    base: str,
-    peak_tflops: float | None,
-) -> dict[str, Any]:
-    """All that is known of an arm."""
-    flops = flops_of(arm)
-    rate, limit = found[name], found[f"limit {arm.precision}"]
-    row = {
-        "arm": name,
-        "settings": vars(arm),
-        "images_per_s": summary(rate),
-        "ratio": ratios(rate, found[base]),
-        "gflops_per_image": flops / 1e9,
-        "gflops_per_s": flops * summary(rate)["median"] / 1e9,
-        "limit_gflops_per_s": {k: summary(limit)[k] / 1e9 for k in ("median", "min", "max")},
-        "share_of_limit": summary([flops * a / b for a, b in zip(rate, limit, strict=True)]),
-        "peak_bytes": [peak["peak"] for peak in peaks],
-        "start_bytes": [peak["start"] for peak in peaks],
-    }
-    if peak_tflops is not None:
-        row["mfu"] = row["gflops_per_s"] / (1000 * peak_tflops) / arm.processes
-    return row
-
-
-def show_steps(rows: Sequence[dict[str, Any]]) -> None:
-    """The table of `step`."""
-    shown = []
-    for row in rows:
-        line = {
-            "arm": row["arm"],
-            "n": row["images_per_s"]["n"],
-            "images/s": row["images_per_s"]["median"],
-            "min-max": spread(row["images_per_s"]),
-            "ratio": f"{row['ratio']['median']:.3f}",
-            "ratio min-max": f"{row['ratio']['min']:.3f}-{row['ratio']['max']:.3f}",
-            "GFLOP/image": row["gflops_per_image"],
-            "GFLOP/s": row["gflops_per_s"],
-            "products GFLOP/s": row["limit_gflops_per_s"]["median"],
-            "share": f"{row['share_of_limit']['median']:.1%}",
-            "peak GiB": sum(row["peak_bytes"]) / 2**30,
-            "of the step": (sum(row["peak_bytes"]) - sum(row["start_bytes"])) / 2**30,
-        }
-        if "mfu" in row:
-            line["MFU"] = f"{row['mfu']:.1%}"
-        shown.append(line)
-    say(table(shown))
-    say(
-        "ratio: to the first arm, turn by turn. GFLOP/image: forward and backward, products, "
-        "convolutions and attention. products: the rate of the blocks' matrix products alone, in "
-        "the same turns; share: of it. peak: of a process of its own, all that it held; of the "
-        "step: less what it held before there was a model."
+def run_steps(args: argparse.Namespace, arms: dict[str, Arm], threads: int) -> list[dict[str, Any]]:
+    """Training steps of all arms, in turns; the table is printed."""
+    rows = measure_steps(
+        arms,
+        build_step,
+        build_limit,
+        flops_of,
+        device=args.device,
+        threads=threads,
+        steps=args.steps or 1,
+        repeats=args.repeats,
+        warmup=args.warmup,
+        peak_tflops=args.peak_tflops,
     )
+    show_steps(rows)
+    return rows
 
 
-# ---- Data and training ---------------------------------------------------------------------------
-
-
-class TurnSampler(Sampler[list[Key]]):
-    """So many batches of a sampler in each iteration, from a new epoch whenever one ends."""
-
-    def __init__(self, sampler: EpochSampler, batches: int) -> None:
-        self.sampler, self.batches = sampler, batches
-        self.epochs = itertools.count()
-
-    def __len__(self) -> int:
-        return self.batches
-
-    def __iter__(self) -> Iterator[list[Key]]:
-        left = self.batches
-        while left:
-            self.sampler.start(next(self.epochs))
-            for batch in itertools.islice(self.sampler, left):
-                left -= 1
-                yield batch
+# ---- Data ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -407,113 +274,124 @@ def side_of(args: argparse.Namespace) -> int | None:
     return None if args.input_size is None else args.input_size[0]
 
 
-def open_source(args: argparse.Namespace) -> ImageSource:
+def open_source(args: argparse.Namespace, decoder: str = "pil") -> ImageSource:
     """The training split that the flags name."""
-    return build_dataset(args.dataset, "train", args.data_path, mean=args.mean, std=args.std)
+    source = build_dataset(args.dataset, "train", args.data_path, mean=args.mean, std=args.std)
+    source = source.with_decoder(decoder)
+    if args.train_images is not None:
+        source = Subset(source, evenly(len(source), args.train_images))
+    return source
+
+
+def open_samples(args: argparse.Namespace, arm: Arm, source: ImageSource) -> PretrainSamples:
+    """Views and noise of its masks, as main_pretrain makes them of the same flags."""
+    arguments = arguments_of(arm)
+    side, patch = arguments["img_size"], arguments["patch_size"]
+    transform = pretrain_transform(
+        args.augment,
+        args.decode,
+        (side, side),
+        tuple(args.crop_scale),
+        flip=not args.no_flip,
+        channels=source.channels,
+        margin=source.eval_margin,
+    )
+    return PretrainSamples(source, transform, strategy_of(arm), (side // patch,) * 2, args.seed)
 
 
 def open_data(args: argparse.Namespace, arm: Arm, steps: int) -> Data:
     """Source, samples and loader by the flags, as main_pretrain makes them."""
-    source = open_source(args)
-    arguments = arguments_of(arm)
-    side, patch = arguments["img_size"], arguments["patch_size"]
-    grid = (side // patch,) * 2
-    strategy = strategy_of(arm)
-    transform = PretrainTransform((side, side), tuple(args.crop_scale))
-    samples = PretrainSamples(source, transform, strategy, grid, args.seed)
-    sampler = EpochSampler(len(source), arm.batch, seed=args.seed)
-    workers = default_workers(1) if args.num_workers is None else args.num_workers
-    pin_memory = args.pin_mem and choose_device(args.device, 0).type == "cuda"
-    loader = build_loader(
-        samples, TurnSampler(sampler, steps), num_workers=workers, pin_memory=pin_memory
+    source = open_source(args, args.decode)
+    samples = open_samples(args, arm, source)
+    sampler = EpochSampler(
+        len(source), arm.batch, seed=args.seed, crops_per_image=args.crops_per_decode
     )
-    masker = Masker(strategy, count_visible(grid[0] * grid[1], arm.mask_ratio), (patch, patch))
+    loader = build_loader(
+        samples,
+        TurnSampler(sampler, steps),
+        num_workers=default_workers(1) if args.num_workers is None else args.num_workers,
+        pin_memory=args.pin_mem and choose_device(args.device, 0).type == "cuda",
+        prefetch_factor=args.prefetch_factor,
+    )
+    visible = count_visible(samples.grid[0] * samples.grid[1], arm.mask_ratio)
+    patch = arguments_of(arm)["patch_size"]
+    masker = Masker(samples.strategy, visible, (patch, patch))
     return Data(source, loader, masker, steps * arm.batch)
 
 
-def usual_loader(args: argparse.Namespace, data: Data, arm: Arm) -> DataLoader | None:
-    """The peer on the same files, batches and workers; None: the source has no files."""
-    source = data.source
+def open_loader(args: argparse.Namespace, arm: Arm, steps: int) -> DataLoader:
+    """The loader of `open_data`."""
+    return open_data(args, arm, steps).loader
+
+
+def open_usual(args: argparse.Namespace, arm: Arm) -> UsualFiles | None:
+    """The peer on the same files, or on those of --usual_path; None: the source has no files."""
+    source = open_source(args)
     if args.usual_path is not None:
         source = build_dataset("imagefolder", "train", args.usual_path)
+    source = few(source)
     if not os.path.isfile(source.file_name(0)):
         return None
     files = [source.file_name(i) for i in range(len(source))]
     side = arguments_of(arm)["img_size"]
-    usual = UsualFiles(files, (side, side), tuple(args.crop_scale))
-    return DataLoader(
-        usual,
-        batch_size=arm.batch,
-        sampler=RandomSampler(usual, num_samples=data.images),
-        num_workers=data.loader.num_workers,
-        worker_init_fn=one_thread,
-        persistent_workers=data.loader.num_workers > 0,
-        pin_memory=data.loader.pin_memory,
-    )
+    return UsualFiles(files, (side, side), tuple(args.crop_scale))
 
 
 def benchmark_data(args: argparse.Namespace, arms: dict[str, Arm], threads: int) -> Any:
-    """Images a second of the loader, masks' noise and normalisation included, and of the peer."""
-    arm, device = only(arms, "data"), choose_device(args.device, 0)
-    torch.set_num_threads(1)  # the loading processes are what is measured
-    data = open_data(args, arm, max(1, args.images // arm.batch))
-    seconds_of = stopwatch(device)
-
-    def ours() -> float:
-        def read() -> None:
-            for batch in data.loader:
-                images = batch["image"].to(device, non_blocking=True)
-                batch["noise"].to(device, non_blocking=True)
-                normalize(images, data.source.mean, data.source.std)
-
-        return data.images / seconds_of(read)
-
-    turns = {"ours": ours}
-    peer = usual_loader(args, data, arm)
-    if peer is None:
-        say("the source has no files of its own: no peer; --usual_path names a JPEG folder for it")
-    else:
-
-        def usual() -> float:
-            def read() -> None:
-                for batch in peer:
-                    batch.to(device, non_blocking=True)
-
-            return data.images / seconds_of(read)
-
-        turns = {"PIL + torchvision v1": usual, "ours": ours}
-    found = take_turns(turns, args.repeats, args.warmup)
-    cores = max(1, data.loader.num_workers)
-    base = next(iter(found.values()))
-    rows = [
-        {
-            "arm": name,
-            "images_per_s": summary(rates),
-            "images_per_s_and_core": summary([rate / cores for rate in rates]),
-            "ratio": ratios(rates, base),
-        }
-        for name, rates in found.items()
-    ]
-    say(f"{len(data.source):,} images; {data.images} a repeat, {data.loader.num_workers} workers")
-    show_rates(rows)
-    return rows
+    """Images a second of one core: the peer, ours, several crops, packed copies; in turns."""
+    arm = only(arms, "data")
+    images = max(1, args.images // arm.batch) * arm.batch
+    crops = args.crops_per_decode if args.crops_per_decode > 1 else CROPS
+    reads: dict[str, Any] = {}
+    with ExitStack() as stack:
+        usual = open_usual(args, arm)
+        if usual is None:
+            say(
+                "the source has no files of its own: no peer, and nothing is packed; --usual_path "
+                "names a JPEG folder for the peer"
+            )
+        else:
+            reads[PEER] = usual_reads(usual, images, arm.batch)
+            if args.augment != "random_crop" or args.no_flip:
+                say(f"--augment {args.augment} and --no_flip are ours alone: the peer does more")
+        source = few(open_source(args, args.decode))
+        sources = {"ours": (source, 1), f"ours, {crops} crops a decode": (source, crops)}
+        if os.path.isfile(source.file_name(0)):
+            for name, place in packed_copies(args, stack).items():
+                copy = argparse.Namespace(**vars(args) | PACKED | {"data_path": place})
+                sources[name] = (open_source(copy, args.decode), 1)
+        for name, (source, count) in sources.items():
+            samples = open_samples(args, arm, source)
+            reads[name] = our_reads(samples, images, arm.batch, count)
+        cpu = stack.enter_context(one_core())
+        where = "one thread" if cpu is None else f"one thread, pinned to processor {cpu}"
+        say(f"{len(source):,} images, {images:,} a repeat; {where}; no loading processes")
+        for source in {id(source): source for source, _ in sources.values()}.values():
+            read_once(source)
+        rows = measure_reads(reads, args.repeats, args.warmup)
+    return {"rows": rows, "images": len(source), "processor": cpu}
 
 
-def show_rates(rows: Sequence[dict[str, Any]]) -> None:
-    """A table of rates and their ratios."""
-    shown = [
-        {
-            "arm": row["arm"],
-            "n": row["images_per_s"]["n"],
-            "images/s": row["images_per_s"]["median"],
-            "min-max": spread(row["images_per_s"]),
-            "a core": row.get("images_per_s_and_core", {}).get("median"),
-            "ratio": row["ratio"]["median"],
-            "ratio min-max": spread(row["ratio"]),
-        }
-        for row in rows
-    ]
-    say(table(shown))
+def packed_copies(args: argparse.Namespace, stack: ExitStack) -> dict[str, str]:
+    """Name to --data_path of the packed copies: in --packed_path, or beside the set for a while."""
+    root = args.packed_path
+    if root is None:
+        beside = Path(args.data_path).expanduser().resolve().parent
+        try:
+            made = tempfile.TemporaryDirectory(prefix=".packed-", dir=beside)
+        except OSError as error:
+            raise BadInput(
+                f"cannot make a folder in {beside} for the packed copies: {error.strerror}; name "
+                "one by --packed_path"
+            ) from error
+        root = stack.enter_context(made)
+    workers = default_workers(1) if args.num_workers is None else args.num_workers
+    described = {"dataset": args.dataset, "data_path": args.data_path, "split": "train"}
+    source = few(open_source(args))
+    return pack_copies(source, Path(root).expanduser(), described, num_workers=workers)
+
+
+# ---- Training ------------------------------------------------------------------------------------
 
 
 def only(arms: dict[str, Arm], what: str) -> Arm:
@@ -540,8 +418,8 @@ class Training:
     optimizer_step: OptimizerStep
     schedule: Callable[[int], float]
 
-    def run(self, loader: Any, first_step: int, after_step: Callable[[StepReport], bool]) -> int:
-        """One epoch of the loader."""
+    def run(self, loader: Any, after_step: Callable[[StepReport], bool]) -> int:
+        """One epoch of the loader, counted from step 0."""
         return train_one_epoch(
             self.trained,
             loader,
@@ -552,7 +430,7 @@ class Training:
             std=self.data.source.std,
             jitter=False,
             partial=self.arm.predict_ratio is not None,
-            first_step=first_step,
+            first_step=0,
             after_step=after_step,
         )
 
@@ -574,47 +452,20 @@ def open_training(args: argparse.Namespace, arm: Arm, data: Data, total_steps: i
 
 def benchmark_train(args: argparse.Namespace, arms: dict[str, Arm], threads: int) -> Any:
     """Step alone, data alone, and both together through the engine, in turns."""
-    arm, device = only(arms, "train"), choose_device(args.device, 0)
+    arm = only(arms, "train")
     torch.set_num_threads(threads)
     steps = args.steps or max(1, args.images // arm.batch)
     data = open_data(args, arm, steps)
     training = open_training(args, arm, data, steps * (args.repeats + args.warmup) * 2)
-    kept = next(iter(data.loader))
-    seconds_of, waited = stopwatch(device), [0.0]
-
-    def note(report: StepReport) -> bool:
-        waited[0] += report.waited
-        return False
-
-    def step_alone() -> float:
-        return data.images / seconds_of(lambda: training.run([kept] * steps, 0, note))
-
-    def data_alone() -> float:
-        return data.images / seconds_of(lambda: [None for _ in data.loader])
-
-    shares: list[float] = []
-
-    def together() -> float:
-        waited[0] = 0.0
-        seconds = seconds_of(lambda: training.run(data.loader, 0, note))
-        shares.append(waited[0] / seconds)
-        return data.images / seconds
-
-    turns = {"step alone": step_alone, "data alone": data_alone, "together": together}
-    found = take_turns(turns, args.repeats, args.warmup)
-    rows = [
-        {"arm": name, "images_per_s": summary(rates), "ratio": ratios(rates, found["together"])}
-        for name, rates in found.items()
-    ]
-    waiting = summary(shares[args.warmup :])
-    show_rates(rows)
-    slower = min(("step alone", "data alone"), key=lambda name: summary(found[name])["median"])
-    shared = ", and both share its cores" if device.type == "cpu" else ""
-    say(
-        f"the bottleneck is the {slower.split()[0]}; the training process waits for data "
-        f"{waiting['median']:.1%} of the time{shared}"
+    return measure_together(
+        training.run,
+        data.loader,
+        steps,
+        data.images,
+        device=choose_device(args.device, 0),
+        repeats=args.repeats,
+        warmup=args.warmup,
     )
-    return {"rows": rows, "waiting": waiting, "bottleneck": slower.split()[0]}
 
 
 def loss_curve(args: argparse.Namespace, arm: Arm, steps: int) -> list[float]:
@@ -626,7 +477,7 @@ def loss_curve(args: argparse.Namespace, arm: Arm, steps: int) -> list[float]:
         losses.append(report.result.loss)
         return False
 
-    open_training(args, arm, data, steps).run(data.loader, 0, note)
+    open_training(args, arm, data, steps).run(data.loader, note)
     return torch.stack(losses).double().tolist()
 
 
@@ -636,32 +487,7 @@ def benchmark_curves(args: argparse.Namespace, arms: dict[str, Arm], threads: in
     curves = {}
     for name, arm in arms.items():
         curves[name] = loss_curve(args, only({name: arm}, "curves"), args.steps or 200)
-    base = next(iter(curves.values()))
-    rows = []
-    for name, curve in curves.items():
-        rows.append(
-            {
-                "arm": name,
-                "steps": len(curve),
-                "first loss": curve[0],
-                "last loss": curve[-1],
-                "largest difference": f"{apart(curve, base):.3%}",
-                f"of means over {SMOOTHED}": f"{apart(smooth(curve), smooth(base)):.3%}",
-            }
-        )
-    say(table(rows))
-    return {"rows": rows, "curves": curves}
-
-
-def smooth(curve: Sequence[float]) -> list[float]:
-    """Means over `SMOOTHED` steps in a row; of all, where there are fewer."""
-    width = min(SMOOTHED, len(curve))
-    return [sum(curve[i : i + width]) / width for i in range(len(curve) - width + 1)]
-
-
-def apart(curve: Sequence[float], base: Sequence[float]) -> float:
-    """Largest relative difference of two curves."""
-    return max(abs(a - b) / abs(b) for a, b in zip(curve, base, strict=True))
+    return {"rows": compare_curves(curves), "curves": curves}
 
 
 # ---- Limits, sweeps, many files ------------------------------------------------------------------
@@ -722,59 +548,11 @@ def benchmark_scaling(args: argparse.Namespace, arms: dict[str, Arm], threads: i
         if not sweep:
             continue
         say(f"\n{field}:")
-        rows = measure_steps(args, sweep, threads)
-        show_steps(rows)
+        rows = run_steps(args, sweep, threads)
         found[field] = rows
     if args.plot:
         draw_sweeps(found, args.plot, name_of(arm, Arm()))
     return found
-
-
-def draw_sweeps(found: dict[str, list[dict[str, Any]]], path: str, title: str) -> None:
-    """One panel for each setting: median of images a second, bars from smallest to largest."""
-    plot = needs("matplotlib.pyplot", "matplotlib")
-    plot.switch_backend("agg")
-    figure, axes = plot.subplots(1, len(found), figsize=(3.4 * len(found), 3.2), squeeze=False)
-    for axis, (field, rows) in zip(axes[0], found.items(), strict=True):
-        rates = [row["images_per_s"] for row in rows]
-        names = [row["arm"].removeprefix("mae_vit_").removesuffix("_patch16") for row in rows]
-        low = [rate["median"] - rate["min"] for rate in rates]
-        high = [rate["max"] - rate["median"] for rate in rates]
-        axis.errorbar(names, [rate["median"] for rate in rates], [low, high], marker="o", capsize=3)
-        axis.set(xlabel=field, ylabel="images/s", ylim=(0, None))
-    figure.suptitle(f"training step, {title}")
-    figure.tight_layout()
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    plot.close(figure)
-    say(f"plot        {path}")
-
-
-def build_start(rank: int, given: argparse.Namespace) -> Answer:
-    """In a child: opens the data set, and gives the seconds of it and the number of images."""
-
-    def answer(request: Any) -> tuple[float, int]:
-        found: list[int] = []
-        seconds = stopwatch(torch.device("cpu"))(lambda: found.append(len(open_source(given))))
-        return seconds, found[0]
-
-    return answer
-
-
-def build_growth(rank: int, given: argparse.Namespace, arm: Arm) -> Answer:
-    """In a child: reads images, and gives each worker's own memory after a tenth and at the end."""
-
-    def answer(request: Any) -> dict[str, list[int]]:
-        steps = max(4, given.images // arm.batch)
-        data = open_data(given, arm, steps)
-        sizes: dict[str, list[int]] = {}
-        for step, _ in enumerate(data.loader, 1):
-            if step in (max(2, steps // 10), steps):
-                workers = sorted(child.pid or 0 for child in multiprocessing.active_children())
-                sizes["early" if step < steps else "late"] = [private_memory(p) for p in workers]
-        return sizes
-
-    return answer
 
 
 def benchmark_files(args: argparse.Namespace, arms: dict[str, Arm], threads: int) -> Any:
@@ -786,44 +564,18 @@ def benchmark_files(args: argparse.Namespace, arms: dict[str, Arm], threads: int
         args.dataset, args.data_path = "imagefolder", args.made
     if args.num_workers == 0:
         raise BadInput("files measures the memory of workers; give --num_workers 1 or more")
-    starts, memory = [], {}
-    with tempfile.TemporaryDirectory() as cache:
-        os.environ["MMAE_CACHE"] = cache  # the children's: the first start finds none
-        for _ in range(1 + args.repeats):
-            child = Children("the start", build_start, args, threads=1)
-            ((seconds, images),) = child.ask("start")
-            child.close()
-            starts.append(seconds)
-        child = Children("an epoch", build_growth, args, arm, threads=1)
-        (memory,) = child.ask("read")
-        child.close()
-        del os.environ["MMAE_CACHE"]
-    growth = [b - a for a, b in zip(memory["early"], memory["late"], strict=True)]
-    later = summary(starts[1:])
-    say(f"{images:,} images: first start {starts[0]:.2f} s, later ones {later['median']:.2f} s")
-    say(
-        f"workers' own memory, MiB: {[round(m / 2**20) for m in memory['early']]} after a tenth, "
-        f"{[round(m / 2**20) for m in memory['late']]} at the end of {args.images:,} images"
+    return measure_files(
+        partial(open_source, args),
+        partial(open_loader, args, arm),
+        steps=max(4, args.images // arm.batch),
+        batch=arm.batch,
+        repeats=args.repeats,
     )
-    return {
-        "images": images,
-        "first_start_s": starts[0],
-        "later_start_s": later,
-        "worker_bytes": memory,
-        "growth_bytes": growth,
-    }
-
-
-def benchmark_step(args: argparse.Namespace, arms: dict[str, Arm], threads: int) -> Any:
-    """Training steps of all arms, in turns."""
-    rows = measure_steps(args, arms, threads)
-    show_steps(rows)
-    return rows
 
 
 BENCHMARKS: dict[str, Callable[[argparse.Namespace, dict[str, Arm], int], Any]] = {
     "limits": benchmark_limits,
-    "step": benchmark_step,
+    "step": run_steps,
     "data": benchmark_data,
     "train": benchmark_train,
     "scaling": benchmark_scaling,

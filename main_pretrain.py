@@ -35,6 +35,7 @@ from util.config import (
     add_run_flags,
     add_shard_flag,
     add_target_flags,
+    add_view_flags,
     arithmetic_of,
     compiles,
     number,
@@ -56,7 +57,7 @@ from util.dry_run import (
     rate_of,
 )
 from util.errors import BadInput, command, needs
-from util.images import IMAGE_DECODERS, ImageSource, Subset
+from util.images import ImageSource, Subset
 from util.logger import RunLogger, say
 from util.masking import count_visible, create_strategy
 from util.optim import create_adamw, parameter_groups
@@ -66,7 +67,7 @@ from util.samples import PretrainSamples, build_loader, default_workers
 from util.schedule import CosineSchedule, scaled_lr
 from util.shard import Placed, optimizer_parts
 from util.step import OptimizerStep
-from util.transforms import AUGMENTS, EvalTransform, pretrain_transform
+from util.transforms import EvalTransform, pretrain_transform
 from util.visualize import panels, picture_grid, save_png
 
 TASK = "pretrain"
@@ -83,41 +84,7 @@ def build_parser() -> FlagParser:
     parser = FlagParser(description=__doc__.split("\n")[0])
     add_method_flags(parser)
     add_data_flags(parser, list(DATASETS))
-    group = parser.add_argument_group("data, pretraining")
-    group.add_argument(
-        "--train_images",
-        type=number(int, 1),
-        help="learn from so many, evenly spaced; default: all",
-    )
-    group.add_argument(
-        "--crop_scale",
-        type=number(float, 0, 1, open_low=True),
-        nargs=2,
-        default=[0.2, 1.0],
-        metavar=("MIN", "MAX"),
-        help="share of the image's area that a random crop covers",
-    )
-    group.add_argument("--no_flip", action="store_true", help="no horizontal flip")
-    group.add_argument(
-        "--decode",
-        choices=IMAGE_DECODERS,
-        default="torchvision",
-        help="how training images are decoded and resampled; pil: as in MAE's code, and slower",
-    )
-    group.add_argument(
-        "--crops_per_decode",
-        type=number(int, 1),
-        default=1,
-        metavar="R",
-        help="crops of each decoded image, in one batch; an epoch decodes every R-th image",
-    )
-    group.add_argument(
-        "--augment",
-        choices=AUGMENTS,
-        default="random_crop",
-        help="none: the centre, not flipped; fixed_crop: a random place at one scale; random_crop: "
-        "random scale too (--crop_scale); crop_jitter: and brightness, contrast, saturation .4",
-    )
+    add_view_flags(parser)
     group = parser.add_argument_group("model (unset sizes follow --model)")
     group.add_argument("--model", default="mae_vit_base_patch16", metavar="NAME")
     group.add_argument("--list_models", action="store_true", help="print the names and leave")

@@ -1,6 +1,7 @@
 """main_benchmark: turns, statistics, counts of operations, and every benchmark on tiny settings."""
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,17 @@ from PIL import Image
 from transformers import ViTMAEForPreTraining
 
 import main_benchmark
-from util import benchmark, limits
+import main_pack
+from util import benchmark, data_speed, limits, training_speed
 from util.children import Answer, Children
 from util.contenders import Arm, name_of, parse_arm, parse_arms
 from util.datasets import build_dataset
 from util.errors import BadInput, RunFailed
+from util.images import IMAGENET_MEAN, IMAGENET_STD
 from util.made_images import jpegs_like_imagenet, make_jpegs, make_tiny_files
+from util.masking import create_strategy
 from util.peers import UsualFiles
+from util.samples import PretrainSamples
 
 TINY = ["--model=mae_vit_micro_patch8", "--input_size=16", "--batch_size=2", "--device=cpu"]
 FEW = ["--repeats=2", "--warmup=1", "--threads=1"]
@@ -238,24 +243,82 @@ def test_limits(tmp_path: Path) -> None:
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("workers", [0, 1])
-def test_data_beside_its_peer(tmp_path: Path, workers: int) -> None:
+def test_data_beside_its_peer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_jpegs(tmp_path / "set", 8)
-    rows = run(
-        "data",
-        tmp_path / "r.json",
-        [f"--data_path={tmp_path}/set", "--images=12", f"--num_workers={workers}"],
-    )
-    assert [row["arm"] for row in rows] == ["PIL + torchvision v1", "ours"]
-    assert all(row["images_per_s"]["n"] == 2 for row in rows)
+    flags = [f"--data_path={tmp_path}/set", "--images=12", "--batch_size=4", "--num_workers=0"]
+    before = os.sched_getaffinity(0)
+    found = run("data", tmp_path / "r.json", [*flags, f"--packed_path={tmp_path}/packed"])
+    ways = [data_speed.PEER, "ours", "ours, 4 crops a decode", "packed JPEG", "packed raw"]
+    rows = found["rows"]
+    assert [(row["version"], row["arm"]) for row in rows] == [
+        (version, way) for version in ("alone", "whole") for way in ways
+    ]
+    rates = {(row["version"], row["arm"]): row["images_per_s"]["values"] for row in rows}
+    for row in rows:
+        values = row["images_per_s"]["values"]
+        for name, version in (("ratio", row["version"]), ("ratio_to_whole", "whole")):
+            base = rates[version, data_speed.PEER]
+            assert row[name]["values"] == [a / b for a, b in zip(values, base, strict=True)]
+            assert row[name]["n"] == 2
+    assert found["processor"] in before == os.sched_getaffinity(0)
+    assert f"pinned to processor {found['processor']}" in capsys.readouterr().out
+    # What main_pack.py writes of the same flags is what is there.
+    main_pack.main([f"--data_path={tmp_path}/set", f"--output_dir={tmp_path}/packed/raw",
+                    "--format=raw", "--split=train"])  # fmt: skip
+    packed = build_dataset("imagefolder", "train", f"packed:{tmp_path}/packed/raw")
+    assert len(packed) == 8 and min(packed[0][0].size) == 256
+
+
+@pytest.mark.smoke
+def test_packed_copies_leave_with_the_run(tmp_path: Path) -> None:
+    make_jpegs(tmp_path / "set", 4)
+    flags = [f"--data_path={tmp_path}/set", "--images=4", "--batch_size=4", "--num_workers=0"]
+    found = run("data", tmp_path / "r.json", [*flags, "--repeats=1", "--crops_per_decode=2"])
+    assert any(row["arm"] == "ours, 2 crops a decode" for row in found["rows"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["r.json", "set"]
 
 
 @pytest.mark.smoke
 def test_data_without_files_has_no_peer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--dataset=digits", "--images=8", "--num_workers=0"]
-    rows = run("data", tmp_path / "r.json", flags)
-    assert [row["arm"] for row in rows] == ["ours"]
+    flags = ["--dataset=digits", "--images=8", "--batch_size=4"]
+    rows = run("data", tmp_path / "r.json", flags)["rows"]
+    assert [row["arm"] for row in rows] == ["ours", "ours, 4 crops a decode"] * 2
     assert "no peer" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("crops", [1, 2])
+def test_a_repeat_decodes_and_crops_as_often_as_it_says(crops: int) -> None:
+    decoded: list[int] = []
+    cropped: list[int] = []
+
+    class Counting:
+        def __len__(self) -> int:
+            return 10
+
+        def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+            decoded.append(index)
+            return torch.full((3, 8, 8), index, dtype=torch.uint8), 0
+
+    def transform(image: torch.Tensor) -> torch.Tensor:
+        cropped.append(int(image[0, 0, 0]))
+        return image
+
+    samples = PretrainSamples(Counting(), transform, create_strategy("random"), (2, 2), 0)
+    reads = data_speed.our_reads(samples, 12, 4, crops)  # 12 of 10: into a second epoch
+    for version in ("alone", "whole"):
+        decoded.clear()
+        cropped.clear()
+        assert reads[version]() > 0
+        assert len(cropped) == 12 and len(decoded) == 12 // crops
+        assert cropped == [index for index in decoded for _ in range(crops)]
+
+
+def test_a_large_set_is_measured_on_some_of_its_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data_speed, "MOST_IMAGES", 10)
+    source = build_dataset("digits", "train", None)
+    some = data_speed.few(source)
+    assert len(some) == 10 and some.file_name(1) != source.file_name(1)
+    assert data_speed.few(some) is some
 
 
 @pytest.mark.smoke
@@ -276,10 +339,10 @@ def test_curves_of_the_same_run_are_equal_and_of_others_are_not(tmp_path: Path) 
     same, again, other = found["curves"].values()
     assert len(same) == 24 and same == again and same != other
     assert found["rows"][1]["largest difference"] == "0.000%"
-    apart = main_benchmark.apart(other, same)
+    apart = training_speed.apart(other, same)
     assert 0 < apart < 0.05
     expected = np.convolve(same, np.full(20, 1 / 20), "valid")
-    np.testing.assert_allclose(main_benchmark.smooth(same), expected, rtol=1e-12)
+    np.testing.assert_allclose(training_speed.smooth(same), expected, rtol=1e-12)
 
 
 @pytest.mark.smoke
@@ -318,6 +381,14 @@ def test_usual_path_is_torchvisions(tmp_path: Path) -> None:
     Image.fromarray(pixels).save(tmp_path / "a.png")
     crop = UsualFiles([str(tmp_path / "a.png")], (24, 16), (0.2, 1.0))[0]
     assert crop.shape == (3, 24, 16) and crop.dtype == torch.float32
+    usual = UsualFiles([str(tmp_path / "a.png")], (24, 16), (0.2, 1.0))
+    torch.manual_seed(1)
+    floats = usual[0]
+    torch.manual_seed(1)
+    levels = usual.pixels(0)
+    mean, std = (torch.tensor(s)[:, None, None] for s in (IMAGENET_MEAN, IMAGENET_STD))
+    assert levels.dtype == torch.uint8
+    torch.testing.assert_close(floats, (levels / 255 - mean) / std, rtol=0, atol=1e-6)
     assert -2.2 < crop.min() < 0 < crop.max() < 2.7
     with pytest.raises(BadInput, match="no files"):
         UsualFiles([], (24, 16), (0.2, 1.0))

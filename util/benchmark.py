@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from util.logger import write_text
+from util.logger import say, write_text
 
 PACKAGES = ("torch", "torchvision", "timm", "transformers", "numpy", "pillow", "datasets")
 # What decides a processor's rate of matrix products.
@@ -179,6 +179,23 @@ def _cell(value: Any) -> str:
 def spread(figure: Mapping[str, Any]) -> str:
     """Smallest and largest repeat, for a table."""
     return f"{_cell(float(figure['min']))}-{_cell(float(figure['max']))}"
+
+
+def show_rates(rows: Sequence[dict[str, Any]]) -> None:
+    """A table of rates and their ratios."""
+    shown = [
+        {
+            "arm": row["arm"],
+            "n": row["images_per_s"]["n"],
+            "images/s": row["images_per_s"]["median"],
+            "min-max": spread(row["images_per_s"]),
+            "a core": row.get("images_per_s_and_core", {}).get("median"),
+            "ratio": row["ratio"]["median"],
+            "ratio min-max": spread(row["ratio"]),
+        }
+        for row in rows
+    ]
+    say(table(shown))
 
 
 def save_json(path: str | None, what: str, about: Mapping[str, Any], result: Any) -> None:

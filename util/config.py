@@ -10,10 +10,12 @@ from typing import Any, NoReturn
 import torch
 
 from util.errors import BadInput
+from util.images import IMAGE_DECODERS
 from util.masking import ORDERS, STRATEGIES
 from util.pos_embed import COORDINATES
 from util.recipes import read_layers
 from util.step import PRECISIONS
+from util.transforms import AUGMENTS
 
 # Settings that say where and how often, not what is computed; all others change the numbers.
 HOUSEKEEPING = {
@@ -282,6 +284,45 @@ def add_data_flags(parser: FlagParser, datasets: Sequence[str]) -> None:
         help="batches that each loading process keeps ready",
     )
     group.add_argument("--no_pin_mem", action="store_false", dest="pin_mem")
+
+
+def add_view_flags(parser: FlagParser) -> None:
+    """Which images pretraining learns from, and the views that it takes of them."""
+    group = parser.add_argument_group("data, pretraining")
+    group.add_argument(
+        "--train_images",
+        type=number(int, 1),
+        help="learn from so many, evenly spaced; default: all",
+    )
+    group.add_argument(
+        "--crop_scale",
+        type=number(float, 0, 1, open_low=True),
+        nargs=2,
+        default=[0.2, 1.0],
+        metavar=("MIN", "MAX"),
+        help="share of the image's area that a random crop covers",
+    )
+    group.add_argument("--no_flip", action="store_true", help="no horizontal flip")
+    group.add_argument(
+        "--decode",
+        choices=IMAGE_DECODERS,
+        default="torchvision",
+        help="how training images are decoded and resampled; pil: as in MAE's code, and slower",
+    )
+    group.add_argument(
+        "--crops_per_decode",
+        type=number(int, 1),
+        default=1,
+        metavar="R",
+        help="crops of each decoded image, in one batch; an epoch decodes every R-th image",
+    )
+    group.add_argument(
+        "--augment",
+        choices=AUGMENTS,
+        default="random_crop",
+        help="none: the centre, not flipped; fixed_crop: a random place at one scale; random_crop: "
+        "random scale too (--crop_scale); crop_jitter: and brightness, contrast, saturation .4",
+    )
 
 
 def add_optimisation_flags(

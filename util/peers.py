@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -58,26 +57,26 @@ class UsualFiles(Dataset):
         if not files:
             raise BadInput("no files to decode")
         self.files = files
-        self.transform = transforms.Compose(
-            [
-                transforms.RandomResizedCrop(
-                    size, scale=crop_scale, interpolation=transforms.InterpolationMode.BICUBIC
-                ),
-                transforms.RandomHorizontalFlip(),
-                transforms.ToTensor(),
-                transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
-            ]
+        crop = transforms.RandomResizedCrop(
+            size, scale=crop_scale, interpolation=transforms.InterpolationMode.BICUBIC
         )
+        self.view = transforms.Compose([crop, transforms.RandomHorizontalFlip()])
+        self.floats = transforms.Compose(
+            [transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
+        )
+        self.levels = transforms.PILToTensor()
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> Tensor:
         """One augmented and normalised crop: float32 [3, h, w]."""
+        return self.floats(self._view(index))
+
+    def pixels(self, index: int) -> Tensor:
+        """One augmented crop, without floats and normalisation: uint8 [3, h, w]."""
+        return self.levels(self._view(index))
+
+    def _view(self, index: int) -> Image.Image:
         with open(self.files[index], "rb") as file:
-            return self.transform(Image.open(file).convert("RGB"))
-
-
-def one_thread(worker: int) -> None:
-    """What a loading process does first."""
-    torch.set_num_threads(1)
+            return self.view(Image.open(file).convert("RGB"))

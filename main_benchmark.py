@@ -11,8 +11,6 @@ python main_benchmark.py jpegs --made DIR --count 2000        a folder like Imag
 """
 
 import argparse
-import os
-import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -21,10 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import Tensor
 from torch.utils.data import DataLoader
-from torch.utils.flop_counter import FlopCounterMode
 
 import models_zoo
 from engine_pretrain import Masker, train_one_epoch
@@ -33,42 +29,44 @@ from util.benchmark import (
     machine_lines,
     peak_resident,
     save_json,
-    spread,
-    summary,
-    table,
     take_turns,
 )
 from util.children import Answer
 from util.config import METHODS, FlagParser, add_data_flags, add_view_flags, number
-from util.contenders import Arm, name_of, parse_arms
+from util.contenders import Arm, name_of, parse_arms, strategy_of
 from util.data_speed import (
-    PEER,
     TurnSampler,
+    compare_reads,
     few,
-    measure_reads,
-    one_core,
-    our_reads,
+    has_files,
     pack_copies,
-    read_once,
-    usual_reads,
+    packed_folder,
+    usual_files,
 )
 from util.datasets import DATASETS, build_dataset
 from util.dist import Place, Processes, choose_device, distribute, join
 from util.errors import BadInput, command, needs
 from util.images import ImageSource, Subset
-from util.limits import copy_rate, decode_rates, layer_shapes, matrix_rate, stopwatch
+from util.limits import copy_rate, decode_rates, layer_shapes, matrix_rate, show_limits, stopwatch
 from util.logger import StepReport, say
 from util.made_images import jpegs_like_imagenet, make_jpegs, make_tiny_files
 from util.many_files import measure_files
-from util.masking import count_visible, create_strategy
+from util.masking import count_visible
 from util.optim import create_adamw, parameter_groups
-from util.peers import UsualFiles, create_vitmae
+from util.peers import create_vitmae
 from util.randomness import EpochSampler, evenly
 from util.samples import PretrainSamples, build_loader, default_workers
 from util.schedule import CosineSchedule, scaled_lr
 from util.step import PRECISIONS, OptimizerStep
-from util.step_speed import draw_sweeps, measure_steps, our_step, peers_step, show_steps
-from util.training_speed import compare_curves, measure_together
+from util.step_speed import (
+    count_flops,
+    draw_sweeps,
+    measure_steps,
+    our_step,
+    peers_step,
+    show_steps,
+)
+from util.training_speed import Train, compare_curves, measure_together
 from util.transforms import pretrain_transform
 
 WHAT = ("limits", "step", "data", "train", "scaling", "curves", "files", "jpegs")
@@ -158,33 +156,9 @@ def create_arm(arm: Arm, in_chans: int = 3) -> Any:
     return models_zoo.create_model(arm.model, **arguments)
 
 
-def strategy_of(arm: Arm) -> Any:
-    """The masks of the arm's method."""
-    terms = METHODS[arm.method]
-    names = ("avg_share", "avg_order", "avg_temperature")
-    return create_strategy(terms["mask"], **{name: terms[name] for name in names})
-
-
 def flops_of(arm: Arm) -> int:
-    """Operations of one image, forward and backward, as torch's counter sees them in the graph.
-
-    Matrix products, convolutions and attention, two operations a product; what is masked or not
-    predicted is not in the graph, and what checkpointing computes again does not count.
-    """
-    with FakeTensorMode(), FlopCounterMode(display=False) as counter:
-        model = create_arm(arm)
-        side = arguments_of(arm)["img_size"]
-        images = torch.empty(1, 3, side, side)
-        if arm.method == "transformers":
-            loss = model(images).loss
-        else:
-            patches = model.grid[0] * model.grid[1]
-            mask = torch.ones(1, patches, dtype=torch.bool)
-            order = None if arm.predict_ratio is None else torch.empty(1, patches)
-            visible = count_visible(patches, arm.mask_ratio)
-            loss = model(images, mask, visible, None, order)["loss"]
-        loss.backward()
-    return counter.get_total_flops()
+    """Operations of one image, forward and backward, see `count_flops`."""
+    return count_flops(lambda: create_arm(arm), arm, arguments_of(arm)["img_size"])
 
 
 # ---- What measures in a process of its own -----------------------------------------------------
@@ -324,71 +298,37 @@ def open_loader(args: argparse.Namespace, arm: Arm, steps: int) -> DataLoader:
     return open_data(args, arm, steps).loader
 
 
-def open_usual(args: argparse.Namespace, arm: Arm) -> UsualFiles | None:
-    """The peer on the same files, or on those of --usual_path; None: the source has no files."""
-    source = open_source(args)
-    if args.usual_path is not None:
-        source = build_dataset("imagefolder", "train", args.usual_path)
-    source = few(source)
-    if not os.path.isfile(source.file_name(0)):
-        return None
-    files = [source.file_name(i) for i in range(len(source))]
-    side = arguments_of(arm)["img_size"]
-    return UsualFiles(files, (side, side), tuple(args.crop_scale))
-
-
 def benchmark_data(args: argparse.Namespace, arms: dict[str, Arm], threads: int) -> Any:
     """Images a second of one core: the peer, ours, several crops, packed copies; in turns."""
     arm = only(arms, "data")
-    images = max(1, args.images // arm.batch) * arm.batch
     crops = args.crops_per_decode if args.crops_per_decode > 1 else CROPS
-    reads: dict[str, Any] = {}
+    source = few(open_source(args, args.decode))
+    sources = {"ours": (source, 1), f"ours, {crops} crops a decode": (source, crops)}
+    # Refused now, not after the packing.
+    EpochSampler(len(source), arm.batch, crops_per_image=crops)
+    peers = source
+    if args.usual_path is not None:
+        peers = few(build_dataset("imagefolder", "train", args.usual_path))
+    if args.augment != "random_crop" or args.no_flip:
+        say("the peer always crops at random and flips, whatever ours does")
     with ExitStack() as stack:
-        usual = open_usual(args, arm)
-        if usual is None:
-            say(
-                "the source has no files of its own: no peer, and nothing is packed; --usual_path "
-                "names a JPEG folder for the peer"
-            )
-        else:
-            reads[PEER] = usual_reads(usual, images, arm.batch)
-            if args.augment != "random_crop" or args.no_flip:
-                say(f"--augment {args.augment} and --no_flip are ours alone: the peer does more")
-        source = few(open_source(args, args.decode))
-        sources = {"ours": (source, 1), f"ours, {crops} crops a decode": (source, crops)}
-        if os.path.isfile(source.file_name(0)):
-            for name, place in packed_copies(args, stack).items():
+        if has_files(source):
+            root = stack.enter_context(packed_folder(args.packed_path, args.data_path))
+            workers = default_workers(1) if args.num_workers is None else args.num_workers
+            described = {"dataset": args.dataset, "data_path": args.data_path, "split": "train"}
+            whole = few(open_source(args))
+            for name, place in pack_copies(whole, root, described, num_workers=workers).items():
                 copy = argparse.Namespace(**vars(args) | PACKED | {"data_path": place})
                 sources[name] = (open_source(copy, args.decode), 1)
-        for name, (source, count) in sources.items():
-            samples = open_samples(args, arm, source)
-            reads[name] = our_reads(samples, images, arm.batch, count)
-        cpu = stack.enter_context(one_core())
-        where = "one thread" if cpu is None else f"one thread, pinned to processor {cpu}"
-        say(f"{len(source):,} images, {images:,} a repeat; {where}; no loading processes")
-        for source in {id(source): source for source, _ in sources.values()}.values():
-            read_once(source)
-        rows = measure_reads(reads, args.repeats, args.warmup)
-    return {"rows": rows, "images": len(source), "processor": cpu}
-
-
-def packed_copies(args: argparse.Namespace, stack: ExitStack) -> dict[str, str]:
-    """Name to --data_path of the packed copies: in --packed_path, or beside the set for a while."""
-    root = args.packed_path
-    if root is None:
-        beside = Path(args.data_path).expanduser().resolve().parent
-        try:
-            made = tempfile.TemporaryDirectory(prefix=".packed-", dir=beside)
-        except OSError as error:
-            raise BadInput(
-                f"cannot make a folder in {beside} for the packed copies: {error.strerror}; name "
-                "one by --packed_path"
-            ) from error
-        root = stack.enter_context(made)
-    workers = default_workers(1) if args.num_workers is None else args.num_workers
-    described = {"dataset": args.dataset, "data_path": args.data_path, "split": "train"}
-    source = few(open_source(args))
-    return pack_copies(source, Path(root).expanduser(), described, num_workers=workers)
+        side = arguments_of(arm)["img_size"]
+        return compare_reads(
+            usual_files(peers, (side, side), tuple(args.crop_scale)),
+            {name: (open_samples(args, arm, of), n) for name, (of, n) in sources.items()},
+            images=max(1, args.images // arm.batch) * arm.batch,
+            batch=arm.batch,
+            repeats=args.repeats,
+            warmup=args.warmup,
+        )
 
 
 # ---- Training ------------------------------------------------------------------------------------
@@ -408,35 +348,8 @@ def only(arms: dict[str, Arm], what: str) -> Arm:
     return arm
 
 
-@dataclass(frozen=True)
-class Training:
-    """A training run by the engine, some steps at a time."""
-
-    arm: Arm
-    data: Data
-    trained: nn.Module
-    optimizer_step: OptimizerStep
-    schedule: Callable[[int], float]
-
-    def run(self, loader: Any, after_step: Callable[[StepReport], bool]) -> int:
-        """One epoch of the loader, counted from step 0."""
-        return train_one_epoch(
-            self.trained,
-            loader,
-            self.optimizer_step,
-            self.data.masker,
-            self.schedule,
-            mean=self.data.source.mean,
-            std=self.data.source.std,
-            jitter=False,
-            partial=self.arm.predict_ratio is not None,
-            first_step=0,
-            after_step=after_step,
-        )
-
-
-def open_training(args: argparse.Namespace, arm: Arm, data: Data, total_steps: int) -> Training:
-    """Model and optimiser as main_pretrain makes them, on one process."""
+def open_training(args: argparse.Namespace, arm: Arm, data: Data, total_steps: int) -> Train:
+    """Model and optimiser as main_pretrain makes them, on one process, and its engine."""
     device = choose_device(args.device, 0)
     torch.manual_seed(args.seed)
     model = create_arm(arm, data.source.channels).to(device)
@@ -445,9 +358,23 @@ def open_training(args: argparse.Namespace, arm: Arm, data: Data, total_steps: i
     lr = scaled_lr(BLR, arm.batch)
     optimizer = create_adamw(parameter_groups(model, 0.05), lr, betas=(0.9, 0.95))
     step = OptimizerStep(trained, optimizer, device=device, precision=arm.precision)
-    return Training(
-        arm, data, trained, step, CosineSchedule(lr, 0.0, total_steps / 10, total_steps)
-    )
+
+    def train(loader: Any, after_step: Callable[[StepReport], bool]) -> int:
+        return train_one_epoch(
+            trained,
+            loader,
+            step,
+            data.masker,
+            CosineSchedule(lr, 0.0, total_steps / 10, total_steps),
+            mean=data.source.mean,
+            std=data.source.std,
+            jitter=False,
+            partial=arm.predict_ratio is not None,
+            first_step=0,
+            after_step=after_step,
+        )
+
+    return train
 
 
 def benchmark_train(args: argparse.Namespace, arms: dict[str, Arm], threads: int) -> Any:
@@ -456,9 +383,9 @@ def benchmark_train(args: argparse.Namespace, arms: dict[str, Arm], threads: int
     torch.set_num_threads(threads)
     steps = args.steps or max(1, args.images // arm.batch)
     data = open_data(args, arm, steps)
-    training = open_training(args, arm, data, steps * (args.repeats + args.warmup) * 2)
+    train = open_training(args, arm, data, steps * (args.repeats + args.warmup) * 2)
     return measure_together(
-        training.run,
+        train,
         data.loader,
         steps,
         data.images,
@@ -477,7 +404,7 @@ def loss_curve(args: argparse.Namespace, arm: Arm, steps: int) -> list[float]:
         losses.append(report.result.loss)
         return False
 
-    open_training(args, arm, data, steps).run(data.loader, note)
+    open_training(args, arm, data, steps)(data.loader, note)
     return torch.stack(losses).double().tolist()
 
 
@@ -506,16 +433,7 @@ def benchmark_limits(args: argparse.Namespace, arms: dict[str, Arm], threads: in
     turns["copy, GB/s read and written"] = partial(scaled, copy_rate(device), 1e-9)
     files = decode_rates(list(jpegs_like_imagenet(64, args.seed)))
     turns |= {f"{name}, images/s a core": measure for name, measure in files.items()}
-    found = {k: summary(v) for k, v in take_turns(turns, args.repeats, args.warmup).items()}
-    say(
-        table(
-            [
-                {"limit": name, "n": f["n"], "median": f["median"], "min-max": spread(f)}
-                for name, f in found.items()
-            ]
-        )
-    )
-    return found
+    return show_limits(take_turns(turns, args.repeats, args.warmup))
 
 
 def scaled(measure: Callable[[], float], factor: float) -> float:

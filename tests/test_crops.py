@@ -13,7 +13,7 @@ from util.dist import Agreement, Wish
 from util.errors import EXIT_STOPPED, BadInput
 from util.images import BadImage
 from util.masking import create_strategy
-from util.randomness import STREAMS, EpochSampler, Key, seed_of, seeds_of
+from util.randomness import STREAMS, EpochSampler, Key, generator_of, seed_of, seeds_of
 from util.samples import PretrainSamples, build_loader
 from util.transforms import PretrainTensorTransform, PretrainTransform
 
@@ -46,6 +46,22 @@ def test_seeds_of_many_are_numpys(seed, count):
     keys[0] = Key(0, 0, 0)
     expected = [[seed_of(seed, stream, *key) for key in keys] for stream in STREAMS]
     assert seeds_of(seed, list(STREAMS), keys).tolist() == expected
+
+
+@pytest.mark.parametrize("mask", ["random", "grid", "mixed"])
+@pytest.mark.parametrize("count", [1, 5])
+def test_noise_and_shift_are_those_of_generators_of_their_own(mask, count):
+    """Drawn for a batch at once, bit for bit what each sample's own three generators give."""
+    images = [(torch.zeros(3, 4, 4, dtype=torch.uint8), 0)] * 9
+    strategy, grid = create_strategy(mask), (5, 7)
+    samples = PretrainSamples(images, lambda image: image, strategy, grid, seed=3)
+    keys = [Key(2, index, index % 2) for index in range(count)]
+    for key, sample in zip(keys, samples.__getitems__(keys), strict=True):
+        rows = strategy.draw(grid, generator_of(3, "mask", *key))
+        order = torch.rand(1, 35, generator=generator_of(3, "predict", *key))
+        assert torch.equal(sample["noise"], torch.cat([rows, order]))
+        shift = torch.rand(2, generator=generator_of(3, "shift", *key)) - 0.5
+        assert torch.equal(sample["shift"], shift)
 
 
 # --- Keys ---

@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from util.config import METHODS as PRESETS
 from util.errors import BadInput
+from util.masking import MaskStrategy, create_strategy
 from util.step import PRECISIONS
 
 METHODS = ("mae", "mmae", "transformers")
@@ -93,6 +95,13 @@ def check_arm(arm: Arm, text: str) -> None:
         )
     if arm.method == "transformers" and arm.predict_ratio is not None:
         raise BadInput(f"arm {text!r}: transformers has no cross decoder")
+
+
+def strategy_of(arm: Arm) -> MaskStrategy:
+    """The masks of the arm's method."""
+    terms = PRESETS[arm.method]
+    names = ("avg_share", "avg_order", "avg_temperature")
+    return create_strategy(terms["mask"], **{name: terms[name] for name in names})
 
 
 def name_of(arm: Arm, base: Arm) -> str:

@@ -7,6 +7,7 @@ noise and collating, the peer floats, normalisation and collating. Ours normalis
 
 import itertools
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from torch.utils.data import DataLoader, RandomSampler, Sampler
 
 from util.benchmark import ratios, spread, summary, table, take_turns
+from util.errors import BadInput
 from util.images import ImageSource, Subset
 from util.limits import stopwatch
 from util.logger import say
@@ -56,6 +58,47 @@ def few(source: ImageSource) -> ImageSource:
     if len(source) <= MOST_IMAGES:
         return source
     return Subset(source, evenly(len(source), MOST_IMAGES))
+
+
+def has_files(source: ImageSource) -> bool:
+    """Whether its images are in files of their own."""
+    return os.path.isfile(source.file_name(0))
+
+
+def usual_files(
+    source: ImageSource, size: tuple[int, int], crop_scale: tuple[float, float]
+) -> UsualFiles | None:
+    """The peer on the files of a source; None where it has none, which is said."""
+    if has_files(source):
+        files = [source.file_name(index) for index in range(len(source))]
+        return UsualFiles(files, size, crop_scale)
+    say(
+        "the source has no files of its own: no peer, and nothing is packed; --usual_path names a "
+        "JPEG folder for the peer"
+    )
+    return None
+
+
+@contextmanager
+def packed_folder(given: str | None, data_path: str) -> Iterator[Path]:
+    """The folder for packed copies: the given one, or one beside the set for as long as it lasts.
+
+    Raises:
+        BadInput: no folder can be made there.
+    """
+    if given is not None:
+        yield Path(given).expanduser()
+        return
+    beside = Path(data_path).expanduser().resolve().parent
+    try:
+        made = tempfile.TemporaryDirectory(prefix=".packed-", dir=beside)
+    except OSError as error:
+        raise BadInput(
+            f"cannot make a folder in {beside} for the packed copies: {error.strerror}; name one "
+            "by --packed_path"
+        ) from error
+    with made as folder:
+        yield Path(folder)
 
 
 def pack_copies(
@@ -164,6 +207,39 @@ def read_once(source: Any) -> None:
     """Each image once: files are in memory then, and the checksums of packed ones compared."""
     for index in range(len(source)):
         source[index]
+
+
+def compare_reads(
+    usual: UsualFiles | None,
+    sources: Mapping[str, tuple[PretrainSamples, int]],
+    *,
+    images: int,
+    batch: int,
+    repeats: int,
+    warmup: int,
+) -> dict[str, Any]:
+    """The peer and all ways of ours, on one core, in turns; the table is printed.
+
+    Args:
+        usual: the peer, the first arm; None: there is none.
+        sources: name to samples, and crops of each decoded image.
+        images: of a repeat, a multiple of `batch`.
+        repeats, warmup: turns that count, and turns before them.
+
+    Raises:
+        BadInput: fewer images than a batch, or crops that do not divide it.
+    """
+    reads = {} if usual is None else {PEER: usual_reads(usual, images, batch)}
+    for name, (samples, crops) in sources.items():
+        reads[name] = our_reads(samples, images, batch, crops)
+    count = len(next(iter(sources.values()))[0])
+    with one_core() as cpu:
+        where = "one thread" if cpu is None else f"one thread, pinned to processor {cpu}"
+        say(f"{count:,} images, {images:,} a repeat; {where}; no loading processes")
+        for source in {id(s.source): s.source for s, _ in sources.values()}.values():
+            read_once(source)
+        rows = measure_reads(reads, repeats, warmup)
+    return {"rows": rows, "images": count, "processor": cpu}
 
 
 def measure_reads(

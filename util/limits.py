@@ -10,6 +10,9 @@ from PIL import Image
 from torch import Tensor
 from torchvision.io import decode_jpeg
 
+from util.benchmark import spread, summary, table
+from util.logger import say
+
 # Rows, inner and outer width of a linear layer.
 Shape = tuple[int, int, int]
 
@@ -120,3 +123,17 @@ def decode_rates(files: Sequence[bytes]) -> dict[str, Callable[[], float]]:
         "decode, PIL": rate(by_pil, files),
         "decode, torchvision": rate(by_torchvision, tensors),
     }
+
+
+def show_limits(found: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    """The table of all limits; their `summary` by name."""
+    limits = {name: summary(values) for name, values in found.items()}
+    say(
+        table(
+            [
+                {"limit": name, "n": f["n"], "median": f["median"], "min-max": spread(f)}
+                for name, f in limits.items()
+            ]
+        )
+    )
+    return limits

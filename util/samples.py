@@ -60,18 +60,21 @@ class PretrainSamples(Dataset):
 
     def __getitems__(self, keys: list[Key]) -> list[dict[str, Any]]:
         """The samples of a batch; neighbours that are crops of one image share its decoding."""
-        seeds = seeds_of(self.seed, PURPOSES, keys).tolist()
+        augment, *others = seeds_of(self.seed, PURPOSES, keys).tolist()
+        noise, shifts = self._draw(*others)
+        generator = torch.Generator()
         samples: list[dict[str, Any]] = []
         before, decoded = None, None
-        for key, augment, *drawn in zip(keys, *seeds, strict=True):
+        for key, seed, *drawn in zip(keys, augment, noise, shifts, strict=True):
             image_key = key._replace(crop=0)
             if decoded is None or image_key != before:
                 before, decoded = image_key, decode(self.source, image_key, self.seed)
             image, label, bad = decoded
             samples.append(
                 {
-                    "image": self._augment(image, augment),
-                    **self._draw(*drawn),
+                    "image": self._augment(image, seed, generator),
+                    "noise": drawn[0],
+                    "shift": drawn[1],
                     "label": label,
                     "index": key.index,
                     "bad": bad_slots(bad),
@@ -79,19 +82,28 @@ class PretrainSamples(Dataset):
             )
         return samples
 
-    def _augment(self, image: Any, seed: int) -> Tensor:
+    def _augment(self, image: Any, seed: int, generator: torch.Generator) -> Tensor:
         if getattr(self.transform, "takes_generator", False):
-            return self.transform(image, torch.Generator().manual_seed(seed))
+            return self.transform(image, generator.manual_seed(seed))
         with seeded(seed):
             return self.transform(image)
 
-    def _draw(self, mask: int, predict: int, shift: int) -> dict[str, Tensor]:
-        """Noise and shift, each from a generator with a seed of its own."""
+    def _draw(self, mask: list[int], predict: list[int], shift: list[int]) -> tuple[Tensor, Tensor]:
+        """Noise [B, S + 1, L] and shifts [B, 2] from each one's seeds.
+
+        One generator, seeded anew for each draw, and few tensors: of images that need no decoding
+        this is a good part of the time.
+        """
         generator = torch.Generator()
-        noise = self.strategy.draw(self.grid, generator.manual_seed(mask))
-        row = torch.rand(1, noise.shape[1], generator=generator.manual_seed(predict))
-        offset = torch.rand(2, generator=generator.manual_seed(shift)) - 0.5
-        return {"noise": torch.cat([noise, row]), "shift": offset}
+        rows = [self.strategy.draw(self.grid, generator.manual_seed(seed)) for seed in mask]
+        strategies, patches = rows[0].shape
+        noise = torch.empty(len(rows), strategies + 1, patches)
+        torch.stack(rows, out=noise[:, :-1])
+        shifts = torch.empty(len(rows), 2)
+        for order, place, seed, other in zip(noise[:, -1], shifts, predict, shift, strict=True):
+            order.uniform_(generator=generator.manual_seed(seed))
+            place.uniform_(generator=generator.manual_seed(other))
+        return noise, shifts.sub_(0.5)
 
 
 class LabelledSamples(Dataset):

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from util.benchmark import ratios, spread, summary, table, take_turns
 from util.children import Answer, Children
@@ -16,7 +18,7 @@ from util.contenders import Arm
 from util.dist import Processes, distribute
 from util.errors import BadInput, needs
 from util.logger import say
-from util.masking import MaskStrategy
+from util.masking import MaskStrategy, count_visible
 from util.optim import create_adamw, parameter_groups
 from util.randomness import generator_of
 from util.step import PRECISIONS, OptimizerStep
@@ -91,6 +93,31 @@ def peers_step(model: Any, arm: Arm, procs: Processes) -> Callable[[], Any]:
         optimizer.zero_grad(set_to_none=True)
 
     return step
+
+
+def count_flops(create: Callable[[], Any], arm: Arm, side: int) -> int:
+    """Operations of one image, forward and backward, as torch's counter sees them in the graph.
+
+    Matrix products, convolutions and attention, two operations a product; what is masked or not
+    predicted is not in the graph, and what checkpointing computes again does not count.
+
+    Args:
+        create: makes the arm's model.
+        side: of the image, pixels.
+    """
+    with FakeTensorMode(), FlopCounterMode(display=False) as counter:
+        model = create()
+        images = torch.empty(1, 3, side, side)
+        if arm.method == "transformers":
+            loss = model(images).loss
+        else:
+            patches = model.grid[0] * model.grid[1]
+            mask = torch.ones(1, patches, dtype=torch.bool)
+            order = None if arm.predict_ratio is None else torch.empty(1, patches)
+            visible = count_visible(patches, arm.mask_ratio)
+            loss = model(images, mask, visible, None, order)["loss"]
+        loss.backward()
+    return counter.get_total_flops()
 
 
 # ---- All arms in turns ---------------------------------------------------------------------------

@@ -54,8 +54,8 @@ class MaskedAutoencoderViT(nn.Module):
             (CrossMAE, see `CrossTrunk`).
         predict_ratio: share of the masked patches that `cross` predicts while training.
         encoder_mask_tokens: the encoder sees all patches, the masked ones as a learned token with
-            their position; the decoder has no token of its own (MAE, table 1c).
-        pca_components: the target is so many PCA coefficients of a patch (MAE, table 1d), largest
+            their position; the decoder has no token of its own (MAE's ablation).
+        pca_components: the target is so many PCA coefficients of a patch (MAE's ablation), largest
             variance first; until `pca.set` is called the loss is NaN, see `PatchPCA`.
 
     Attributes:

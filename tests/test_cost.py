@@ -90,7 +90,7 @@ def test_flops_with_activations_computed_again(flags: dict) -> None:
 
 
 def test_mask_tokens_in_the_encoder_cost_the_papers_3_3() -> None:
-    """MAE, Table 1c, ViT-L: 3.3 x the FLOPs; 4 x the encoder's tokens, the same decoder."""
+    """MAE's ablation, ViT-L: 3.3 x the FLOPs; 4 x the encoder's tokens, the same decoder."""
     arguments = model_arguments("mae_vit_large_patch16")
     plain = cost_of(autoencoder_layers(arguments, 49)).total
     tokens = cost_of(autoencoder_layers(arguments | {"encoder_mask_tokens": True}, 49)).total

@@ -3,6 +3,7 @@
 Runs are made up by writing what main_tables.py leaves in the folder of a cell.
 """
 
+import importlib
 import itertools
 import json
 import math
@@ -18,8 +19,9 @@ import yaml
 from scipy import stats
 
 import main_study
-import main_tables
+from util import cell_runs
 from util.arms import read_arms
+from util.cell_runs import MAINS
 from util.config import METHODS
 from util.effects import contrast, corrected, differences, estimate, holm, prediction, signs_of
 from util.errors import BadInput, RunFailed, Stopped
@@ -118,7 +120,7 @@ def test_dynamics_are_by_hand(tmp_path: Path) -> None:
 
 
 def test_the_study_is_what_the_issue_asks() -> None:
-    plan = read_plan(STUDY, main_tables.MAINS)
+    plan = read_plan(STUDY, MAINS)
     study = read_study(plan)
     factorial = plan.arms[study.factorial]
     assert len(factorial.arms) == 8 and len(factorial.seeds) >= 5
@@ -147,10 +149,8 @@ def test_the_study_is_what_the_issue_asks() -> None:
 @pytest.mark.parametrize("main", ["main_pretrain", "main_finetune", "main_knn", "main_visualize"])
 def test_flags_of_the_study_are_known(main: str) -> None:
     """Every run's words parse, with the flags of its arm."""
-    import importlib
-
     module = importlib.import_module(main)
-    plan = read_plan(STUDY, main_tables.MAINS)
+    plan = read_plan(STUDY, MAINS)
     for cell in cells_of(plan, [0], Path("out")).values():
         if cell.run.main == main:
             module.build_parser().parse(cell.words(ROOT)[1:])
@@ -172,7 +172,7 @@ def plan_of(tmp_path: Path, **changes: Any) -> Path:
 
 
 def test_arms_make_runs_and_rows(tmp_path: Path) -> None:
-    plan = read_plan(plan_of(tmp_path), main_tables.MAINS)
+    plan = read_plan(plan_of(tmp_path), MAINS)
     assert list(plan.runs) == ["p.x", "p.y", "k.x", "k.y"] and plan.seeds == (0, 1, 2)
     assert plan.runs["p.y"].flags["lr"] == 2 and plan.runs["k.y"].needs == ("p.y",)
     assert [(row.label, row.run) for row in plan.tables[0].rows] == [
@@ -182,7 +182,7 @@ def test_arms_make_runs_and_rows(tmp_path: Path) -> None:
     assert len(cells_of(plan, plan.seeds, tmp_path)) == 8
     other = with_arms(plan, "z", [9], {"w": {"lr": 5}})
     (tmp_path / "other.yaml").write_text(yaml.safe_dump(other, sort_keys=False))
-    again = read_plan(tmp_path / "other.yaml", main_tables.MAINS)
+    again = read_plan(tmp_path / "other.yaml", MAINS)
     assert list(again.runs) == ["p.w", "k.w"] and again.seeds == (9,)
 
 
@@ -206,14 +206,14 @@ BAD = {
 def test_bad_arms_are_explained(case: str, tmp_path: Path) -> None:
     changes, message = BAD[case]
     with pytest.raises(BadInput, match=message.replace("?", r"\?")):
-        read_plan(plan_of(tmp_path, **changes), main_tables.MAINS)
+        read_plan(plan_of(tmp_path, **changes), MAINS)
 
 
 def test_a_run_needs_its_needs_at_its_seeds(tmp_path: Path) -> None:
     runs = yaml.safe_load(plan_of(tmp_path).read_text())["runs"]
     runs["all"] = {"main": "main_knn", "flags": {"seed": "{seed}"}, "after": ["p.x"]}
     with pytest.raises(BadInput, match=r"not run at its seeds 0"):
-        read_plan(plan_of(tmp_path, runs=runs), main_tables.MAINS)
+        read_plan(plan_of(tmp_path, runs=runs), MAINS)
 
 
 @pytest.mark.parametrize(
@@ -231,7 +231,7 @@ def test_bad_studies_are_explained(change: dict, message: str, tmp_path: Path) -
     given["study"] |= change
     (tmp_path / "plan.yaml").write_text(yaml.safe_dump(given, sort_keys=False))
     with pytest.raises(BadInput, match=message.replace("?", r"\?")):
-        read_study(read_plan(tmp_path / "plan.yaml", main_tables.MAINS))
+        read_study(read_plan(tmp_path / "plan.yaml", MAINS))
 
 
 # ---- The command -------------------------------------------------------------------------------
@@ -254,7 +254,7 @@ def truth(flags: list[str], seed: int, noise: np.random.Generator) -> dict[str, 
 
 def made_up(path: Path, output: Path, jobs: int) -> None:
     """In the place of main_tables.py: a record for each cell, by the flags of its pretraining."""
-    plan = read_plan(Path(path), main_tables.MAINS)
+    plan = read_plan(Path(path), MAINS)
     cells = cells_of(plan, plan.seeds, Path(output))
     noise = np.random.default_rng(0)
     for cell in cells.values():
@@ -412,9 +412,32 @@ def test_signals_reach_the_runs(tmp_path: Path) -> None:
     assert ended.returncode == 75, ended.stderr
 
 
+class Called:
+    """In the place of a process: the command's main is called; seven interpreters take 25 s.
+
+    That processes are started, stopped and waited for is test_tables.py's matter, and above.
+    """
+
+    pid = -1
+
+    def __init__(self, words: list[str], **rest: Any) -> None:
+        program, *flags = words[1:]
+        importlib.import_module(Path(program).stem).main(flags)
+        self.returncode = 0
+
+    def poll(self) -> int:
+        return self.returncode
+
+    def wait(self) -> int:
+        return self.returncode
+
+
 @pytest.mark.smoke
-def test_a_tiny_row_runs_through(tmp_path: Path, run_main) -> None:
-    """Every command of a row, as main_tables.py starts them; numbers as small as they can be."""
+def test_a_tiny_row_runs_through(tmp_path: Path, run_main, monkeypatch) -> None:
+    """Every command of a row, with its flags; numbers as small as they can be."""
+    monkeypatch.chdir(ROOT)  # where commands are started
+    monkeypatch.setattr(cell_runs.subprocess, "Popen", Called)
+    monkeypatch.setattr(cell_runs, "commit", lambda: "unknown")  # needs processes of its own
     given = yaml.safe_load(STUDY.read_text())
     tiny = {
         "main_pretrain": {"dataset": "digits", "input_size": 16, "eval_images": 8,
@@ -430,7 +453,7 @@ def test_a_tiny_row_runs_through(tmp_path: Path, run_main) -> None:
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(given, sort_keys=False))
     row = "factorial/mask_on-lscale_on-offset_on"
     code, out, err = run_main("main_study", [
-        f"--plan={tmp_path / 'tiny.yaml'}", f"--output_dir={tmp_path / 'out'}", "--jobs=2",
+        f"--plan={tmp_path / 'tiny.yaml'}", f"--output_dir={tmp_path / 'out'}", "--jobs=1",
         f"--docs={tmp_path / 'docs'}", f"--only={row}",
     ])  # fmt: skip
     assert code == 0, err + out

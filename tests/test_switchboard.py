@@ -107,7 +107,7 @@ def flops_by_hand(L: int, D: int, depth: int, d: int, decoder_depth: int, V: int
 
 
 def test_encoder_mask_tokens_cost_at_vit_large() -> None:
-    """MAE's table 1c says 3.3 x; the paper does not say what it counts."""
+    """MAE's ablation says 3.3 x; the paper does not say what it counts."""
     name = "mae_vit_large_patch16"
     counts = [matrix_flops(name, encoder_mask_tokens=tokens) for tokens in (False, True)]
     by_hand = [flops_by_hand(196, 1024, 24, 512, 8, 768, tokens) for tokens in (False, True)]

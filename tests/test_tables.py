@@ -20,6 +20,7 @@ import yaml
 from launch import TINY, records, steps_done
 
 import main_tables
+from util import cell_runs
 from util.errors import BadInput
 from util.plan import cells_of, read_plan
 from util.tables import mean_and_deviation, show
@@ -80,8 +81,8 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     root = tmp_path / "repository"
     root.mkdir()
     (root / "main_finetune.py").write_text(FAKE)
-    monkeypatch.setattr(main_tables, "ROOT", root)
-    monkeypatch.setattr(main_tables, "POLL", 0.01)
+    monkeypatch.setattr(cell_runs, "ROOT", root)
+    monkeypatch.setattr(cell_runs, "POLL", 0.01)
     return root
 
 
@@ -125,7 +126,7 @@ def test_cells_run_once_and_tables_hold_mean_and_deviation(tmp_path, fake, run_m
     expected += [f"--from={tmp_path}/out/seed-3/a/weights", f"--output_dir={tmp_path}/out/seed-3/b"]
     assert shlex.split(record["command"]) == expected
     assert "--loud" in shlex.split(done(tmp_path, "seed-0/a")["command"])
-    assert record["metrics"] == {"top1": 92.1, "loss": 0.5, "threads": main_tables.cores()}
+    assert record["metrics"] == {"top1": 92.1, "loss": 0.5, "threads": cell_runs.cores()}
     assert record["starts"] == 1 and 0 < record["seconds"] < 30
     assert record["versions"].keys() == {"python", "torch", "timm"} and record["cores"] >= 1
 
@@ -147,7 +148,7 @@ def test_cells_run_once_and_tables_hold_mean_and_deviation(tmp_path, fake, run_m
     assert re.search(r"^\| after \\\| a \| 90\.93 ± 1\.07 \|  \| 3 \| \d+ \| \d+ \|$", text, re.M)
     assert re.search(r"^\| a \| 93\.33 ± 3\.82 \| 0\.5000 ± 0\.0000 \| 3 \| ", text, re.M)
     header = text.splitlines()[0]
-    for part in ("6 of 6 runs", f"{main_tables.cores()} cores", "torch ", "timm ", "commit "):
+    for part in ("6 of 6 runs", f"{cell_runs.cores()} cores", "torch ", "timm ", "commit "):
         assert part in header
 
     # Nothing is left to do, and the tables come out the same.
@@ -176,7 +177,7 @@ def test_only_some_runs_or_seeds_leave_the_rest_missing(tmp_path, fake, run_main
 
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_jobs_run_together_or_one_by_one(jobs, tmp_path, fake, run_main, monkeypatch) -> None:
-    monkeypatch.setattr(main_tables, "cores", lambda: 7)
+    monkeypatch.setattr(cell_runs, "cores", lambda: 7)
     flags = [{"alone": 1}, {"alone": 2}] if jobs == 1 else [{"meet": "b"}, {"meet": "a"}]
     runs = {"a": flags[0], "b": flags[1], "c": {"x": "{run:b}"}}
     words = write_plan(tmp_path / "plan.yaml", runs)
@@ -221,13 +222,13 @@ def test_stopped_and_gone_on_with(who: str, tmp_path, fake, run_main) -> None:
     words = [*write_plan(tmp_path / "plan.yaml", runs), "--jobs=2"]
     code, _, err = run_main("main_tables", [*words, "--only", "first"])
     assert code == 0, err
-    old = {number: signal.getsignal(number) for number in main_tables.SIGNALS}
+    old = {number: signal.getsignal(number) for number in cell_runs.SIGNALS}
     began = time.monotonic()
     code, _, err = run_main("main_tables", words)
     assert code == 75 and time.monotonic() - began < 20  # far below the 60 s that they would take
     reason = {"us": "SIGTERM", "itself": "seed-0/long was stopped", "deaf": "SIGINT"}[who]
     assert f"stopped: {reason}; 1 of 4 runs are done" in err
-    assert {number: signal.getsignal(number) for number in main_tables.SIGNALS} == old
+    assert {number: signal.getsignal(number) for number in cell_runs.SIGNALS} == old
     assert "seed-0/next" not in started(tmp_path)
     folder = tmp_path / "out/seed-0"
     assert not (folder / "long/done.json").exists()
@@ -245,15 +246,15 @@ def test_stopped_and_gone_on_with(who: str, tmp_path, fake, run_main) -> None:
 
 
 def test_time_is_noted_while_a_run_goes_on(tmp_path, fake, run_main, monkeypatch) -> None:
-    monkeypatch.setattr(main_tables, "HEARTBEAT", 0.01)
+    monkeypatch.setattr(cell_runs, "HEARTBEAT", 0.01)
     noted = []
-    write = main_tables.write_json
+    write = cell_runs.write_json
 
     def note(path: Path, content: dict) -> None:
         noted.append(path.name)
         write(path, content)
 
-    monkeypatch.setattr(main_tables, "write_json", note)
+    monkeypatch.setattr(cell_runs, "write_json", note)
     assert run_main("main_tables", write_plan(tmp_path / "plan.yaml", {"a": {"alone": 1}}))[0] == 0
     # At the start and at the end, and in between.
     assert noted[: noted.index("done.json")].count("starts.json") > 2
@@ -268,7 +269,7 @@ def test_no_child_outlives_a_fault_of_ours(tmp_path, fake, run_main, monkeypatch
     assert time.monotonic() - began < 20
     monkeypatch.undo()  # the lock is free again, so nobody is left
     assert run_main("main_tables", [*words, "--list"])[0] == 0
-    handle = os.open(tmp_path / "out" / main_tables.LOCK, os.O_RDWR)
+    handle = os.open(tmp_path / "out" / cell_runs.LOCK, os.O_RDWR)
     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     os.close(handle)
 
@@ -276,7 +277,7 @@ def test_no_child_outlives_a_fault_of_ours(tmp_path, fake, run_main, monkeypatch
 def test_one_at_a_time_in_an_output_folder(tmp_path, fake, run_main) -> None:
     words = write_plan(tmp_path / "plan.yaml", {"a": {}})
     (tmp_path / "out").mkdir()
-    with main_tables.only_one(tmp_path / "out"):
+    with cell_runs.only_one(tmp_path / "out"):
         code, _, err = run_main("main_tables", words)
     assert code == 2 and f"in use by another main_tables (process {os.getpid()})" in err
     assert run_main("main_tables", words)[0] == 0
@@ -359,7 +360,7 @@ def test_pretraining_metrics_are_the_last_of_each_kind(tmp_path: Path) -> None:
         {"kind": "eval", "step": 10, "model_psnr": 12.0, "model_ssim": 0.2},
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
-    found = main_tables.MAINS["main_pretrain"](tmp_path)
+    found = cell_runs.MAINS["main_pretrain"](tmp_path)
     assert (found["loss"], found["model_psnr"], found["step"]) == (0.8, 12.0, 10)
 
 
@@ -419,10 +420,10 @@ def test_bad_plans_are_refused_before_anything_starts(old, new, message, tmp_pat
 def test_plan_that_the_faults_are_made_from_is_good(tmp_path: Path) -> None:
     path = tmp_path / "plan.yaml"
     path.write_text(GOOD)
-    plan = read_plan(path, main_tables.MAINS)
+    plan = read_plan(path, cell_runs.MAINS)
     assert plan.runs["b"].needs == ("a",) and plan.runs["a"].needs == ()
     with pytest.raises(BadInput, match="cannot read"):
-        read_plan(tmp_path / "none.yaml", main_tables.MAINS)
+        read_plan(tmp_path / "none.yaml", cell_runs.MAINS)
 
 
 @pytest.mark.parametrize("words", [[], ["--plan=x.yaml"], ["--plan=x", "--jobs=0"], ["--pln=x"]])
@@ -435,9 +436,10 @@ def test_every_plan_of_the_project_reads() -> None:
     paths = sorted((ROOT / "recipes" / "tables").glob("*.yaml"))
     assert "fashion_mnist.yaml" in [path.name for path in paths]
     for path in paths:
-        plan = read_plan(path, main_tables.MAINS)
+        plan = read_plan(path, cell_runs.MAINS)
         cells = cells_of(plan, plan.seeds, ROOT / "output_dir")
-        assert len(cells) == len(plan.seeds) * len(plan.runs)
+        own = [run.copy.seeds or plan.given["seeds"] for run in plan.runs.values()]
+        assert len(cells) == sum(map(len, own))
         shown = {row.run for table in plan.tables for row in table.rows}
         needed = {need for name in shown for need in plan.runs[name].needs}
         assert shown | needed == plan.runs.keys(), f"{path.name} pays for runs that it never shows"

@@ -132,7 +132,7 @@ class Grid:
 
 
 class Block:
-    """Rectangles, first covered first masked (block-wise masks after BEiT, as in MAE's table 1f).
+    """Rectangles, first covered first masked (block-wise masks after BEiT, as in MAE's ablation).
 
     Rectangles of aspect 0.3 to 3.3 (log-uniform) and 8 % to 40 % of the grid's area (uniform) fall
     at uniformly random places; a patch is masked the earlier the sooner one covers it.

@@ -32,7 +32,7 @@ class Row:
 
     Attributes:
         name: what the paper calls it.
-        paper: its number; None: not printed, or not known to us.
+        paper: its number; None: not known to us.
         original: where the number is from, if not from the paper itself.
         pretrain, run: recipes under recipes/; None: no pretraining; no system of ours.
         folder: of the measured run, under the root of all runs; None: no system of ours.
@@ -64,7 +64,7 @@ class Found:
 
     Attributes:
         state: not run | running | done | other method.
-        value: of the metric, of the last epoch; None unless done.
+        value: of the metric, at the end of the run; None unless done.
         note: how far it is, or where it departs from its recipe.
         folder: where it is; None: nowhere.
     """
@@ -129,8 +129,7 @@ def _row(given: Mapping[str, Any], path: Path, recipes: Path) -> Row:
             )
     run, pretrain = given.get("run"), given.get("pretrain")
     folder = before = None
-    # A recipe of a task that this project does not have yet is no fault of the file.
-    if run is not None and (recipes / run).exists():
+    if run is not None:
         folder = before = run_folder(pretrain or run, recipes)
         if given.get("in", ".") != ".":
             folder = f"{folder}/{given['in']}"
@@ -223,13 +222,22 @@ def _measured(folder: Path, task: str, metric: str, row: Row, recipes: Path) -> 
     if not evals:
         return Found("running", note="nothing measured yet", folder=folder)
     last = evals[-1]
-    epochs = settings.get("epochs")
-    if epochs is not None and last.get("epoch") != epochs - 1:
-        return Found("running", note=f"epoch {last.get('epoch', 0) + 1} of {epochs}", folder=folder)
+    if progress := _unfinished(last, settings):
+        return Found("running", note=progress, folder=folder)
     assert row.run is not None
     changed = differences(read_recipe(recipes / row.run), settings)
     value = last.get(f"ema_{metric}", last[metric])  # averaged weights, where they are kept
     return Found("done", float(value), "; ".join(changed), folder)
+
+
+def _unfinished(last: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    """How far a run was at its last measurement; empty: at its end."""
+    epochs, iterations = settings.get("epochs"), settings.get("iterations")
+    if epochs is not None and last.get("epoch") != epochs - 1:
+        return f"epoch {last.get('epoch', 0) + 1} of {epochs}"
+    if iterations is not None and last["step"] != iterations:
+        return f"iteration {last['step']:,} of {iterations:,}"
+    return ""
 
 
 def differences(recipe: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:

@@ -153,7 +153,7 @@ def pretrain_transform(
     channels: int,
     margin: bool,
 ) -> Callable[[Any], Tensor]:
-    """The augmentation of that name (MAE, table 1e): an image to a uint8 view [C, h, w].
+    """The augmentation of that name (MAE's ablation): an image to a uint8 view [C, h, w].
 
     Args:
         augment: none: the centre as in evaluation, never flipped; fixed_crop: scaled to cover

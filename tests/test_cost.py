@@ -205,8 +205,9 @@ def test_activations_of_segmentation_are_measured_ones(flags: dict, precision: s
             return pixel_loss(model, batch)
 
     each, fixed = per_image(model, forward)
-    print(flags, precision, cost.activations / each, cost.copies, cost.shared, fixed)
-    assert cost.activations == pytest.approx(each, rel=0.2)
+    if precision == "bf16":
+        assert cost.copies + cost.shared == pytest.approx(fixed, rel=0.2)
+    assert cost.activations == pytest.approx(each, rel=0.2)  # measured: within 12 %
 
 
 def test_activation_checkpointing_keeps_entries_and_one_block() -> None:

@@ -153,7 +153,7 @@ def test_segmentation_that_cannot_be_planned(flags: list[str], expected: str, ru
 
 def test_learned_parameters_are_those_the_run_names(tmp_path: Path, few, run_main) -> None:
     main_pretrain.main([*PRETRAIN, "--epochs=1", "--warmup_epochs=0", f"--output_dir={tmp_path}"])
-    start = [f"--finetune={tmp_path}/checkpoint-last.pth", "--epochs=2", "--warmup_epochs=1"]
+    start = [f"--finetune={tmp_path}/checkpoint-last.pth", "--epochs=1", "--warmup_epochs=0"]
     for tune in ("full", "linear", "partial:0.5"):
         flags = [*FINETUNE, *start, f"--tune={tune}", "--blr=1e-4"]
         code, out, err = run_main("main_finetune", [*flags, f"--output_dir={tmp_path / tune}"])

@@ -9,15 +9,21 @@ import torch.nn.functional as F
 from timm.data.mixup import Mixup
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from util.accuracy import Accuracy, AccuracyMeter
-from util.logger import StepReport
-from util.randomness import seed_of, seeded
+from util.dist import Processes
+from util.errors import RunFailed
+from util.images import ImageSource
+from util.logger import StepReport, say
+from util.randomness import EvalSampler, seed_of, seeded
 from util.replace import refuse_bad
+from util.samples import LabelledSamples, build_loader
 from util.step import OptimizerStep, Stopwatch, steps_of
-from util.transforms import normalize
+from util.transforms import EvalTransform, normalize
 
 Stats = Sequence[float]
+EVAL_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -140,3 +146,51 @@ def evaluate(
         bad += batch["bad"].flatten().tolist()
     refuse_bad(bad, gather)
     return meter.total(sum_over_ranks)
+
+
+def eval_loader(
+    source: ImageSource, size: tuple[int, int], batch_size: int, workers: int, procs: Processes
+) -> DataLoader:
+    """Every image once, dealt out to the processes."""
+    samples = LabelledSamples(source, EvalTransform(size, margin=source.eval_margin), EVAL_SEED)
+    sampler = EvalSampler(
+        range(len(source)), batch_size, world_size=procs.world_size, rank=procs.rank
+    )
+    return build_loader(
+        samples, sampler, num_workers=workers, pin_memory=procs.device.type == "cuda"
+    )
+
+
+def measurement(
+    loader: DataLoader, source: ImageSource, num_classes: int, procs: Processes
+) -> Callable[[Any], Accuracy]:
+    """A function that measures a model on the held-out set; a collective.
+
+    It raises RunFailed for logits that are not finite numbers.
+    """
+
+    def measure(model: Any) -> Accuracy:
+        result = evaluate(
+            model,
+            loader,
+            num_classes,
+            mean=source.mean,
+            std=source.std,
+            device=procs.device,
+            sum_over_ranks=procs.sum,
+            gather=procs.gather,
+        )
+        if result.broken:
+            raise RunFailed(f"the logits of {result.broken} images are not finite numbers")
+        return result
+
+    return measure
+
+
+def say_accuracy(of: str, result: Accuracy) -> None:
+    """One line for the reader."""
+    values = result.summary()
+    say(
+        f"{of}: top-1 {values['top1']:.3f}  top-5 {values['top5']:.3f}  loss {values['loss']:.4f}  "
+        f"({result.images:,} images)"
+    )

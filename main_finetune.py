@@ -11,8 +11,7 @@ Several processes: torchrun --nproc_per_node 8 main_finetune.py ...
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,18 @@ import torch
 from timm.data.mixup import Mixup
 from timm.data.random_erasing import RandomErasing
 from timm.utils import ModelEmaV3
-from torch.utils.data import DataLoader
 
 import models_zoo
-from engine_finetune import BatchAugmentation, evaluate, train_one_epoch
+from engine_finetune import (
+    BatchAugmentation,
+    eval_loader,
+    measurement,
+    say_accuracy,
+    train_one_epoch,
+)
 from models_vit import blocks_of
 from util import checkpoint as ckpt
-from util.accuracy import Accuracy, save_accuracy
+from util.accuracy import save_accuracy
 from util.class_names import check_classes
 from util.config import (
     FlagParser,
@@ -40,10 +44,8 @@ from util.config import (
     compiles,
     fill_unset,
     number,
-    optional,
     run_options,
     settings_of,
-    size_pair,
 )
 from util.convert import read_encoder
 from util.cost import classifier_layers, cost_of
@@ -52,61 +54,41 @@ from util.dist import Processes, choose_device, distribute, processes
 from util.dry_run import (
     Data,
     Plan,
-    describe,
+    limited,
     look_at_data,
     measure_rate,
     parameters_by_part,
     processes_of,
     rate_of,
+    start_of_plan,
 )
-from util.errors import BadInput, RunFailed, command
+from util.dry_run_report import describe
+from util.errors import BadInput, command
+from util.finetune_flags import (
+    FULL,
+    LINEAR,
+    UNSET,
+    add_augmentation_flags,
+    add_model_flags,
+)
 from util.images import ImageSource, Subset
 from util.logger import prepare_folder, say
 from util.optim import create_adamw, create_lars, layer_decay_groups
-from util.randomness import EpochSampler, EvalSampler, evenly
+from util.randomness import EpochSampler, evenly
 from util.run import Run, due
 from util.samples import LabelledSamples, build_loader, default_workers
 from util.schedule import CosineSchedule, scaled_lr
 from util.shard import Placed, optimizer_parts
 from util.step import OptimizerStep
-from util.transforms import EvalTransform, FinetuneTransform
+from util.transforms import FinetuneTransform
 from util.weights import load_state
 
 TASK = "finetune"
 BEST = "checkpoint-best.pth"
-EVAL_SEED = 0
 # Beside those of every main: what is only measured.
 HOUSEKEEPING = {"eval", "dist_eval"}
-# What --tune presets; each flag of its own overrides. Sources: MAE, appendix A.1 (end-to-end, with
-# the defaults of its main_finetune.py) and its main_linprobe.py. Partial tuning is as full.
-FULL: dict[str, Any] = {
-    "epochs": 50,
-    "warmup_epochs": 5.0,
-    "blr": 1e-3,
-    "min_lr": 1e-6,
-    "weight_decay": 0.05,
-    "layer_decay": 0.75,
-    "drop_path": 0.1,
-    "global_pool": "avg",
-    "aa": "rand-m9-mstd0.5-inc1",
-    "smoothing": 0.1,
-    "reprob": 0.25,
-}
 # From scratch; for what --dry_run warns of.
 SCRATCH_BLR = 1e-4
-LINEAR: dict[str, Any] = {
-    "epochs": 90,
-    "warmup_epochs": 10.0,
-    "blr": 0.1,
-    "min_lr": 0.0,
-    "weight_decay": 0.0,
-    "layer_decay": 1.0,
-    "drop_path": 0.0,
-    "global_pool": "cls",
-    "aa": None,
-    "smoothing": 0.0,
-    "reprob": 0.0,
-}
 
 
 def build_parser() -> FlagParser:
@@ -124,68 +106,14 @@ def build_parser() -> FlagParser:
         type=number(int, 1),
         help="learn from so many, evenly spaced; default: all",
     )
-    group = parser.add_argument_group("model")
-    group.add_argument("--model", metavar="NAME", help="default: the checkpoint's")
-    group.add_argument("--list_models", action="store_true", help="print the names and leave")
-    group.add_argument("--finetune", metavar="CHECKPOINT", help="path or https URL to start from")
-    group.add_argument(
-        "--pos_resize",
-        choices=("rescale", "extend"),
-        default="rescale",
-        help="positions at another size: rescale keeps the image's extent, extend the distance of "
-        "patches",
-    )
-    group.add_argument("--nb_classes", type=number(int, 1), help="default: the data set's")
-    group.add_argument("--in_chans", type=number(int, 1), help="from scratch; default: the data's")
-    group.add_argument("--patch_size", type=size_pair, help="from scratch; overrides the name's")
-    group.add_argument(
-        "--lscale_init",
-        type=optional(number(float, 0, open_low=True)),
-        help="from scratch: LScale's gamma at the start",
-    )
-    unset: dict[str, Any] = {"default": argparse.SUPPRESS}
-    group.add_argument(
-        "--global_pool", nargs="?", const="avg", choices=("avg", "cls"), help="by --tune", **unset
-    )
-    group.add_argument(
-        "--cls_token", action="store_const", const="cls", dest="global_pool", **unset
-    )
-    group.add_argument("--drop_path", type=number(float, 0, 1), help="by --tune", **unset)
-    group = parser.add_argument_group("augmentation and regularisation")
-    group.add_argument(
-        "--aa", type=optional(str), help="timm's policy, by --tune; none: crop and flip", **unset
-    )
-    group.add_argument("--color_jitter", type=number(float, 0), help="without --aa")
-    group.add_argument(
-        "--crop_scale",
-        type=number(float, 0, 1, open_low=True),
-        nargs=2,
-        default=[0.08, 1.0],
-        metavar=("MIN", "MAX"),
-        help="share of the image's area that a random crop covers",
-    )
-    group.add_argument("--no_flip", action="store_true", help="no horizontal flip")
-    group.add_argument(
-        "--smoothing", type=number(float, 0, 1), help="of labels, by --tune", **unset
-    )
-    group.add_argument("--reprob", type=number(float, 0, 1), help="erasing, by --tune", **unset)
-    group.add_argument("--remode", choices=("pixel", "rand", "const"), default="pixel")
-    group.add_argument("--recount", type=number(int, 1), default=1)
-    group.add_argument("--mixup", type=number(float, 0), default=0.0, help="alpha; 0: off")
-    group.add_argument("--cutmix", type=number(float, 0), default=0.0, help="alpha; 0: off")
-    group.add_argument("--cutmix_minmax", type=number(float, 0, 1), nargs=2)
-    group.add_argument("--mixup_prob", type=number(float, 0, 1), default=1.0)
-    group.add_argument("--mixup_switch_prob", type=number(float, 0, 1), default=0.5)
-    group.add_argument("--mixup_mode", choices=("batch", "pair", "elem"), default="batch")
-    group.add_argument(
-        "--ema_decay", type=number(float, 0, 1), help="also keep averaged weights, measured too"
-    )
+    add_model_flags(parser)
+    add_augmentation_flags(parser)
     add_optimisation_flags(
         parser, unset=("epochs", "warmup_epochs", "blr", "min_lr", "weight_decay")
     )
     group = parser.add_argument_group("optimisation, fine-tuning")
     group.add_argument(
-        "--layer_decay", type=number(float, 0, 1, open_low=True), help="by --tune", **unset
+        "--layer_decay", type=number(float, 0, 1, open_low=True), help="by --tune", **UNSET
     )
     group.add_argument("--betas", type=number(float, 0, 1), nargs=2, default=[0.9, 0.999])
     add_shard_flag(parser)
@@ -288,19 +216,6 @@ def build_augmentation(
     return BatchAugmentation(erasing, mixup, args.smoothing)
 
 
-def eval_loader(
-    source: ImageSource, size: tuple[int, int], batch_size: int, workers: int, procs: Processes
-) -> DataLoader:
-    """Every image once, dealt out to the processes."""
-    samples = LabelledSamples(source, EvalTransform(size, margin=source.eval_margin), EVAL_SEED)
-    sampler = EvalSampler(
-        range(len(source)), batch_size, world_size=procs.world_size, rank=procs.rank
-    )
-    return build_loader(
-        samples, sampler, num_workers=workers, pin_memory=procs.device.type == "cuda"
-    )
-
-
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one fine-tuning, or one evaluation; see the module."""
@@ -323,24 +238,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def planned_model(args: argparse.Namespace, data: Data) -> tuple[Any, dict[str, Any], str]:
-    """The model of a plan, its arguments, and where it starts.
-
-    Without the checkpoint at hand the model is the one that --model names, or its recipe's.
-    """
+    """The model of a plan, its arguments, and where it starts; see `start_of_plan`."""
     num_classes = args.nb_classes or data.classes
-    if args.finetune and (args.finetune.startswith("https:") or Path(args.finetune).exists()):
-        origin = load_state(args.finetune)
-        model, arguments = new_model(args, origin, data.channels, num_classes)
-        return model, arguments, f"from {args.finetune}"
-    start = "from scratch"
-    if args.finetune:
-        if args.model is None:
-            raise BadInput(
-                f"--finetune {args.finetune} is not there, and it says which model this is; give "
-                "--model NAME to plan without it"
-            )
-        start = f"from {args.finetune} (not there yet: sizes as --model says, no LScale)"
-        args = argparse.Namespace(**vars(args) | {"finetune": None})
+    there, start = start_of_plan(args.finetune, args.model)
+    if there:
+        model, arguments = new_model(args, load_state(args.finetune), data.channels, num_classes)
+        return model, arguments, start
+    args = argparse.Namespace(**vars(args) | {"finetune": None})
     with torch.device("meta"):  # no memory and no time, whatever the size
         model, arguments = new_model(args, None, args.in_chans or data.channels, num_classes)
     return model, arguments, start
@@ -354,9 +258,7 @@ def plan_run(args: argparse.Namespace, count: int) -> Plan:
         args.dry_run_images,
         lambda: open_set(args, "train", args.in_chans),
     )
-    if args.train_images is not None:
-        note = f"{args.train_images:,} by --train_images, of {data.images:,}: {data.note}"
-        data = replace(data, images=min(args.train_images, data.images), note=note)
+    data = limited(data, args.train_images)
     model, arguments, start = planned_model(args, data)
     tuned = model.freeze_to(args.tune)
     blocks = blocks_of(args.tune, len(model.blocks))
@@ -468,38 +370,6 @@ def evaluate_checkpoint(args: argparse.Namespace, procs: Processes) -> None:
             save_accuracy(folder, result, source.classes, more)
     if procs.main:
         say(f"written     {folder}/result.json, per_class.csv, confusion.csv")
-
-
-def measurement(
-    loader: DataLoader, source: ImageSource, num_classes: int, procs: Processes
-) -> Callable[[Any], Accuracy]:
-    """A function that measures a model on the held-out set. A collective."""
-
-    def measure(model: Any) -> Accuracy:
-        result = evaluate(
-            model,
-            loader,
-            num_classes,
-            mean=source.mean,
-            std=source.std,
-            device=procs.device,
-            sum_over_ranks=procs.sum,
-            gather=procs.gather,
-        )
-        if result.broken:
-            raise RunFailed(f"the logits of {result.broken} images are not finite numbers")
-        return result
-
-    return measure
-
-
-def say_accuracy(of: str, result: Accuracy) -> None:
-    """One line for the reader."""
-    values = result.summary()
-    say(
-        f"{of}: top-1 {values['top1']:.3f}  top-5 {values['top5']:.3f}  loss {values['loss']:.4f}  "
-        f"({result.images:,} images)"
-    )
 
 
 def finetune(args: argparse.Namespace, procs: Processes) -> None:

@@ -21,7 +21,8 @@ from util.config import FlagParser, add_data_flags, add_dry_run_flags, number
 from util.cost import classifier_layers, cost_of
 from util.datasets import DATASETS, SPLITS, build_dataset
 from util.dist import Processes, processes
-from util.dry_run import Features, describe_features, look_at_data, processes_of
+from util.dry_run import look_at_data, processes_of
+from util.dry_run_report import Features, describe_features
 from util.errors import BadInput, command
 from util.images import ImageSource, Subset
 from util.knn import Bank, neighbours, rank_of, unit, vote

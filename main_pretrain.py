@@ -49,13 +49,13 @@ from util.datasets import DATASETS, build_dataset
 from util.dist import Processes, choose_device, distribute, processes
 from util.dry_run import (
     Plan,
-    describe,
     look_at_data,
     measure_rate,
     parameters_by_part,
     processes_of,
     rate_of,
 )
+from util.dry_run_report import describe
 from util.errors import BadInput, command, needs
 from util.images import ImageSource, Subset
 from util.logger import RunLogger, say

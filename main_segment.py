@@ -27,6 +27,7 @@ from util.config import (
     FlagParser,
     add_checkpoint_flags,
     add_data_flags,
+    add_dry_run_flags,
     add_optimisation_flags,
     add_run_flags,
     arithmetic_of,
@@ -38,7 +39,21 @@ from util.config import (
 )
 from util.confusion import Segmentation
 from util.convert import read_encoder
-from util.dist import Processes, distribute, processes
+from util.cost import cost_of
+from util.cost_upernet import segmenter_layers
+from util.dist import Processes, choose_device, distribute, processes
+from util.dry_run import (
+    Data,
+    Plan,
+    limited,
+    look_at_data,
+    measure_rate,
+    parameters_by_part,
+    processes_of,
+    rate_of,
+    start_of_plan,
+)
+from util.dry_run_report import describe
 from util.errors import BadInput, command
 from util.folders import image_files
 from util.label_maps import overlay, save_label_map
@@ -70,6 +85,8 @@ TASK = "segment"
 BEST = "checkpoint-best.pth"
 EVAL_SEED = 0
 LR = 1e-4
+# Of the published run, for what --dry_run warns of; and the size of the set it is for.
+RECIPE_BATCH, RECIPE_IMAGES = 16, 20_000
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 # Beside those of every main: what is only measured, shown or looked at.
 HOUSEKEEPING = {"eval", "predict", "check_data", "pictures"}
@@ -171,6 +188,7 @@ def build_parser() -> FlagParser:
         help=f"mean over scales {' '.join(map(str, SCALES))}; short side at least --resize's",
     )
     group.add_argument("--flip", action="store_true", help="and over the mirror image")
+    add_dry_run_flags(parser)
     return parser
 
 
@@ -275,12 +293,131 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.eval and args.predict:
         raise BadInput("--eval and --predict are two commands; give one of them")
     inference_of(args)  # refuses windows that cannot work
+    if args.dry_run:
+        count, speaks = processes_of(args.dry_run_processes, Path(args.output_dir))
+        if speaks:
+            print(describe(plan_run(args, count)), flush=True)
+        return
     with processes(args.device, Path(args.output_dir)) as procs:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
         if args.eval or args.predict:
             use_checkpoint(args, procs)
         else:
             segment(args, procs)
+
+
+def need_two(batch: int) -> None:
+    """Refuse batches of one image.
+
+    Args:
+        batch: images of all processes at once.
+    """
+    if batch < 2:
+        raise BadInput(
+            "BatchNorm over the 1 x 1 pool needs two images at once: --batch_size 2, or more "
+            "processes"
+        )
+
+
+def peak_lr(args: argparse.Namespace, global_batch: int) -> float:
+    """The learning rate after the warm-up; the published one does not follow the batch."""
+    if args.lr is not None:
+        return float(args.lr)
+    return LR if args.blr is None else scaled_lr(args.blr, global_batch)
+
+
+def planned_model(args: argparse.Namespace, data: Data) -> tuple[Any, str]:
+    """The model of a plan, and where it starts; see `start_of_plan`."""
+    there, start = start_of_plan(args.finetune, args.model)
+    num_classes = args.nb_classes or data.classes
+    if there:
+        return new_model(args, num_classes), start
+    args = argparse.Namespace(**vars(args) | {"finetune": None})
+    with torch.device("meta"):  # no memory and no time, whatever the size
+        return new_model(args, num_classes), start
+
+
+def plan_run(args: argparse.Namespace, count: int) -> Plan:
+    """What the run would do and cost on `count` processes, see `util.dry_run`."""
+    if args.eval or args.predict:
+        raise BadInput("--dry_run plans a training; --eval and --predict have no plan")
+    need_two(args.batch_size * count)
+    everything = argparse.Namespace(**vars(args) | {"train_images": None})
+    data = look_at_data(
+        args.dataset, args.data_path, args.dry_run_images, lambda: open_set(everything, "train")
+    )
+    data = limited(data, args.train_images)
+    model, start = planned_model(args, data)
+    arguments = model.arguments
+    (h, w), (ph, pw) = arguments["img_size"], model.patch_size
+    global_batch = args.batch_size * count * args.accum_iter
+    rate, rate_note = rate_of(
+        args.images_per_second,
+        (lambda: rate_here(args, arguments)) if args.dry_run_measure else None,
+        count,
+    )
+    return Plan(
+        task=TASK,
+        what=f"UPerNet on {args.model or 'the encoder'} {start}, crops of {model.in_chans} x {h} x "
+        f"{w}, patches {ph} x {pw}, {model.num_classes} classes",
+        data=data,
+        dataset=args.dataset,
+        batch_size=args.batch_size,
+        processes=count,
+        accum_iter=args.accum_iter,
+        epochs=0,
+        warmup_epochs=0,
+        iterations=args.iterations,
+        warmup_iterations=args.warmup_iterations,
+        lr=peak_lr(args, global_batch),
+        min_lr=args.min_lr,
+        decay="linear",
+        recipe_blr=LR * 256 / RECIPE_BATCH,
+        recipe_batch=RECIPE_BATCH,
+        recipe_of="ViT-B on ADE20K",
+        recipe_images=RECIPE_IMAGES,
+        parameters=parameters_by_part(model),
+        cost=cost_of(
+            segmenter_layers(arguments, model.neck.factors),
+            precision=args.precision,
+            grad_checkpointing=args.grad_checkpointing,
+        ),
+        counted="matrix products and convolutions of encoder, neck and both heads, 2 a "
+        "multiply-add, both passes; evaluation is not counted",
+        precision=args.precision,
+        grad_checkpointing=args.grad_checkpointing,
+        optimizer="adamw",
+        averages=False,
+        image_values=model.in_chans * h * w,
+        save_every=args.save_every,
+        keep=args.keep,
+        output_dir=args.output_dir,
+        images_per_second=rate,
+        rate_note=rate_note,
+    )
+
+
+def rate_here(args: argparse.Namespace, arguments: dict[str, Any]) -> float:
+    """Images/s of this process on drawn images: forward, backward, update; no loading."""
+    device = choose_device(args.device, 0)
+    need_two(args.batch_size)  # the other processes are not there
+    model = models_zoo.segmenter_from(arguments)
+    model.to(device).train()
+    model.set_grad_checkpointing(args.grad_checkpointing)
+    (h, w), B = arguments["img_size"], args.batch_size
+    images = torch.randn(B, model.in_chans, h, w, device=device)
+    label = torch.zeros(B, h, w, dtype=torch.uint8, device=device)
+    loss = PixelLoss(args.aux_weight, args.loss_mean)
+    pixels = loss.pixels(label).to(device)
+    groups = layer_decay_groups(model, args.weight_decay, args.layer_decay)
+    optimizer = create_adamw(groups, 0.0, betas=(args.betas[0], args.betas[1]))
+    step = OptimizerStep(model, optimizer, device=device, precision=args.precision)
+    return measure_rate(
+        lambda: step(lambda x: loss(model(x), label, pixels), [images], 0.0),
+        B,
+        args.dry_run_measure,
+        device,
+    )
 
 
 def use_checkpoint(args: argparse.Namespace, procs: Processes) -> None:
@@ -426,11 +563,7 @@ def segment(args: argparse.Namespace, procs: Processes) -> None:
     torch.manual_seed(args.seed)
     path, notes = ckpt.start_of(folder, TASK, args.resume, procs.gather)
     saved = None if path is None else ckpt.load_task(path, TASK)
-    if args.batch_size * procs.world_size < 2:
-        raise BadInput(
-            "BatchNorm over the 1 x 1 pool needs two images at once: --batch_size 2, or more "
-            "processes"
-        )
+    need_two(args.batch_size * procs.world_size)
 
     # ------------------------------------------------------------------------------- data
     # One process lists a folder or fetches a file; the others find what it left on the disk.
@@ -485,9 +618,7 @@ def segment(args: argparse.Namespace, procs: Processes) -> None:
         measure = measurement(args, val_source, len(source.classes), procs)
 
     # ------------------------------------------------------------- optimiser and schedule
-    lr = args.lr
-    if lr is None:
-        lr = LR if args.blr is None else scaled_lr(args.blr, sampler.global_batch)
+    lr = peak_lr(args, sampler.global_batch)
     schedule = PolySchedule(lr, args.warmup_iterations, args.iterations, args.min_lr)
     groups = layer_decay_groups(model, args.weight_decay, args.layer_decay)
     optimizer = create_adamw(groups, lr, betas=(args.betas[0], args.betas[1]))

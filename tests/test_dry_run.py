@@ -11,8 +11,9 @@ import torch
 import main_finetune
 import main_knn
 import main_pretrain
-from models_zoo import create_model
-from util.dry_run import describe, warnings_of
+import main_segment
+from models_zoo import create_model, create_segmenter
+from util.dry_run_report import describe, warnings_of
 
 TINY = [
     "--dataset=digits", "--input_size=16", "--batch_size=12", "--warmup_epochs=1.5", "--epochs=4",
@@ -34,6 +35,10 @@ def finetune_plan(flags: list[str], processes: int = 1) -> Any:
     return main_finetune.plan_run(args, processes)
 
 
+def segment_plan(flags: list[str], processes: int = 1) -> Any:
+    return main_segment.plan_run(main_segment.build_parser().parse(flags), processes)
+
+
 def check_against_log(plan: Any, path: Path) -> None:
     """Number of steps, and the learning rate of each, warm-up included."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -52,7 +57,7 @@ def check_against_log(plan: Any, path: Path) -> None:
 @pytest.mark.smoke
 @pytest.mark.parametrize(
     "flags",
-    [[], ["--accum_iter=2", "--lr=0.01"], ["--decoder=cross", "--predict_ratio=0.34"]],
+    [["--lr=0.01"], ["--accum_iter=2", "--decoder=cross", "--predict_ratio=0.34"]],
 )
 def test_plan_of_pretraining_is_the_log(flags: list[str], tmp_path: Path, few) -> None:
     flags = [*PRETRAIN, *flags, f"--output_dir={tmp_path}"]
@@ -61,7 +66,7 @@ def test_plan_of_pretraining_is_the_log(flags: list[str], tmp_path: Path, few) -
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("flags", [[], ["--tune=partial:1"], ["--train_images=31"]])
+@pytest.mark.parametrize("flags", [["--tune=partial:1"], ["--train_images=31"]])
 def test_plan_of_fine_tuning_is_the_log(flags: list[str], tmp_path: Path, few) -> None:
     flags = [*FINETUNE, "--batch_size=6", *flags, f"--output_dir={tmp_path}"]
     main_finetune.main(flags)
@@ -69,9 +74,86 @@ def test_plan_of_fine_tuning_is_the_log(flags: list[str], tmp_path: Path, few) -
     check_against_log(plan, tmp_path / "metrics-finetune.jsonl")
 
 
+SEGMENT = [
+    "--dataset=garments", "--train_images=5", "--model=vit_micro_patch8", "--input_size=32",
+    "--resize", "48", "32", "--window=32", "--stride=24", "--channels=8", "--aux_channels=8",
+    "--batch_size=2", "--iterations=4", "--warmup_iterations=2", "--eval_every=0",
+    "--save_every=3", "--log_every=1", "--num_workers=0", "--device=cpu", "--lr=1e-3",
+]  # fmt: skip
+
+
+@pytest.mark.smoke
+def test_plan_of_segmentation_is_the_log(tmp_path: Path, run_main) -> None:
+    """Five images are two steps; four iterations are two epochs, and one file after the third."""
+    flags = [*SEGMENT, "--relative_bias", "--lscale_init=1", f"--output_dir={tmp_path}"]
+    code, out, err = run_main("main_segment", flags)
+    assert code == 0, err
+    plan = segment_plan(flags)
+    assert (plan.data.images, plan.steps_per_epoch, plan.steps, plan.warmup_steps) == (5, 2, 4, 2)
+    lines = [json.loads(line) for line in (tmp_path / "metrics-segment.jsonl").open()]
+    rates = [r["lr"] for r in lines if r["kind"] == "train"]
+    # A straight line from a millionth to the peak, and one to 0 at the end.
+    assert rates == pytest.approx([plan.lr * x for x in (1e-6, 0.5 * (1 + 1e-6), 1, 0.5)])
+    assert f"UPerNet, {plan.weights:,} parameters" in out
+    sizes = {path.stat().st_ino: path.stat().st_size for path in tmp_path.glob("*.pth")}
+    assert len(sizes) == 2 and plan.disk == 3 * plan.checkpoint
+    for size in sizes.values():  # names, buffers, settings and checksums come on top
+        assert plan.checkpoint <= size <= plan.checkpoint + 250_000
+
+
+def test_plan_of_ade20k_on_8_gpus(run_main) -> None:
+    recipe = Path(__file__).parent.parent / "recipes" / "ade20k.yaml"
+    flags = [f"--config={recipe}", "--model=vit_base_patch16"]
+    plan = segment_plan(flags, 8)
+    assert (plan.global_batch, plan.steps, plan.warmup_steps) == (16, 160_000, 1500)
+    assert plan.lr == 1e-4 and plan.images == 2_560_000 and plan.data.images == 20_210
+    with torch.device("meta"):
+        model = create_segmenter(
+            "vit_base_patch16", 150, img_size=512, relative_bias=True, lscale_init=1.0
+        )
+    assert plan.weights == plan.learning == sum(p.numel() for p in model.parameters())
+    heads = sum(p.numel() for p in model.auxiliary_head.parameters())
+    assert plan.parameters["auxiliary head"] == (heads, heads)
+    assert sum(total for _, total in plan.parameters.values()) == plan.weights
+    text = describe(plan)
+    for part in ("16 = 2 x 8 processes", "160,000, 126.7 epochs of 1,263", "warm-up 1,500 steps",
+                 "linear to 0", "biases of attention"):  # fmt: skip
+        assert part in text
+    assert not [w for w in warnings_of(plan) if not w.startswith("checkpoints need")]
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--iterations=1500"], "warm-up of 1500 iterations is as long as training"),
+        (["--lr=1e-2"], "100 x the published recipe's 0.0016 (that of ViT-B on ADE20K)"),
+        (["--dry_run_images=10"], "is larger than the data, 10 images"),
+        (["--batch_size=4"], "far below the recipe's 16"),
+    ],
+)
+def test_what_looks_wrong_in_segmentation_is_said(flags: list[str], expected: str) -> None:
+    count = 1 if "recipe's 16" in expected else 8
+    warnings = warnings_of(segment_plan(["--model=vit_base_patch16", *flags], count))
+    assert any(expected in text for text in warnings), warnings
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--finetune=nowhere.pth"], "--model NAME"),
+        (["--model=vit_base_patch16", "--batch_size=1"], "two images at once"),
+        (["--model=vit_base_patch16", "--eval"], "--dry_run plans a training"),
+        ([], "give --finetune CHECKPOINT, or --model"),
+    ],
+)
+def test_segmentation_that_cannot_be_planned(flags: list[str], expected: str, run_main) -> None:
+    code, _, err = run_main("main_segment", ["--dry_run", *flags])
+    assert code == 2 and expected in err
+
+
 def test_learned_parameters_are_those_the_run_names(tmp_path: Path, few, run_main) -> None:
     main_pretrain.main([*PRETRAIN, "--epochs=1", "--warmup_epochs=0", f"--output_dir={tmp_path}"])
-    start = [f"--finetune={tmp_path}/checkpoint-last.pth", "--epochs=2", "--warmup_epochs=1"]
+    start = [f"--finetune={tmp_path}/checkpoint-last.pth", "--epochs=1", "--warmup_epochs=0"]
     for tune in ("full", "linear", "partial:0.5"):
         flags = [*FINETUNE, *start, f"--tune={tune}", "--blr=1e-4"]
         code, out, err = run_main("main_finetune", [*flags, f"--output_dir={tmp_path / tune}"])
@@ -93,7 +175,8 @@ def test_plan_of_vit_base_on_8_gpus() -> None:
     assert (plan.steps, plan.warmup_steps) == (249_600, 12_480)
     assert plan.lr == pytest.approx(2.4e-3)
     assert plan.weights == 111_907_840  # the official model's
-    model = create_model("mae_vit_base_patch16")
+    with torch.device("meta"):
+        model = create_model("mae_vit_base_patch16")
     assert plan.learning == sum(p.numel() for p in model.parameters() if p.requires_grad)
     encoder = sum(p.numel() for name, p in model.named_parameters() if name.startswith("blocks."))
     assert plan.parameters["encoder blocks"] == (encoder, encoder)
@@ -153,6 +236,7 @@ def test_linear_and_scratch_are_held_to_their_own_recipes() -> None:
 ABSENT = {
     "main_pretrain": ["--data_path=nowhere"],
     "main_finetune": ["--finetune=nowhere.pth", "--model=vit_base_patch16", "--data_path=nowhere"],
+    "main_segment": ["--finetune=nowhere.pth", "--model=vit_base_patch16", "--data_path=nowhere"],
     "main_knn": ["--checkpoint=nowhere.pth", "--model=vit_base_patch16", "--data_path=nowhere"],
 }
 
@@ -167,7 +251,8 @@ def test_neither_data_nor_checkpoint_nor_traces(
     flags = [*ABSENT[module], "--dry_run", f"--dry_run_processes={processes}"]
     code, out, err = run_main(module, flags)
     assert code == 0, err
-    assert "1,281,167" in out and "ImageNet-1K's" in out
+    known = "20,210 images of ade20k" if module == "main_segment" else "ImageNet-1K's"
+    assert known in out and (module == "main_segment" or "1,281,167" in out)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -191,7 +276,8 @@ def test_a_checkpoint_that_is_not_there_needs_a_name(run_main) -> None:
 
 @pytest.mark.smoke
 @pytest.mark.parametrize(
-    ("module", "flags"), [("main_pretrain", PRETRAIN), ("main_finetune", FINETUNE)]
+    ("module", "flags"),
+    [("main_pretrain", PRETRAIN), ("main_finetune", FINETUNE), ("main_segment", SEGMENT)],
 )
 def test_rate_is_measured(module: str, flags: list[str], tmp_path: Path, run_main) -> None:
     words = [*flags, "--dry_run", "--dry_run_measure=1", "--batch_size=4", "--dry_run_processes=3"]
@@ -213,16 +299,31 @@ def test_knn_counts_its_features() -> None:
     assert "85,798,656, none learns" in text
 
 
+@pytest.mark.parametrize(
+    ("task", "recipe", "more", "batch"),
+    [
+        ("pretrain", "mae/pretrain_vit_base_800.yaml", ["--accum_iter=2"],
+         "4,096 = 64 x 32 processes x 2 micro-steps"),
+        ("segment", "ade20k.yaml", ["--model=vit_base_patch16"],
+         "64 = 2 x 32 processes x 1 micro-steps"),
+    ],
+)  # fmt: skip
 def test_submitted_dry_run_says_the_run_and_the_job(
-    tmp_path: Path, run_main, monkeypatch: pytest.MonkeyPatch
+    task: str,
+    recipe: str,
+    more: list[str],
+    batch: str,
+    tmp_path: Path,
+    run_main,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path))  # no Slurm
-    recipe = Path(__file__).parent.parent / "recipes" / "mae" / "pretrain_vit_base_800.yaml"
-    flags = [f"--config={recipe}", "--nodes=4", "--accum_iter=2", "--job_dir=JOB", "--dry_run"]
-    code, out, err = run_main("submitit_pretrain", flags)
+    path = Path(__file__).parent.parent / "recipes" / recipe
+    flags = [f"--config={path}", "--nodes=4", *more, "--job_dir=JOB", "--dry_run"]
+    code, out, err = run_main(f"submitit_{task}", flags)
     assert code == 0, err
     run, _, job = out.partition("dry run: nothing is submitted")
-    assert "4,096 = 64 x 32 processes x 2 micro-steps" in run
+    assert batch in run
     assert "#SBATCH --nodes=4" in job
     assert list(tmp_path.iterdir()) == []

@@ -25,6 +25,7 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor
 from torchvision import transforms as v1
 
+import engine_finetune
 import main_finetune
 from engine_finetune import BatchAugmentation, train_one_epoch
 from main_finetune import build_augmentation, build_parser, resolve_tune
@@ -318,7 +319,7 @@ def test_evaluation_normalises_as_training_did(pretrained: str, tmp_path: Path) 
 
 def pretend(top1: Iterable[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Evaluations that find so many of the images right, in turn; `-1` is a run that is ended."""
-    original, answers = main_finetune.evaluate, iter(top1)
+    original, answers = engine_finetune.evaluate, iter(top1)
 
     def evaluate(*args: Any, **kwargs: Any) -> Accuracy:
         right = next(answers)
@@ -327,7 +328,7 @@ def pretend(top1: Iterable[int], monkeypatch: pytest.MonkeyPatch) -> None:
         confusion = torch.tensor([[right, 64 - right, 0], [0, 0, 0], [0, 0, 0]])
         return replace(original(*args, **kwargs), confusion=confusion)
 
-    monkeypatch.setattr(main_finetune, "evaluate", evaluate)
+    monkeypatch.setattr(engine_finetune, "evaluate", evaluate)
 
 
 @pytest.mark.smoke

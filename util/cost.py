@@ -35,6 +35,7 @@ class Layer:
         last: operations of a block's last product, which is not computed again: nothing keeps what
             it gives.
         weights: numbers in its product's weights, which autocast copies.
+        shared: numbers kept in the precision of the products, once for all images.
         trains: its weights learn.
     """
 
@@ -47,6 +48,7 @@ class Layer:
     block: int | None = None
     last: float = 0
     weights: float = 0
+    shared: float = 0
     trains: bool = True
 
 
@@ -59,6 +61,7 @@ class Cost:
         attention: those of both that are attention's own.
         activations: bytes kept at the fullest moment.
         copies: bytes of the weights in half precision, once for all images; 0 in float32.
+        shared: bytes of what else is kept once for all images: biases of attention.
     """
 
     forward: float
@@ -66,6 +69,7 @@ class Cost:
     attention: float
     activations: float
     copies: float
+    shared: float = 0
 
     @property
     def total(self) -> float:
@@ -81,6 +85,12 @@ def grid_of(arguments: Mapping[str, Any]) -> tuple[int, int]:
     """(gh, gw) patches of a model's arguments."""
     (h, w), (ph, pw) = _pair(arguments["img_size"]), _pair(arguments["patch_size"])
     return h // ph, w // pw
+
+
+def patch_values(arguments: Mapping[str, Any]) -> int:
+    """Numbers in a patch."""
+    ph, pw = _pair(arguments["patch_size"])
+    return int(ph * pw * arguments.get("in_chans", 3))
 
 
 def _product(tokens: float, fan_in: float, fan_out: float) -> float:
@@ -178,8 +188,7 @@ def autoencoder_layers(
         num_predicted: masked patches that are predicted; None: all of them.
     """
     gh, gw = grid_of(arguments)
-    ph, pw = _pair(arguments["patch_size"])
-    values = ph * pw * arguments.get("in_chans", 3)
+    values = patch_values(arguments)
     L, K = gh * gw, num_visible
     M = L - K if num_predicted is None else num_predicted
     D, E = arguments["embed_dim"], arguments["decoder_embed_dim"]
@@ -241,8 +250,7 @@ def classifier_layers(arguments: Mapping[str, Any], tune: float | None = None) -
         tune: how many of the last blocks learn, 0.5: the last MLP; None: everything.
     """
     gh, gw = grid_of(arguments)
-    ph, pw = _pair(arguments["patch_size"])
-    values = ph * pw * arguments.get("in_chans", 3)
+    values = patch_values(arguments)
     L, N, D, depth = gh * gw, 1 + gh * gw, arguments["embed_dim"], arguments["depth"]
     classes, probe = arguments["num_classes"], arguments.get("probe", False)
     lscale = arguments.get("lscale_init") is not None
@@ -286,13 +294,14 @@ def cost_of(
         grad_checkpointing: blocks keep what they read and are computed again in the backward pass.
     """
     narrow = FULL if precision == "fp32" else HALF
-    forward = backward = attention = kept = copies = 0.0
+    forward = backward = attention = kept = copies = shared = 0.0
     again: dict[tuple[str, int], float] = {}
     for layer, before in _with_gradient(layers):
         forward += layer.products + layer.attention
         attention += layer.attention
         # A copy is kept where the gradient of what the product reads needs it.
         copies += layer.weights * HALF * before if precision != "fp32" else 0
+        shared += layer.shared * narrow
         if not (layer.trains or before):
             continue
         backward += layer.products * (layer.trains + before) + ATTENTION_BACKWARD * layer.attention
@@ -308,7 +317,7 @@ def cost_of(
             kept += saved
     # Computed again one block after another: the largest is the fullest moment.
     kept += max(again.values(), default=0)
-    return Cost(forward, backward, attention, kept, copies)
+    return Cost(forward, backward, attention, kept, copies, shared)
 
 
 @dataclass(frozen=True)
@@ -318,6 +327,7 @@ class Memory:
     Attributes:
         weights: all parameters and buffers in float32.
         copies: half-precision copies of the weights that autocast makes.
+        biases: of attention, one of a block for all images.
         gradients: of what learns.
         optimizer: its state.
         averages: of the weights, where they are kept (EMA).
@@ -327,6 +337,7 @@ class Memory:
 
     weights: float
     copies: float
+    biases: float
     gradients: float
     optimizer: float
     averages: float
@@ -366,6 +377,7 @@ def memory_of(
     return Memory(
         weights=FULL * parameters,
         copies=cost.copies,
+        biases=cost.shared,
         gradients=FULL * learning,
         optimizer=FULL * OPTIMIZER_STATE[optimizer] * learning,
         averages=FULL * parameters * averages,

@@ -53,8 +53,11 @@ class SegmentationSource:
         name, split: as given to `build_segmentation_set`.
         mean, std: one number per channel, in units of 0..1.
         classes: names of the labels.
+        channels: of every image.
         colours: of the classes in pictures, uint8 [K, 3].
     """
+
+    channels = 3
 
     def __init__(
         self, name: str, split: str, mean: Stats, std: Stats, classes: Sequence[str]

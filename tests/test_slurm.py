@@ -373,7 +373,7 @@ def preempt(folder: Path) -> Job:
 def test_a_killed_task_ends_the_job_and_the_same_command_goes_on(
     undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flags = [*ONE_BY_TWO, *FLAGS, "--save_minutes=1e-6"]
+    flags = [*ONE_BY_TWO, *FLAGS, "--save_minutes=1e-12"]
     with monkeypatch.context() as first:
         first.setenv("MMAE_TEST_HOLD", str(HOLD))
         job = submit(tmp_path, flags)
@@ -398,10 +398,11 @@ def test_a_node_that_dies(
     The controller is told at once instead of finding out after SlurmdTimeout; no process of the
     node says a word, and the step that the others are in needs none of it: so dies a machine.
     """
-    monkeypatch.setenv("MMAE_TEST_HOLD", "15")  # with a checkpoint every 4 steps: of step 12
+    # With a checkpoint every 4 steps, the last of step 12: no two looks at the clock are so near.
+    monkeypatch.setenv("MMAE_TEST_HOLD", "15")
     jobs = {}
     for name, layout in (("all", ONE_BY_TWO), ("half", TWO_BY_ONE)):
-        number = submit(tmp_path / name, [*layout, *FLAGS, "--save_minutes=1e-6"])
+        number = submit(tmp_path / name, [*layout, *FLAGS, "--save_minutes=1e-12"])
         jobs[name] = Job(tmp_path / name, number)
     for job in jobs.values():
         wait_until_held(job.folder, job.number, 15)

@@ -388,7 +388,7 @@ def test_a_killed_task_ends_the_job_and_the_same_command_goes_on(
 
 
 @pytest.mark.slurm
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(300)
 @pytest.mark.usefixtures("cluster")
 def test_a_node_that_dies(
     undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -398,14 +398,13 @@ def test_a_node_that_dies(
     The controller is told at once instead of finding out after SlurmdTimeout; no process of the
     node says a word, and the step that the others are in needs none of it: so dies a machine.
     """
-    # With a checkpoint every 4 steps, the last of step 12: no two looks at the clock are so near.
-    monkeypatch.setenv("MMAE_TEST_HOLD", "15")
+    monkeypatch.setenv("MMAE_TEST_HOLD", "18")  # saved by the clock in step 12 or 16, of epoch 1
     jobs = {}
     for name, layout in (("all", ONE_BY_TWO), ("half", TWO_BY_ONE)):
         number = submit(tmp_path / name, [*layout, *FLAGS, "--save_minutes=1e-12"])
         jobs[name] = Job(tmp_path / name, number)
     for job in jobs.values():
-        wait_until_held(job.folder, job.number, 15)
+        wait_until_held(job.folder, job.number, 18)
     node = place(jobs["all"].number)
     cluster = Path(os.environ["SLURM_CONF"]).parent
     run(HERE / "slurm-on-one-machine", "fail", cluster, node)
@@ -420,7 +419,7 @@ def test_a_node_that_dies(
         text = story(job.folder, job.number)
         assert restarts(job.number) == 1
         assert f"job {job.number} starts again, restart 1" in text
-        assert f"going on from {job.folder}/{LAST}, 12 steps done" in text
+        assert re.search(rf"going on from {job.folder}/{LAST}, 1[26] steps done", text)
         check_same(job.folder, undisturbed)
     log = (cluster / "log" / "slurmctld.log").read_text()
     for job in jobs.values():

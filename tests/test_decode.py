@@ -20,7 +20,7 @@ from util.errors import BadInput
 from util.images import BadImage, read_image
 from util.jpeg import plain_header, read_pixels
 from util.photos import photos
-from util.samples import collate
+from util.samples import collate, empty_batch
 from util.transforms import PretrainTensorTransform, PretrainTransform, crop_box
 
 GOOD, BAD = good_files(), bad_files()
@@ -245,14 +245,29 @@ def test_any_number_of_channels(channels):
     assert view.shape == (channels, 16, 24) and view.dtype == torch.uint8
 
 
-def test_batches_keep_values_in_either_memory_order():
-    images = [torch.randint(0, 256, (3, 8, 6), dtype=torch.uint8) for _ in range(3)]
-    inner = [image.permute(1, 2, 0).contiguous().permute(2, 0, 1) for image in images]
-    for given in (images, inner, [images[0], *inner[1:]]):
-        batch = collate([{"image": image, "index": i} for i, image in enumerate(given)])
-        assert torch.equal(batch["image"], torch.stack(images))
-        assert batch["index"].tolist() == [0, 1, 2]
-    assert collate([{"image": image} for image in inner])["image"].stride(1) == 1
+@pytest.mark.parametrize("channels", [1, 2, 3])
+@pytest.mark.parametrize("inner", [True, False])
+def test_a_batch_is_its_samples_in_either_memory_order(channels, inner):
+    images = [torch.randint(0, 256, (channels, 8, 8), dtype=torch.uint8) for _ in range(4)]
+    if inner:
+        images = [image.permute(1, 2, 0).contiguous().permute(2, 0, 1) for image in images]
+    room = empty_batch(4, images[0])
+    samples = []
+    for i, image in enumerate(images):
+        room[i].copy_(image)
+        samples.append({"image": room[i], "index": i})
+    assert torch.equal(samples[1]["image"], images[1])
+    batch = collate(samples)
+    assert torch.equal(batch["image"], torch.stack(images)) and batch["index"].tolist() == [
+        *range(4)
+    ]
+    assert batch["image"].data_ptr() == room.data_ptr()  # not copied
+    # Another order, another count and images from elsewhere are stacked.
+    for order in ([2, 0, 1, 3], [0, 1], [3]):
+        chosen = collate([samples[i] for i in order])
+        assert torch.equal(chosen["image"], torch.stack([images[i] for i in order]))
+    mixed = collate([{"image": image} for image in (images[0], room[1])])
+    assert torch.equal(mixed["image"], torch.stack(images[:2]))
 
 
 # --- The flag ---

@@ -265,6 +265,30 @@ def test_the_cache_is_in_the_home_unless_told(monkeypatch, tmp_path):
     assert cache_file("/data").parent == tmp_path / "home/.cache/mmae"
 
 
+def test_the_second_start_of_many_files_asks_for_folders_alone(tmp_path, monkeypatch):
+    """50,000 files in 20 folders: each folder is listed once, and never again."""
+    root, listed = tmp_path / "data", []
+    for label in range(20):
+        (root / f"{label:02d}").mkdir(parents=True)
+        for i in range(2500):
+            os.close(os.open(root / f"{label:02d}/{i}.jpg", os.O_CREAT | os.O_WRONLY))
+    age(root)
+
+    def counting(path):
+        listed.append(path)
+        return scandir(path)
+
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", counting)
+    first = list_images(root)
+    assert len(first.files) == 50_000 and len(listed) == 21
+    second = list_images(root)
+    assert len(listed) == 21
+    assert np.array_equal(first.labels, second.labels) and list(first.files) == list(second.files)
+    source = FolderSource("x", "train", root, second.files, second.labels, second.classes)
+    assert len(pickle.dumps(source)) < 2_000_000  # 40 bytes a file
+
+
 # --- Memory ---
 
 

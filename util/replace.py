@@ -12,6 +12,7 @@ from util.randomness import Key, seed_of
 
 ATTEMPTS = 100
 BAD_SLOTS = 4
+NONE_BAD = torch.full((BAD_SLOTS,), -1)
 
 
 class Source(Protocol):
@@ -61,7 +62,7 @@ def bad_slots(bad: list[int]) -> Tensor:
 
     Those that do not fit are named when their own turn comes.
     """
-    return torch.tensor((bad + [-1] * BAD_SLOTS)[:BAD_SLOTS])
+    return torch.tensor((bad + [-1] * BAD_SLOTS)[:BAD_SLOTS]) if bad else NONE_BAD
 
 
 def refuse_bad(bad: Iterable[int], gather: Callable[[Any], list[Any]]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
 
 from util.masking import MaskStrategy
 from util.randomness import Key, seed_of, seeded, seeds_of
@@ -64,15 +64,20 @@ class PretrainSamples(Dataset):
         noise, shifts = self._draw(*others)
         generator = torch.Generator()
         samples: list[dict[str, Any]] = []
-        before, decoded = None, None
+        before, decoded, images = None, None, None
         for key, seed, *drawn in zip(keys, augment, noise, shifts, strict=True):
             image_key = key._replace(crop=0)
             if decoded is None or image_key != before:
                 before, decoded = image_key, decode(self.source, image_key, self.seed)
             image, label, bad = decoded
+            view = self._augment(image, seed, generator)
+            if images is None:
+                images = empty_batch(len(keys), view)
+            # At once, while it is in the cache; a batch of fresh tensors would all be in memory.
+            images[len(samples)].copy_(view)
             samples.append(
                 {
-                    "image": self._augment(image, seed, generator),
+                    "image": images[len(samples)],
                     "noise": drawn[0],
                     "shift": drawn[1],
                     "label": label,
@@ -155,14 +160,36 @@ def _init_worker(leaving: Tensor, worker: int) -> None:
         signal.signal(number, note)
 
 
+def empty_batch(count: int, view: Tensor) -> Tensor:
+    """Room for so many images [C, h, w] of one size and memory order; shared, in a worker.
+
+    Returns:
+        uint8 [count, C, h, w], for `collate` to find again.
+    """
+    inner = view.stride(0) == 1 and view.shape[0] > 1  # channels innermost
+    shape = (count, *(view.permute(1, 2, 0) if inner else view).shape)
+    batch = torch.empty(0, dtype=view.dtype)
+    if get_worker_info() is not None:  # as torch's own collate: the training process maps it
+        storage = batch._typed_storage()._new_shared(count * view.numel(), device=batch.device)
+        batch = batch.new(storage)
+    batch = batch.resize_(shape)
+    return batch.permute(0, 3, 1, 2) if inner else batch
+
+
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """A batch of samples; images of channels innermost stay so, for another order costs a copy."""
+    """A batch of samples; their images are not copied where `empty_batch` had room for them."""
     images = [sample["image"] for sample in samples]
-    if all(image.stride(0) == 1 and image.shape[0] > 1 for image in images):
-        rows = [{**s, "image": s["image"].permute(1, 2, 0)} for s in samples]
-        batch = default_collate(rows)
-        return batch | {"image": batch["image"].permute(0, 3, 1, 2)}
-    return default_collate(samples)
+    room = images[0]._base
+    if (
+        room is None
+        or len(room) != len(images)
+        or any(image._base is not room for image in images)
+        or any(image.storage_offset() != i * room.stride(0) for i, image in enumerate(images))
+    ):
+        return default_collate(samples)
+    batch = default_collate([{k: v for k, v in s.items() if k != "image"} for s in samples])
+    inner = images[0].stride() != room[0].stride()
+    return batch | {"image": room.permute(0, 3, 1, 2) if inner else room}
 
 
 def build_loader(

@@ -70,7 +70,7 @@ from util.training_speed import Train, compare_curves, measure_together
 from util.transforms import pretrain_transform
 
 WHAT = ("limits", "step", "data", "train", "scaling", "curves", "files", "jpegs")
-# The table: the peer, MAE, and what each switch gives.
+# The README's table: the peer, MAE, and what each switch gives.
 ARMS = ("transformers", "mae", "mmae", "mae,cross=.34", "mae,bf16", "mae,checkpointing")
 BLR = 1.5e-4  # of train and curves: base rate
 CROPS = 4  # of each decoded image, in data's row of several

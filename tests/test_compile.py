@@ -15,7 +15,7 @@ import main_pretrain
 import util.dist
 from models_zoo import create_model
 from util.checkpoint import LAST, load_file
-from util.config import FlagParser, add_optimisation_flags
+from util.config import FlagParser, add_optimisation_flags, add_shard_flag, compiles
 from util.dist import Processes, distribute
 from util.errors import BadInput
 
@@ -184,3 +184,16 @@ def test_no_compiler_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(util.dist.shutil, "which", lambda name: None)
     with pytest.raises(BadInput, match="--no-compile"):
         distribute(torch.nn.Linear(1, 1), ALONE, compiled=True)
+
+
+def test_shards_are_not_compiled() -> None:
+    parser = FlagParser(description="")
+    add_optimisation_flags(parser)
+    add_shard_flag(parser)
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert compiles(parser.parse([]), gpu) and not compiles(parser.parse([]), cpu)
+    assert compiles(parser.parse(["--compile"]), cpu)
+    assert not compiles(parser.parse(["--shard"]), gpu)
+    assert not compiles(parser.parse(["--shard", "--no-compile"]), gpu)
+    with pytest.raises(BadInput, match="--shard does not go with --compile"):
+        compiles(parser.parse(["--shard", "--compile"]), gpu)

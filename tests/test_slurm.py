@@ -640,11 +640,13 @@ def test_dry_run_keeps_the_flags_of_the_main(
     own = ["--mean", "0.5", "0.4", "0.3", "--crop_scale", "0.3", "0.9", "--no_flip", "--seed=3"]
     flags = ["--ngpus=0", *own[:4], "--cpu_tasks", "3", *own[4:7], "--qos", "q", *own[7:]]
     flags += ["--dry_run", "--constraint=a100", "--use_volta32", "--mem_gb=1.5", "--local"]
+    flags += [f"--job_dir={tmp_path}/jobs/%j"]
     code, out, err = run_main("submitit_pretrain", [*flags, f"--config={recipe}"])
     assert code == 0, err
     (line,) = [line for line in out.splitlines() if line.startswith("command")]
     assert line.startswith(f"command  main_pretrain.py {' '.join(own)} --config={recipe} --config=")
     assert line.endswith("--device=cpu") and "/code-" in line
+    assert list(tmp_path.iterdir()) == [recipe]  # nothing is written
     flags.remove("--local")
     code, out, err = run_main("submitit_pretrain", flags)
     assert code == 0, err

@@ -17,6 +17,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -342,12 +343,22 @@ class _Paper(submitit.SlurmExecutor):
         return 2
 
 
+class _PaperLocal(submitit.LocalExecutor):
+    """Makes no folder, for --dry_run."""
+
+    def __init__(self, folder: Path, **rest: Any) -> None:
+        with tempfile.TemporaryDirectory() as elsewhere:
+            super().__init__(elsewhere, **rest)
+        self.folder = folder
+
+
 def create_executor(job: argparse.Namespace, folder: Path, code: Path, name: str) -> Any:
     """submitit's executor for this job."""
     # `python -m` imports from its working directory first, and so from the snapshot.
     python = shlex.join(["env", f"--chdir={code}", sys.executable])
     if job.local:
-        local = submitit.LocalExecutor(folder, max_num_timeout=MANY, python=python)
+        create_local = _PaperLocal if job.dry_run else submitit.LocalExecutor
+        local = create_local(folder, max_num_timeout=MANY, python=python)
         local.update_parameters(
             timeout_min=job.timeout,
             gpus_per_node=job.ngpus,

@@ -47,13 +47,54 @@ def scaled(linear: nn.Linear, scale: nn.Module, x: Tensor) -> Tensor:
     return F.linear(x, scale.gamma.unsqueeze(1) * linear.weight, scale.gamma * linear.bias)
 
 
+# Pairs of a query and a key up to which `plain_attention` was the faster one (README, "Where the
+# time goes"); what it keeps for the backward pass grows with them.
+MOST_PLAIN_PAIRS = 400 * 400
+
+
+def plain_attention(x: Tensor, dtype: torch.dtype, pairs: int) -> bool:
+    """Whether attention should be plain matrix products instead of torch's fused kernel.
+
+    The kernel's backward pass is slow in bf16 on CPUs: with few tokens it took up to ten times as
+    long as the products that it saves the memory of.
+
+    Args:
+        x: where it is computed, and whether for a backward pass.
+        dtype: of queries, keys and values.
+        pairs: queries times keys of an image and head.
+    """
+    slow = x.device.type == "cpu" and dtype == torch.bfloat16 and torch.is_grad_enabled()
+    return slow and pairs <= MOST_PLAIN_PAIRS
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Scaled dot-product attention: [B, heads, M, d] and twice [B, heads, N, d] to the first's."""
+    if plain_attention(q, q.dtype, q.shape[-2] * k.shape[-2]):
+        return ((q * q.shape[-1] ** -0.5) @ k.mT).softmax(dim=-1) @ v
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+class EncoderBlock(Block):
+    """timm's `Block`, whose attention is computed as `plain_attention` says."""
+
+    def forward(self, x_BND: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """[B, N, D] to [B, N, D]; the other arguments are `Block`'s."""
+        kind = x_BND.device.type
+        cast = torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if cast else x_BND.dtype
+        self.attn.fused_attn = not plain_attention(x_BND, dtype, x_BND.shape[1] ** 2)
+        return super().forward(x_BND, *args, **kwargs)
+
+
 def mlp_hidden(mlp: Mlp, x: Tensor) -> Tensor:
     """What the second layer of a block's MLP gets: [..., D] to [..., hidden]."""
     return mlp.act(mlp.fc1(x))
 
 
-class LScaleBlock(Block):
-    """timm's `Block` with an LScale whose multiplication is cheap; parameters as `Block`'s."""
+class PretrainBlock(Block):
+    """timm's `Block` as pretraining needs it: without dropout and drop path, and with an LScale
+    whose multiplication is cheap; parameters as `Block`'s.
+    """
 
     def forward(self, x_BND: Tensor) -> Tensor:
         """[B, N, D] to [B, N, D]."""
@@ -61,7 +102,7 @@ class LScaleBlock(Block):
         attn = self.attn
         qkv = attn.qkv(self.norm1(x_BND)).reshape(B, N, 3, attn.num_heads, attn.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, N, head_dim]
-        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, D)
+        mixed = attend(q, k, v).transpose(1, 2).reshape(B, N, D)
         x_BND = x_BND + scaled(attn.proj, self.ls1, mixed)
         return x_BND + scaled(self.mlp.fc2, self.ls2, mlp_hidden(self.mlp, self.norm2(x_BND)))
 
@@ -85,8 +126,7 @@ class QueryBlock(Block):
         q = q.reshape(B, num_queries, *heads).transpose(1, 2)  # [B, heads, M, head_dim]
         kv = F.linear(normed_BND, weight_kv, bias_kv)
         k, v = kv.reshape(B, N, 2, *heads).permute(2, 0, 3, 1, 4)  # each [B, heads, N, head_dim]
-        mixed = F.scaled_dot_product_attention(q, k, v)
-        mixed = mixed.transpose(1, 2).reshape(B, num_queries, D)
+        mixed = attend(q, k, v).transpose(1, 2).reshape(B, num_queries, D)
         x_BMD = x_BND[:, -num_queries:] + scaled(attn.proj, self.ls1, mixed)
         return x_BMD + scaled(self.mlp.fc2, self.ls2, mlp_hidden(self.mlp, self.norm2(x_BMD)))
 
@@ -96,11 +136,9 @@ def make_block(
     num_heads: int,
     mlp_ratio: float,
     lscale_init: float | None,
-    kind: type[Block] | None = None,
+    kind: type[Block] = PretrainBlock,
 ) -> Block:
     """timm's block with MAE's settings; LScale is timm's LayerScale, `ls1.gamma`, `ls2.gamma`."""
-    if kind is None:
-        kind = Block if lscale_init is None else LScaleBlock
     return kind(
         dim,
         num_heads,
@@ -132,7 +170,7 @@ class DecoderTrunk(nn.ModuleList):
     ) -> None:
         if depth < 1:
             raise BadInput(f"the decoder needs at least one block, not {depth}")
-        kinds = [None] * (depth - 1) + [QueryBlock]
+        kinds = [PretrainBlock] * (depth - 1) + [QueryBlock]
         super().__init__(make_block(dim, num_heads, mlp_ratio, lscale_init, kind) for kind in kinds)
 
     def forward(self, x_BND: Tensor, num_queries: int) -> Tensor:
@@ -164,8 +202,7 @@ class CrossAttention(nn.Module):
         q = self.q(x_BMD).reshape(B, M, heads, D // heads).transpose(1, 2)
         kv = self.kv(memory_BND).reshape(B, N, 2, heads, D // heads)
         k, v = kv.permute(2, 0, 3, 1, 4)  # each [B, heads, N, D / heads]
-        mixed = F.scaled_dot_product_attention(q, k, v)
-        return mixed.transpose(1, 2).reshape(B, M, D)
+        return attend(q, k, v).transpose(1, 2).reshape(B, M, D)
 
 
 class CrossBlock(nn.Module):

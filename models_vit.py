@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models_batchnorm import GlobalBatchNorm
-from models_layers import LayerNorm, check_lscale, pair
+from models_layers import EncoderBlock, LayerNorm, check_lscale, pair
 from util.errors import BadInput
 from util.pos_embed import resize_table, sincos_2d
 
@@ -89,6 +89,7 @@ class VisionTransformer(TimmVisionTransformer):
             drop_path_rate=drop_path,
             init_values=lscale_init,
             norm_layer=LayerNorm,
+            block_fn=EncoderBlock,
         )
         self.img_size, self.patch_size = size, patch
         self.grid = (size[0] // patch[0], size[1] // patch[1])

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 import main_finetune
 import main_pretrain
@@ -26,6 +25,7 @@ from util.cost import (
     numbered_checkpoints,
 )
 from util.cost_upernet import segmenter_layers
+from util.step_speed import flop_counter
 
 MMAE = {"lscale_init": 0.1, "pos_offset": "learned"}
 CROSS = {"decoder": "cross", "predict_ratio": 0.34}
@@ -59,7 +59,7 @@ def mask_of(model: Any, batch: int, num_visible: int) -> torch.Tensor:
     ],
 )
 def test_flops_of_pretraining_are_torchs(name: str, num_visible: int, flags: dict) -> None:
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         model, cost = pretrain_cost(name, num_visible, flags)
         images = torch.rand(1, model.in_chans, *model.img_size)
         order = torch.rand(1, model.grid[0] * model.grid[1])
@@ -74,7 +74,7 @@ def test_flops_of_fine_tuning_are_torchs(tune: str) -> None:
     model = create_model("vit_micro_patch8", **flags)
     model.freeze_to(tune)
     model.train()
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         model(torch.randn(2, 3, 64, 64)).sum().backward()
     layers = classifier_layers(model_arguments("vit_micro_patch8") | flags, blocks_of(tune))
     assert cost_of(layers).total == pytest.approx(counter.get_total_flops() / 2, rel=0.01)
@@ -84,7 +84,7 @@ def test_flops_of_fine_tuning_are_torchs(tune: str) -> None:
 def test_flops_with_activations_computed_again(flags: dict) -> None:
     model, cost = pretrain_cost("mae_vit_micro_patch8", 16, flags, grad_checkpointing=True)
     model.set_grad_checkpointing()
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         order = torch.rand(1, 64)
         model(torch.randn(1, 3, 64, 64), mask_of(model, 1, 16), 16, order=order)["loss"].backward()
     assert cost.total == pytest.approx(counter.get_total_flops(), rel=0.01)
@@ -126,7 +126,7 @@ def pixel_loss(model: Any, batch: int) -> torch.Tensor:
 def test_flops_of_segmentation_are_torchs(flags: dict) -> None:
     """Patches of 16 have a neck that enlarges 4 times, those of 8 one that does so twice."""
     model = segmenter(**flags)
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         pixel_loss(model, 2).backward()
     assert segmenter_cost(model).total == pytest.approx(counter.get_total_flops() / 2, rel=0.01)
 

@@ -8,17 +8,22 @@ import pickle
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+import models_layers
 from models_layers import (
     DecoderTrunk,
+    EncoderBlock,
     QueryBlock,
+    attend,
     embed_patches,
     make_block,
     split_ids,
@@ -425,6 +430,71 @@ def test_decoder_trunk_is_blocks_and_slice(float64: None) -> None:
     for block in trunk:
         full = Block.forward(block, full)
     torch.testing.assert_close(trunk(x, 4), full[:, -4:], rtol=0, atol=1e-12)
+
+
+def operations(counted: FlopCounterMode) -> set[str]:
+    return {str(op) for op in counted.get_flop_counts()["Global"]}
+
+
+def attention_of(kind: Any, heads: list[Tensor], weight: Tensor) -> list[Tensor]:
+    """Attention and the gradients of queries, keys and values."""
+    own = [x.detach().clone().requires_grad_() for x in heads]
+    mixed = kind(*own)
+    return [mixed, *torch.autograd.grad(mixed, own, weight)]
+
+
+@pytest.mark.parametrize(("M", "N", "d"), [(13, 13, 32), (37, 50, 24), (197, 197, 64)])
+def test_plain_attention_is_no_less_exact_than_the_fused_one(M: int, N: int, d: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 3, M, d), (2, 3, N, d), (2, 3, N, d), (2, 3, M, d)]
+    drawn = [torch.randn(shape, generator=generator).bfloat16() for shape in shapes]
+    *heads, weight = drawn
+    with FlopCounterMode(display=False) as counter:
+        ours = attention_of(attend, heads, weight)
+    assert operations(counter) == {"aten.bmm"}  # two products forward, four backward
+    fused = attention_of(F.scaled_dot_product_attention, heads, weight)
+    exact = attention_of(
+        F.scaled_dot_product_attention, [x.double() for x in heads], weight.double()
+    )
+    for found, torchs, true in zip(ours, fused, exact, strict=True):
+        errors = [(x - true).norm().item() / true.norm().item() for x in (found, torchs)]
+        assert errors[0] < max(0.005, 1.1 * errors[1])
+
+
+def test_which_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain products in bf16 on a CPU, for a backward pass of few tokens; else torch's kernel."""
+    kernel = F.scaled_dot_product_attention
+    calls: list[tuple[int, ...]] = []
+
+    def noted(q: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        calls.append(tuple(q.shape))
+        return kernel(q, *args, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
+    heads = torch.randn(3, 1, 2, 5, 8)
+    cases = [
+        (torch.float32, True, False),
+        (torch.float64, True, False),
+        (torch.bfloat16, False, False),
+        (torch.bfloat16, True, True),
+    ]
+    block = EncoderBlock(16, 2)
+    for dtype, grad, plain in cases:
+        for form in ("attend", "block"):
+            calls.clear()
+            with torch.set_grad_enabled(grad):
+                if form == "attend":
+                    attend(*heads.to(dtype))
+                else:
+                    block.to(dtype)(torch.randn(1, 5, 16, dtype=dtype))
+            assert (not calls) == plain, (dtype, grad, form)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert block.float()(torch.randn(1, 5, 16)).shape == (1, 5, 16)
+    assert not calls  # autocast is bf16 as well
+    monkeypatch.setattr(models_layers, "MOST_PLAIN_PAIRS", 24)
+    attend(*heads.bfloat16())
+    block(torch.randn(1, 5, 16))
+    assert len(calls) == 2
 
 
 @pytest.mark.parametrize("patch_size", [(4, 4), (3, 5), (1, 2)])

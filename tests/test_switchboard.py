@@ -12,7 +12,6 @@ from PIL import Image
 from sklearn.decomposition import PCA
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import InterpolationMode, v2
 
 from engine_pretrain import reconstruct
@@ -23,6 +22,7 @@ from util.errors import BadInput
 from util.masking import create_strategy
 from util.patches import patch_averages, patchify
 from util.pca import PatchMoments
+from util.step_speed import flop_counter
 from util.transforms import AUGMENTS, EvalTransform, PretrainTransform, pretrain_transform
 
 SMALL = {
@@ -88,7 +88,7 @@ def test_encoder_mask_tokens_are_the_definition(terms: dict[str, object]) -> Non
 def matrix_flops(name: str, side: int | None = None, **terms: object) -> int:
     """FLOPs of the matrix products and of attention, one image forward; nothing is computed."""
     arguments = model_arguments(name) | terms | ({} if side is None else {"img_size": side})
-    with FakeTensorMode(), FlopCounterMode(display=False) as counter:
+    with FakeTensorMode(), flop_counter() as counter:
         model = MaskedAutoencoderViT(**arguments)
         images, L = torch.zeros(1, 3, *model.img_size), model.grid[0] * model.grid[1]
         model(images, torch.zeros(1, L, dtype=torch.bool), L // 4)

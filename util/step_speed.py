@@ -10,7 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import (
+    FlopCounterMode,
+    flop_registry,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
 
 from util.benchmark import ratios, spread, summary, table, take_turns
 from util.children import Answer, Children
@@ -95,6 +100,28 @@ def peers_step(model: Any, arm: Arm, procs: Processes) -> Callable[[], Any]:
     return step
 
 
+def flop_counter() -> FlopCounterMode:
+    """torch's counter, which also counts the fused attention of CPUs, as it does that of GPUs.
+
+    torch 2.15 does so by itself, 2.14 counts nothing for it.
+    """
+    aten = torch.ops.aten
+    ours = {
+        aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    }
+    missing = {op: count for op, count in ours.items() if op not in flop_registry}
+    return FlopCounterMode(display=False, custom_mapping=missing)
+
+
+def _attention(q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
+    return int(sdpa_flop_count(q, k, v))
+
+
+def _attention_backward(grad: Any, q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
+    return int(sdpa_backward_flop_count(grad, q, k, v))
+
+
 def count_flops(create: Callable[[], Any], arm: Arm, side: int) -> int:
     """Operations of one image, forward and backward, as torch's counter sees them in the graph.
 
@@ -105,7 +132,7 @@ def count_flops(create: Callable[[], Any], arm: Arm, side: int) -> int:
         create: makes the arm's model.
         side: of the image, pixels.
     """
-    with FakeTensorMode(), FlopCounterMode(display=False) as counter:
+    with FakeTensorMode(), flop_counter() as counter:
         model = create()
         images = torch.empty(1, 3, side, side)
         if arm.method == "transformers":

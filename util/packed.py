@@ -83,17 +83,20 @@ class PackedSource(ImageSource):
         self.eval_margin, self.labelled = about["eval_margin"], about["labelled"]
         self.root, self.format, self.kept_channels = root, about["format"], self.channels
         self.stored = stored_as(about["settings"])
+        self.num_shards = len(about["shards"])
         check_files(root, about)
         self._open()
 
     def _open(self) -> None:
-        self.records = np.load(self.root / RECORDS, mmap_mode="r")
+        # As plain arrays: a memmap makes another memmap of each record, slowly.
+        self.records = np.load(self.root / RECORDS, mmap_mode="r").view(np.ndarray)
+        self.shards = [str(self.root / shard_name(i)) for i in range(self.num_shards)]
         names, ends = (np.load(self.root / name, mmap_mode="r") for name in (NAMES, NAME_ENDS))
         self.names = Names(names, ends)
         self.seen = np.zeros(len(self.records), bool)
 
     def __getstate__(self) -> dict[str, Any]:
-        opened = ("records", "names", "seen")
+        opened = ("records", "shards", "names", "seen")
         return {name: value for name, value in self.__dict__.items() if name not in opened}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -113,9 +116,9 @@ class PackedSource(ImageSource):
             BadInput: they are not what was written.
         """
         shard, start, size, crc, label, height, width = self.records[index].item()
-        path = self.root / shard_name(shard)
+        path = self.shards[shard]
         try:
-            data = memoryview(mapped(str(path)))[start : start + size]  # type: ignore[arg-type]
+            data = memoryview(mapped(path))[start : start + size]  # type: ignore[arg-type]
         except (OSError, ValueError) as error:
             raise BadInput(f"cannot read {path}: {error}; {AGAIN}") from error
         if not self.seen[index]:

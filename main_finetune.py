@@ -101,11 +101,10 @@ def build_parser() -> FlagParser:
         "the flags below that say so",
     )
     add_data_flags(parser, list(DATASETS))
-    parser.add_argument(
-        "--train_images",
-        type=number(int, 1),
-        help="learn from so many, evenly spaced; default: all",
-    )
+    for name, what in (("train_images", "learn from"), ("val_images", "measure on")):
+        parser.add_argument(
+            f"--{name}", type=number(int, 1), help=f"{what} so many, evenly spaced; default: all"
+        )
     add_model_flags(parser)
     add_augmentation_flags(parser)
     add_optimisation_flags(
@@ -137,7 +136,7 @@ def resolve_tune(args: argparse.Namespace) -> None:
 
 
 def open_set(args: argparse.Namespace, split: str, channels: int | None) -> ImageSource:
-    """A labelled split of the data set that the flags name."""
+    """A labelled split of the data set that the flags name, or as much of it as they ask for."""
     source = build_dataset(
         args.dataset, split, args.data_path, channels=channels, mean=args.mean, std=args.std
     )
@@ -145,7 +144,8 @@ def open_set(args: argparse.Namespace, split: str, channels: int | None) -> Imag
         unlabelled = ("photos", "stl10_unlabeled", "garments")
         labelled = ", ".join(name for name in DATASETS if name not in unlabelled)
         raise BadInput(f"{args.dataset} has no labels to learn from; sets with labels: {labelled}")
-    return source
+    limit = args.train_images if split == "train" else args.val_images
+    return source if limit is None else Subset(source, evenly(len(source), limit))
 
 
 def new_model(
@@ -252,11 +252,12 @@ def planned_model(args: argparse.Namespace, data: Data) -> tuple[Any, dict[str, 
 
 def plan_run(args: argparse.Namespace, count: int) -> Plan:
     """What the run would do and cost on `count` processes, see `util.dry_run`."""
+    everything = argparse.Namespace(**vars(args) | {"train_images": None})
     data = look_at_data(
         args.dataset,
         args.data_path,
         args.dry_run_images,
-        lambda: open_set(args, "train", args.in_chans),
+        lambda: open_set(everything, "train", args.in_chans),
     )
     data = limited(data, args.train_images)
     model, arguments, start = planned_model(args, data)
@@ -391,8 +392,6 @@ def finetune(args: argparse.Namespace, procs: Processes) -> None:
             stored = read_encoder(origin, args.finetune, args.input_size)
             channels = stored.arguments["in_chans"]
         source = open_set(args, "train", channels)
-        if args.train_images is not None:
-            source = Subset(source, evenly(len(source), args.train_images))
         val_source = open_set(args, "val", source.channels) if args.eval_every else None
     if val_source is not None:
         check_classes(val_source.classes, source.classes, len(source.classes))

@@ -68,11 +68,10 @@ def build_parser() -> FlagParser:
         default=0.07,
         help="of the weight exp(similarity / temperature) of a neighbour's vote",
     )
-    group.add_argument(
-        "--train_images",
-        type=number(int, 1),
-        help="neighbours among so many training images, evenly spaced; default: all",
-    )
+    for name, what in (("train_images", "neighbours among"), ("val_images", "classify")):
+        group.add_argument(
+            f"--{name}", type=number(int, 1), help=f"{what} so many, evenly spaced; default: all"
+        )
     group.add_argument("--batch_size", type=number(int, 1), default=128, help="per process")
     group.add_argument(
         "--query_chunk",
@@ -356,9 +355,10 @@ def measure(args: argparse.Namespace, procs: Processes) -> None:
     # One process lists a folder or fetches a set; the others find what it left on the disk.
     with procs.main_first():
         sources = {s: build_dataset(args.dataset, s, args.data_path) for s in SPLITS}
-        if args.train_images is not None:
-            train = sources["train"]
-            sources["train"] = Subset(train, evenly(len(train), args.train_images))
+        for split, limit in zip(SPLITS, (args.train_images, args.val_images), strict=True):
+            if limit is not None:
+                whole = sources[split]
+                sources[split] = Subset(whole, evenly(len(whole), limit))
         check_labels(sources)
     train, val = (sources[split] for split in SPLITS)
     if max(args.k) > len(train):

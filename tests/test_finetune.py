@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from multiprocessing.process import BaseProcess
@@ -33,11 +34,12 @@ from models_zoo import CLASSIFIERS, MODELS, create_model
 from util.accuracy import Accuracy
 from util.checkpoint import load_file, save_checkpoint
 from util.config import settings_of
+from util.datasets import build_dataset
 from util.dist import Agreement, Wish
 from util.errors import EXIT_STOPPED, BadInput
 from util.optim import create_adamw, layer_decay_groups
 from util.pos_embed import sincos_2d
-from util.randomness import seeded
+from util.randomness import evenly, seeded
 from util.step import OptimizerStep
 from util.transforms import FinetuneTransform, normalize
 
@@ -968,6 +970,25 @@ def test_an_old_run_is_not_mixed_with_another(pretrained: str, tmp_path: Path, r
         assert code == 2 and named in err, err
         assert len(err.strip().splitlines()) == 1
     assert {p: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()} == before
+
+
+def test_measuring_on_some_images(run_main, tmp_path: Path) -> None:
+    """Evenly spaced ones: those of `evenly`, whose labels are what is counted."""
+    argv = [
+        *SMALL,
+        "--model=vit_micro_patch4",
+        "--epochs=1",
+        "--val_images=5",
+        f"--output_dir={tmp_path}",
+    ]
+    assert run_main("main_finetune", argv)[0] == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    source = build_dataset("synthetic", "val")
+    assert result["images"] == 5 < len(source)
+    rows = (tmp_path / "per_class.csv").read_text().splitlines()[1:]
+    shown = Counter(source[i][1] for i in evenly(len(source), 5))
+    counted = [int(row.split(",")[1]) for row in rows]
+    assert counted == [shown[i] for i in range(len(rows))]
 
 
 @pytest.mark.parametrize("flags", [[], ["--cls_token"], ["--global_pool"], ["--tune=linear"]])

@@ -14,10 +14,11 @@ from PIL import Image
 import main_pretrain
 from models_zoo import load_encoder
 from util.checkpoint import load_file, save_checkpoint
-from util.datasets import build_dataset
+from util.datasets import SPLITS, build_dataset
 from util.dist import Processes, processes
 from util.errors import BadInput
 from util.knn import NOBODY, Bank, Neighbours, best, nearest, neighbours, rank_of, unit, vote
+from util.randomness import evenly
 from util.transforms import EvalTransform, normalize
 
 ONE = Processes(0, 1, 0, 1, torch.device("cpu"))
@@ -215,6 +216,22 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 FLAGS = ["--dataset=digits", "--num_workers=0", "--device=cpu", "--batch_size=100"]
+
+
+def test_some_images(checkpoint: Path, tmp_path: Path, run_main) -> None:
+    """Features of a few, evenly spaced in each split, are those that all of them have there."""
+    saved = {}
+    for name, more in (("all", []), ("some", ["--train_images=30", "--val_images=9"])):
+        flags = [*FLAGS, f"--checkpoint={checkpoint}", f"--output_dir={tmp_path / name}"]
+        assert run_main("main_knn", [*flags, *more, "--k=5", "--save_features"])[0] == 0
+        saved[name] = {s: np.load(tmp_path / name / f"features-{s}.npy") for s in SPLITS}
+    result = json.loads((tmp_path / "some" / "knn.json").read_text())
+    assert (result["images"], result["bank_images"]) == (9, 30)
+    for split, count in zip(SPLITS, (30, 9), strict=True):
+        whole = saved["all"][split]
+        np.testing.assert_allclose(
+            saved["some"][split], whole[evenly(len(whole), count)], rtol=1e-4, atol=1e-5
+        )
 
 
 @pytest.mark.smoke

@@ -17,6 +17,8 @@ DEV := $(VENV)/.installed-dev
 
 # Threads that wait by spinning starve the loading processes of a small machine; see the README.
 export OMP_WAIT_POLICY ?= PASSIVE
+# torch then asks for large pages: a training step maps gigabytes anew, 4 kB at a time otherwise.
+export THP_MEM_ALLOC_ENABLE ?= 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

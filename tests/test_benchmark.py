@@ -78,6 +78,14 @@ def test_machine_says_what_it_is() -> None:
     json.dumps(about)
 
 
+def test_machine_says_what_torch_was_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "1")
+    about = benchmark.machine(torch.device("cpu"))
+    assert about["environment"] == {"THP_MEM_ALLOC_ENABLE": "1"}
+    assert benchmark.machine_lines(about)[-1] == "THP_MEM_ALLOC_ENABLE=1"
+
+
 # ---- Arms ----------------------------------------------------------------------------------------
 
 

@@ -72,6 +72,10 @@ def ratios(values: Sequence[float], base: Sequence[float]) -> dict[str, Any]:
     return summary([a / b for a, b in zip(values, base, strict=True)])
 
 
+# How torch waits for its threads, and whether it asks for large pages of memory.
+ENVIRONMENT = ("OMP_WAIT_POLICY", "THP_MEM_ALLOC_ENABLE")
+
+
 def machine(device: torch.device) -> dict[str, Any]:
     """What the numbers were measured on: processor, cores, memory, GPU, load, versions, commit."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -86,6 +90,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {package: _version(package) for package in PACKAGES},
         "commit": _commit(),
+        "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -133,9 +138,11 @@ def machine_lines(about: Mapping[str, Any]) -> list[str]:
     if "gpu" in about:
         where += f"; {about['gpu']}, {about['gpu_memory_gb']} GiB"
     versions = ", ".join(f"{k} {v}" for k, v in about["versions"].items() if v)
+    environment = " ".join(f"{k}={v}" for k, v in about["environment"].items())
     return [
         f"{where}; {about['memory_gb']} GiB; load before {about['load_before']:.2f}",
         f"python {about['python']}, {versions}; commit {about['commit']}",
+        *([environment] if environment else []),
     ]
 
 

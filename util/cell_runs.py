@@ -224,7 +224,11 @@ def start(cell: Cell, cells: Mapping[str, Cell], jobs: int, lock: int) -> Child:
     write_json(cell.folder / STARTS, record)
     words = [sys.executable, *cell.words(ROOT)]
     # With several at once each gets its share of the cores; waiting threads must not spin.
-    threads = {"OMP_NUM_THREADS": str(max(1, cores() // jobs)), "OMP_WAIT_POLICY": "PASSIVE"}
+    threads = {
+        "OMP_NUM_THREADS": str(max(1, cores() // jobs)),
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "THP_MEM_ALLOC_ENABLE": "1",  # large pages, see the Makefile
+    }
     with (cell.folder / LOG).open("ab") as log:
         log.write(f"=== {now()} {shlex.join(words)}\n".encode())
         log.flush()

@@ -193,14 +193,14 @@ def build_step(rank: int, arm: Arm, device_name: str, meeting: str) -> Answer:
     return answer
 
 
-def build_limit(rank: int, arm: Arm, precision: str, device_name: str) -> Answer:
+def build_limit(rank: int, arm: Arm, device_name: str) -> Answer:
     """In a child: the rate of the matrix products of the arm's layers."""
     arguments = arguments_of(arm)
     side, patch = arguments["img_size"], arguments["patch_size"]
     patches = (side // patch) ** 2
     shapes = layer_shapes(arguments, patches, count_visible(patches, arm.mask_ratio), arm.batch)
     device = choose_device(device_name, rank)
-    measure = matrix_rate(shapes, PRECISIONS[precision], device)
+    measure = matrix_rate(shapes, PRECISIONS[arm.precision], device)
     return lambda request: measure()
 
 
@@ -425,7 +425,7 @@ def benchmark_limits(args: argparse.Namespace, arms: dict[str, Arm], threads: in
     arm, device = next(iter(arms.values())), choose_device(args.device, 0)
     torch.set_num_threads(threads)
     precisions = ["fp32", "bf16", *(["fp16"] if device.type == "cuda" else [])]
-    limits = {p: build_limit(0, arm, p, args.device) for p in precisions}
+    limits = {p: build_limit(0, replace(arm, precision=p), args.device) for p in precisions}
     turns: dict[str, Callable[[], float]] = {
         f"products {p}, GFLOP/s": partial(scaled, partial(limit, None), 1e-9)
         for p, limit in limits.items()

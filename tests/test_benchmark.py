@@ -241,6 +241,8 @@ def test_scaling_sweeps_and_draws(tmp_path: Path) -> None:
     found = run("scaling", tmp_path / "r.json", [*flags, f"--plot={plot}", "--repeats=1"])
     assert {field: len(rows) for field, rows in found.items()} == {"batch": 1, "size": 2}
     assert [row["settings"]["size"] for row in found["size"]] == [16, 24]
+    limits = [row["limit_gflops_per_s"]["median"] for row in found["size"]]
+    assert limits[0] != limits[1]  # each by the products of its own sizes
     assert Image.open(plot).size[0] > 200
 
 

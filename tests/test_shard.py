@@ -178,8 +178,8 @@ def test_a_run_goes_on_with_and_without_shards(tmp_path: Path) -> None:
                 child.terminate()
         assert wait(children) == [EXIT_STOPPED if stop else 0] * world, out.read_text()
     assert [r["step"] for r in records(run, "train")] == list(range(1, 21))
-    # 20 steps in float32 at lr 1.9e-4, sums in other orders.
-    assert distance(run, calm) < 2e-6
+    # Sums in other orders, by 20 steps: 4e-7 to 1e-6 here; one step done wrongly makes 6e-4.
+    assert distance(run, calm) < 1e-5
     for kind in ("train", "eval"):
         pairs = zip(records(run, kind), records(calm, kind), strict=True)
         for a, b in pairs:
@@ -219,8 +219,8 @@ def test_a_loss_that_is_not_finite_on_one_process_is_skipped_by_all(
         [r["loss"] for r in records(f, "train") if not r.get("skipped")] for f in (whole, shards)
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
-    if precision == "fp32":  # 10 steps at lr 1.9e-4 at most
-        assert distance(shards, whole) < 1e-6
+    if precision == "fp32":  # another order of sums made 5e-7 to 1e-6, another step skipped 6e-4
+        assert distance(shards, whole) < 1e-5
 
 
 TUNED: dict[str, Sequence[str]] = {

@@ -163,12 +163,12 @@ def measure_steps(
     warmup: int,
     peak_tflops: float | None,
 ) -> list[dict[str, Any]]:
-    """Images a second of all arms and of the matrix products of their precisions, in turns.
+    """Images a second of all arms and of the matrix products of their layers, in turns.
 
     Args:
         build_step: (rank, arm, device, meeting file) to what takes so many steps and gives seconds
             a step; asked for "peak" it gives bytes. Called in a process of its own.
-        build_limit: (rank, arm, precision, device) to what gives operations a second; likewise.
+        build_limit: (rank, arm, device) to what gives operations a second; likewise.
         flops_of: operations of one image.
         threads: of torch, shared out among an arm's processes.
         steps: of a repeat.
@@ -178,7 +178,7 @@ def measure_steps(
     Returns:
         `step_row` of each.
     """
-    first, base = next(iter(arms.values())), next(iter(arms))
+    base = next(iter(arms))
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
 
@@ -193,19 +193,30 @@ def measure_steps(
             for n, (name, arm) in enumerate(arms.items())
         }
         limits = {
-            precision: team_of(precision, build_limit, first, precision, device)
-            for precision in dict.fromkeys(arm.precision for arm in arms.values())
+            bound: team_of(f"limit of {arm}", build_limit, bound, device)
+            for arm, bound in ((name, bound_of(arm)) for name, arm in arms.items())
         }
         turns: dict[str, Callable[[], float]] = {
             name: partial(rate_of, team, arms[name], steps) for name, team in teams.items()
         }
-        turns |= {f"limit {p}": partial(limit_of, team) for p, team in limits.items()}
+        turns |= {f"limit {bound}": partial(limit_of, team) for bound, team in limits.items()}
         found = take_turns(turns, repeats, warmup)
         peaks = {name: team.ask("peak") for name, team in teams.items()}
     return [
         step_row(name, arm, flops_of(arm), found, peaks[name], base, peak_tflops)
         for name, arm in arms.items()
     ]
+
+
+def bound_of(arm: Arm) -> Arm:
+    """What decides the products of an arm's layers: arms that share it share their limit."""
+    return Arm(
+        model=arm.model,
+        precision=arm.precision,
+        batch=arm.batch,
+        size=arm.size,
+        mask_ratio=arm.mask_ratio,
+    )
 
 
 def rate_of(team: Children, arm: Arm, steps: int) -> float:
@@ -228,7 +239,7 @@ def step_row(
     peak_tflops: float | None,
 ) -> dict[str, Any]:
     """All that is known of an arm."""
-    rate, limit = found[name], found[f"limit {arm.precision}"]
+    rate, limit = found[name], found[f"limit {bound_of(arm)}"]
     row = {
         "arm": name,
         "settings": vars(arm),
@@ -270,8 +281,8 @@ def show_steps(rows: Sequence[dict[str, Any]]) -> None:
     say(table(shown))
     say(
         "ratio: to the first arm, turn by turn. GFLOP/image: forward and backward, products, "
-        "convolutions and attention. products: the rate of the blocks' matrix products alone, in "
-        "the same turns; share: of it. peak: of a process of its own, all that it held; of the "
+        "convolutions and attention. products: the rate of the arm's own matrix products alone, "
+        "in the same turns; share: of it. peak: of a process of its own, all that it held; of the "
         "step: less what it held before there was a model."
     )
 

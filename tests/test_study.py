@@ -342,11 +342,16 @@ def test_the_study_finds_what_was_put_in(done: Path) -> None:
 
 def test_the_document_shows_it_all(done: Path) -> None:
     text = (done / "docs" / "study.md").read_text()
-    for title in ("The factorial", "Main effects", "Interactions", "Training dynamics",
+    for title in ("In short", "The factorial", "Main effects", "Interactions", "Training dynamics",
                   "Settings, screened", "Settings, confirmed on new seeds"):  # fmt: skip
         assert f"## {title}" in text
     assert re.search(r"^\| mask \| linear \| -(1\.0|0\.9)\d+ \| .* \| lowers \|$", text, re.M)
     assert re.search(r"^\| offset \| kNN \| .* \| not shown \|$", text, re.M)
+    short = text.split("## In short")[1].split("##")[0]
+    assert re.search(r"\*\*mask\*\* lowers linear \(-[\d.]+\), kNN .*fine-tuned", short)
+    assert re.search(r"\*\*lscale\*\* raises linear \(\+0\.[45]\d*\)", short)
+    assert "**offset** brings nothing that could be shown here." in short
+    assert re.search(r"`all_best`, against the base on new seeds, raises linear", short)
     for picture in re.findall(r"\]\((pictures/[\w-]+\.png)\)", text):
         assert (done / "docs" / picture).read_bytes().startswith(b"\x89PNG")
     assert text.count("](pictures/") == 2

@@ -25,6 +25,7 @@ def markdown(report: Mapping[str, Any], pictures: str) -> str:
             f"Written by `{COMMAND}` from `docs/study.json`; nothing here is typed by hand.",
             "",
             *_how(report),
+            *_in_short(report),
             *_rows("The factorial", "factorial", report),
             *_effects(report["effects"], pictures),
             *_training(report["training"], pictures),
@@ -45,10 +46,42 @@ def _how(report: Mapping[str, Any]) -> list[str]:
         "Values are mean ± sample deviation over seeds. Intervals are 95 % by Student's t over "
         "seeds, each seed first compared with itself (the same data order and noise in all "
         "arms). p is corrected after Holm within its family: the outcomes of a group, main "
-        "effects and interactions apart. Accuracies are on the test set; settings were chosen "
-        "by them on other seeds than those that confirm them.",
+        "effects and interactions apart. Accuracies are on test images, the same for all arms; "
+        "settings were chosen by them on other seeds than those that confirm them.",
         "",
     ]
+
+
+def _in_short(report: Mapping[str, Any]) -> list[str]:
+    """What each term and each confirmed setting does, in a sentence; also when that is nothing."""
+    mains = [e for e in report["effects"] if len(e["factors"]) == 1]
+    if not mains:
+        return []
+    lines = []
+    for term in dict.fromkeys(e["factors"][0] for e in mains):
+        own = [e for e in mains if e["factors"] == [term]]
+        dynamics = [e for e in report["training"]["effects"] if e["factors"] == [term]]
+        lines.append(f"- **{term}** {sentence(own)}.")
+        if dynamics:
+            lines.append(f"  In training it {sentence(dynamics)}.")
+    for arm in dict.fromkeys(row["arm"] for row in report["confirmed"]):
+        own = [row for row in report["confirmed"] if row["arm"] == arm]
+        lines.append(f"- `{arm}`, against the base on new seeds, {sentence(own)}.")
+    return ["## In short", "", *lines, ""]
+
+
+def sentence(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What estimates allow to say together: what is raised, lowered, and not shown."""
+    said = {word: [r for r in rows if verdict(r) == word] for word in ("raises", "lowers")}
+    parts = [
+        f"{word} " + ", ".join(f"{row['outcome']} ({_signed(row['mean'])})" for row in own)
+        for word, own in said.items()
+        if own
+    ]
+    if not parts:
+        return "brings nothing that could be shown here"
+    silent = [row["outcome"] for row in rows if verdict(row) == "not shown"]
+    return "; ".join([*parts, *([f"nothing shown for {', '.join(silent)}"] if silent else [])])
 
 
 def _line(texts: Sequence[str]) -> str:

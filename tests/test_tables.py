@@ -155,6 +155,14 @@ def test_cells_run_once_and_tables_hold_mean_and_deviation(tmp_path, fake, run_m
     code, out, err = run_main("main_tables", words)
     assert code == 0 and len(started(tmp_path)) == 6 and text in out
 
+    # A run that two commits made, one of them known from the other runs.
+    file = tmp_path / "out" / "seed-3" / "b" / "done.json"
+    file.write_text(json.dumps(record | {"commit": f"{record['commit']}; abcdef"}))
+    code, _, err = run_main("main_tables", words)
+    assert code == 0 and len(started(tmp_path)) == 6, err
+    report = json.loads((tmp_path / "out" / "tables.json").read_text())
+    assert report["commit"] == [record["commit"], "abcdef"]
+
 
 def test_only_some_runs_or_seeds_leave_the_rest_missing(tmp_path, fake, run_main) -> None:
     runs = {"a": {}, "b_1": {"x": "{run:a}"}, "b_2": {"x": "{run:a}"}, "c": {}}

@@ -56,7 +56,8 @@ def fill_tables(plan: Plan, cells: Mapping[str, Cell]) -> dict[str, Any]:
             else str(done[name])
             for done in dones.values()
         )
-        return list(dict.fromkeys(texts))
+        # A run that was stopped may have gone on elsewhere, and then names both.
+        return list(dict.fromkeys(part for text in texts for part in text.split("; ")))
 
     return {
         "plan": plan.path.name,

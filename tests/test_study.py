@@ -231,6 +231,7 @@ def test_a_run_needs_its_needs_at_its_seeds(tmp_path: Path) -> None:
         ({"outcomes": {"other": []}}, "accuracy"),
         ({"outcomes": {"accuracy": [["a", "knn"]]}}, "label, run, metric"),
         ({"confirm": {"seeds": [100, 101]}}, "needs new seeds"),
+        ({"confirm": {"seeds": [7], "never": ["pos_offset_non"]}}, "did you mean pos_offset_none?"),
     ],
 )
 def test_bad_studies_are_explained(change: dict, message: str, tmp_path: Path) -> None:
@@ -256,6 +257,8 @@ def truth(flags: list[str], seed: int, noise: np.random.Generator) -> dict[str, 
         top1 += EFFECT["lscale"]
     top1 += {"0.25": 1.0, "0.75": 0.4}.get(given.get("avg_share", ""), 0.0)
     top1 += {"jitter": 2.0}.get(given.get("pos_offset", ""), 0.0)
+    if seed == 100 and given.get("pos_offset") == "none":  # best where settings are screened
+        top1 += 5
     return {"top1": top1, "model_psnr": 15 + top1 / 100, "model_ssim": 0.5}
 
 
@@ -327,7 +330,9 @@ def test_the_study_finds_what_was_put_in(done: Path) -> None:
     plan = yaml.safe_load((done / "out" / "confirm.yaml").read_text())
     arms = plan["arms"]["confirm"]
     assert arms["seeds"] == [200, 201, 202, 203]
-    assert {"mae", "base", "all_best", "pos_offset_jitter"} == set(arms["list"])
+    assert report["screening"]["gains"]["pos_offset_none"] > 4  # and yet never to be chosen
+    expected = {"mae", "base", "all_best", "pos_offset_jitter", "avg_share_0.25"}
+    assert expected == set(arms["list"])
     assert (
         arms["list"]["all_best"] | {"avg_share": 0.25, "pos_offset": "jitter"}
         == (arms["list"]["all_best"])

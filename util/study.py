@@ -7,7 +7,8 @@ study:
   outcomes:
     accuracy: [[label, run, metric], ...]         what settings are chosen by: the more the better
     ANOTHER: ...                                  each group is a family of tests of its own
-  confirm: {seeds: [...], best: 2, against: {mae: {method: mae}}}
+  confirm: {seeds: [...], best: 2, against: {mae: {method: mae}}, never: [ARM, ...]}
+                        never: screened, but not to be chosen
 """
 
 import copy
@@ -61,6 +62,7 @@ class Study:
     confirm_seeds: tuple[int, ...]
     best: int
     against: dict[str, dict[str, Any]]
+    never: tuple[str, ...]
 
 
 def read_study(plan: Plan) -> Study:
@@ -95,7 +97,11 @@ def read_study(plan: Plan) -> Study:
         raise BadInput(f"outcomes of {where} need a group {CHOSEN_BY!r}: settings are chosen by it")
     if len({o.label for o in outcomes}) < len(outcomes):
         raise BadInput(f"outcomes of {where} must have different labels")
-    confirm = mapping(given["confirm"], f"confirm of {where}", ("seeds", "best", "against"))
+    words = ("seeds", "best", "against", "never")
+    confirm = mapping(given["confirm"], f"confirm of {where}", words)
+    never = tuple(confirm.get("never") or ())
+    for arm in never:
+        known(arm, plan.arms[given["settings"]].varied, f"never in confirm of {where}")
     seeds = seeds_of(confirm.get("seeds"), f"confirm of {where}")
     if seen := set(seeds) & set(plan.arms[given["settings"]].seeds or plan.seeds):
         raise BadInput(f"confirm of {where} needs new seeds; {sorted(seen)} chose the settings")
@@ -107,6 +113,7 @@ def read_study(plan: Plan) -> Study:
         seeds,
         confirm.get("best", 2),
         mapping(confirm.get("against") or {}, f"against of confirm of {where}"),
+        never,
     )
 
 
@@ -128,6 +135,8 @@ def with_arms(plan: Plan, name: str, seeds: Sequence[int], arms: Mapping[str, An
 def candidates(study: Study, settings: ArmSet, values: Mapping[str, Mapping[str, BySeed]]) -> dict:
     """What the screening chooses: for each setting its best value, if that beats the base.
 
+    Arms that are never to be chosen have scores, and that is all.
+
     Args:
         values: label of outcome to arm to seed to value.
 
@@ -148,7 +157,7 @@ def candidates(study: Study, settings: ArmSet, values: Mapping[str, Mapping[str,
     best: dict[str, str] = {}
     for arm, gain in gains.items():
         setting = settings.varied[arm][0]
-        if gain > 0 and gain > gains.get(best.get(setting, ""), 0.0):
+        if arm not in study.never and gain > gains.get(best.get(setting, ""), 0.0):
             best[setting] = arm
     singles = sorted(best.values(), key=lambda arm: -gains[arm])
     arms = dict(study.against) | {BASE: settings.arms[BASE]}

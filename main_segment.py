@@ -10,7 +10,7 @@ Several processes: torchrun --nproc_per_node 8 main_segment.py ...
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,8 @@ LR = 1e-4
 # Of the published run, for what --dry_run warns of; and the size of the set it is for.
 RECIPE_BATCH, RECIPE_IMAGES = 16, 20_000
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
+# How a segmenter looks at an image: --eval and --predict do as its training did.
+LOOKS = ("resize", "inference", "window", "stride", "scene_size")
 # Beside those of every main: what is only measured, shown or looked at.
 HOUSEKEEPING = {"eval", "predict", "check_data", "pictures"}
 
@@ -286,7 +288,8 @@ def is_due(every: int, step: int, total: int) -> bool:
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one training, one evaluation or one prediction; see the module."""
-    args = build_parser().parse(argv)
+    parser = build_parser()
+    args = parser.parse(argv)
     if args.list_models:
         print("\n".join(models_zoo.list_segmenters()))
         return
@@ -301,7 +304,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with processes(args.device, Path(args.output_dir)) as procs:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
         if args.eval or args.predict:
-            use_checkpoint(args, procs)
+            use_checkpoint(args, procs, parser.given)
         else:
             segment(args, procs)
 
@@ -420,8 +423,12 @@ def rate_here(args: argparse.Namespace, arguments: dict[str, Any]) -> float:
     )
 
 
-def use_checkpoint(args: argparse.Namespace, procs: Processes) -> None:
-    """Measure a whole segmenter on the held-out split, or segment images with it."""
+def use_checkpoint(args: argparse.Namespace, procs: Processes, given: Container[str]) -> None:
+    """Measure a whole segmenter on the held-out split, or segment images with it.
+
+    Args:
+        given: flags that are not to be taken from the checkpoint.
+    """
     folder = Path(args.output_dir)
     path = None if args.resume in ("auto", "none") else args.resume
     if path is None:
@@ -436,6 +443,7 @@ def use_checkpoint(args: argparse.Namespace, procs: Processes) -> None:
     # Images are normalised as in training, also those of another set.
     trained_on = state.get("data", {})
     args.mean, args.std = (args.mean or trained_on.get("mean"), args.std or trained_on.get("std"))
+    look_as_trained(args, trained_on, given)
     classes = state.get("classes")
     if args.predict:
         predict_files(args, procs, model, classes)
@@ -452,6 +460,25 @@ def use_checkpoint(args: argparse.Namespace, procs: Processes) -> None:
         save_segmentation(folder, result, source.classes, more)
         draw(args, model, source, procs, f"{args.dataset} val", folder / "pictures" / "eval.png")
         say(f"written     {folder}/result.json, per_class.txt")
+
+
+def look_as_trained(
+    args: argparse.Namespace, trained_on: Mapping[str, Any], given: Container[str]
+) -> None:
+    """Take from the checkpoint how it looks at images, where no flag says otherwise, and say so."""
+    own = {name: trained_on[name] for name in LOOKS if name in trained_on and name not in given}
+    changed = {name: value for name, value in own.items() if value != getattr(args, name)}
+    vars(args).update(changed)
+    if changed:
+        said = ", ".join(f"--{name} {words(value)}" for name, value in changed.items())
+        say(f"as in its training: {said}")
+
+
+def words(value: Any) -> str:
+    """A setting as it is given on the command line."""
+    if isinstance(value, tuple):  # height and width
+        return "x".join(map(str, value))
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def predict_files(
@@ -658,7 +685,8 @@ def segment(args: argparse.Namespace, procs: Processes) -> None:
             "best": best,
             "optimizer": optimizer.state_dict(),
             "scaler": optimizer_step.scaler.state_dict(),
-            "data": {"dataset": args.dataset, "mean": source.mean, "std": source.std},
+            "data": {"dataset": args.dataset, "mean": source.mean, "std": source.std}
+            | {name: getattr(args, name) for name in LOOKS},
         }
 
     run = Run(

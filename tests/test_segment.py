@@ -369,6 +369,24 @@ def test_predict_and_eval_agree(data: str, whole: Path, tmp_path: Path, run_main
     assert (out / "classes.txt").read_text().splitlines()[0] == "class 0"
 
 
+def test_eval_looks_at_images_as_training_did(
+    data: str, whole: Path, tmp_path: Path, run_main
+) -> None:
+    """A default of another size would measure another number without a word."""
+    trained = {"resize": [48, 32], "inference": "slide", "window": (32, 32), "stride": (24, 24)}
+    assert trained.items() <= load_file(whole / LAST)["data"].items()
+    flags = ["--device=cpu", "--dataset=folder", data, f"--resume={whole / LAST}", "--eval"]
+    numbers = []
+    for given in ([], ["--resize", "24", "16"]):
+        folder = tmp_path / f"{len(given)}"
+        code, out, err = run_main("main_segment", [*flags, *given, f"--output_dir={folder}"])
+        assert code == 0, err
+        resize = "" if given else "--resize 48 32, "
+        assert f"as in its training: {resize}--window 32x32, --stride 24x24" in out
+        numbers.append(json.loads((folder / "result.json").read_text())["miou"])
+    assert numbers[0] == json.loads((whole / "result.json").read_text())["miou"] != numbers[1]
+
+
 def test_a_map_is_the_models_own(whole: Path, data: str, tmp_path: Path, run_main) -> None:
     """One image by hand: resize, normalise, model, resize, highest class."""
     root = Path(data.removeprefix("--data_path="))

@@ -52,7 +52,14 @@ PCA_PER_IMAGE = 16  # patches of one image that a PCA is fitted on
 
 
 class FlagParser(argparse.ArgumentParser):
-    """argparse without abbreviations; a bad flag is a `BadInput` that names the nearest one."""
+    """argparse without abbreviations; a bad flag is a `BadInput` that names the nearest one.
+
+    Attributes:
+        given: what the last `parse` found in recipe or command line, by the flags' dest; the rest
+            have their defaults.
+    """
+
+    given: frozenset[str] = frozenset()
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(
@@ -77,10 +84,13 @@ class FlagParser(argparse.ArgumentParser):
         first.add_argument("--config")
         recipe = first.parse_known_args(argv)[0].config
         tokens = self._recipe_tokens(Path(recipe)) if recipe else []
+        words = (word.split("=")[0] for word in tokens + argv)
+        flags = self._option_string_actions
+        self.given = frozenset(flags[word].dest for word in words if word in flags)
         settings, unknown = self.parse_known_args(tokens + argv)
         if unknown:
-            flags = [a for a in unknown if a.startswith("-")] or unknown
-            self.error(f"unknown argument {flags[0]}{self._nearest(flags[0])}")
+            first_of = [a for a in unknown if a.startswith("-")] or unknown
+            self.error(f"unknown argument {first_of[0]}{self._nearest(first_of[0])}")
         return settings
 
     def _nearest(self, flag: str) -> str:

@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from util.errors import BadInput, RunFailed, Stopped
+from util.memory import keep_freed_memory
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # srun sets all of these for each task of a step; a batch script itself has no STEP_NUM_TASKS.
@@ -173,7 +174,7 @@ def _numbers(
 
 @contextmanager
 def processes(device_name: str, folder: Path) -> Iterator[Processes]:
-    """Join the other processes, and leave them at the end.
+    """Join the other processes, and leave them at the end; on CPUs, see `keep_freed_memory`.
 
     nccl between GPUs, gloo between CPUs; a second, small gloo group carries what the hosts agree
     on. When one process dies, gloo closes its connections, and the others end with `RunFailed`.
@@ -190,6 +191,8 @@ def processes(device_name: str, folder: Path) -> Iterator[Processes]:
     device = choose_device(device_name, place.local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
     if place.world_size == 1:
         yield join(place, device)
         return

@@ -72,7 +72,10 @@ def stop_and_go_on(
         codes = wait(children)
         story.append(f"{kind.name} at {target}: {codes}, {steps_done(folder)} steps logged")
         if kind != signal.SIGKILL and codes != [0] * world:
-            assert codes == [EXIT_STOPPED] * world, (story, (folder / "out").read_text())
+            expected = {EXIT_STOPPED}
+            if steps_done(folder) == STEPS:  # one that is leaving no longer listens to signals
+                expected |= {0, -kind}
+            assert set(codes) <= expected, (story, (folder / "out").read_text())
     raise AssertionError("unreachable")
 
 

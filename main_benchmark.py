@@ -52,7 +52,6 @@ from util.logger import StepReport, say
 from util.made_images import jpegs_like_imagenet, make_jpegs, make_tiny_files
 from util.many_files import measure_files
 from util.masking import count_visible
-from util.memory import keep_freed_memory
 from util.optim import create_adamw, parameter_groups
 from util.peers import create_vitmae
 from util.randomness import EpochSampler, evenly
@@ -178,8 +177,6 @@ def build_step(rank: int, arm: Arm, device_name: str, meeting: str) -> Answer:
     if arm.method == "transformers":
         step = peers_step(model, arm, procs)
     else:
-        if device.type == "cpu":
-            keep_freed_memory()  # as the mains do, see `util.dist.processes`
         strategy = strategy_of(arm)
         visible = count_visible(model.grid[0] * model.grid[1], arm.mask_ratio)
         masker = Masker(strategy, visible, model.patch_size)

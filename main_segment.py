@@ -88,7 +88,7 @@ LR = 1e-4
 # Of the published run, for what --dry_run warns of; and the size of the set it is for.
 RECIPE_BATCH, RECIPE_IMAGES = 16, 20_000
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
-# How a segmenter looks at an image: --eval and --predict do as its training did.
+# How large a segmenter sees an image, and in what parts: in --eval and --predict as in training.
 LOOKS = ("resize", "inference", "window", "stride", "scene_size")
 # Beside those of every main: what is only measured, shown or looked at.
 HOUSEKEEPING = {"eval", "predict", "check_data", "pictures"}
@@ -470,15 +470,12 @@ def look_as_trained(
     changed = {name: value for name, value in own.items() if value != getattr(args, name)}
     vars(args).update(changed)
     if changed:
-        said = ", ".join(f"--{name} {words(value)}" for name, value in changed.items())
-        say(f"as in its training: {said}")
-
-
-def words(value: Any) -> str:
-    """A setting as it is given on the command line."""
-    if isinstance(value, tuple):  # height and width
-        return "x".join(map(str, value))
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+        texts = settings_of(argparse.Namespace(**changed))
+        words = [
+            f"--{name} {' '.join(map(str, texts[name])) if name == 'resize' else texts[name]}"
+            for name in changed
+        ]
+        say(f"as in its training: {', '.join(words)}")
 
 
 def predict_files(

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from launch import ROOT
 
 from util.memory import keep_freed_memory
@@ -14,7 +15,7 @@ import torch
 from util.memory import keep_freed_memory
 
 if sys.argv[1] == "keep":
-    assert keep_freed_memory()
+    assert keep_freed_memory(torch.device("cpu"))
 
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -54,4 +55,4 @@ def test_freed_memory_is_kept() -> None:
 
 def test_settings_in_the_environment_win(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "131072")
-    assert not keep_freed_memory()
+    assert not keep_freed_memory(torch.device("cpu"))

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from util.logger import say, write_text
+from util.memory import SETTINGS
 
 PACKAGES = ("torch", "torchvision", "timm", "transformers", "numpy", "pillow", "datasets")
 # What decides a processor's rate of matrix products.
@@ -72,8 +73,8 @@ def ratios(values: Sequence[float], base: Sequence[float]) -> dict[str, Any]:
     return summary([a / b for a, b in zip(values, base, strict=True)])
 
 
-# How torch waits for its threads, and whether it asks for large pages of memory.
-ENVIRONMENT = ("OMP_WAIT_POLICY", "THP_MEM_ALLOC_ENABLE")
+# How torch waits for its threads, whether it asks for large pages, and what decides for malloc.
+ENVIRONMENT = ("OMP_WAIT_POLICY", "THP_MEM_ALLOC_ENABLE", *SETTINGS)
 
 
 def machine(device: torch.device) -> dict[str, Any]:

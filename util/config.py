@@ -85,12 +85,12 @@ class FlagParser(argparse.ArgumentParser):
         recipe = first.parse_known_args(argv)[0].config
         tokens = self._recipe_tokens(Path(recipe)) if recipe else []
         words = (word.split("=")[0] for word in tokens + argv)
-        flags = self._option_string_actions
-        self.given = frozenset(flags[word].dest for word in words if word in flags)
+        known = self._option_string_actions
+        self.given = frozenset(known[word].dest for word in words if word in known)
         settings, unknown = self.parse_known_args(tokens + argv)
         if unknown:
-            first_of = [a for a in unknown if a.startswith("-")] or unknown
-            self.error(f"unknown argument {first_of[0]}{self._nearest(first_of[0])}")
+            flags = [a for a in unknown if a.startswith("-")] or unknown
+            self.error(f"unknown argument {flags[0]}{self._nearest(flags[0])}")
         return settings
 
     def _nearest(self, flag: str) -> str:

@@ -174,7 +174,7 @@ def _numbers(
 
 @contextmanager
 def processes(device_name: str, folder: Path) -> Iterator[Processes]:
-    """Join the other processes, and leave them at the end; on CPUs, see `keep_freed_memory`.
+    """Join the other processes, and leave them at the end. See also `keep_freed_memory`.
 
     nccl between GPUs, gloo between CPUs; a second, small gloo group carries what the hosts agree
     on. When one process dies, gloo closes its connections, and the others end with `RunFailed`.
@@ -191,8 +191,7 @@ def processes(device_name: str, folder: Path) -> Iterator[Processes]:
     device = choose_device(device_name, place.local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    else:
-        keep_freed_memory()
+    keep_freed_memory(device)
     if place.world_size == 1:
         yield join(place, device)
         return

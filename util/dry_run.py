@@ -12,6 +12,7 @@ import torch
 from util.cost import Cost, Memory, checkpoint_bytes, memory_of, numbered_checkpoints
 from util.dist import read_environment
 from util.errors import BadInput
+from util.memory import keep_freed_memory
 
 # Training images, channels and classes of sets that are the same everywhere.
 KNOWN = {
@@ -314,6 +315,7 @@ def measure_rate(step: Callable[[], Any], images: int, steps: int, device: torch
     Args:
         images: that a step takes.
     """
+    keep_freed_memory(device)  # as in the run
     step()
     wait(device)
     begin = time.perf_counter()

@@ -24,6 +24,7 @@ from util.dist import Processes, distribute
 from util.errors import BadInput, needs
 from util.logger import say
 from util.masking import MaskStrategy, count_visible
+from util.memory import keep_freed_memory
 from util.optim import create_adamw, parameter_groups
 from util.randomness import generator_of
 from util.step import PRECISIONS, OptimizerStep
@@ -50,6 +51,7 @@ def our_step(
         masker: uint8 images and the strategy's noise to masks.
         num_visible: patches that stay visible.
     """
+    keep_freed_memory(procs.device)  # as every main does, see `util.dist.processes`
     model.set_grad_checkpointing(arm.checkpointing)
     trained = distribute(model, procs, compiled=arm.compiled).train()
     optimizer = create_adamw(parameter_groups(model, 0.05), 1e-4, betas=(0.9, 0.95))

@@ -47,7 +47,8 @@ def _how(report: Mapping[str, Any]) -> list[str]:
         "seeds, each seed first compared with itself (the same data order and noise in all "
         "arms). p is corrected after Holm within its family: the outcomes of a group, main "
         "effects and interactions apart. Accuracies are on test images, the same for all arms; "
-        "settings were chosen by them on other seeds than those that confirm them.",
+        "settings were chosen by them on other seeds than those that confirm them. All arms have "
+        'one learning rate, the plan\'s; a term may ask for another (README, "The study").',
         "",
     ]
 

@@ -8,6 +8,7 @@ import torch
 from util.benchmark import ratios, show_rates, summary, table, take_turns
 from util.limits import stopwatch
 from util.logger import StepReport, say
+from util.memory import keep_freed_memory
 
 SMOOTHED = 20  # steps of the moving mean
 # Trains on the batches of an iterable, and hands each step's report over.
@@ -33,6 +34,7 @@ def measure_together(
     Returns:
         rows, the share of the time that the training process waits, and the bottleneck.
     """
+    keep_freed_memory(device)  # as in a run
     kept = next(iter(loader))
     seconds_of, waited = stopwatch(device), [0.0]
 

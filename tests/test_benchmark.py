@@ -363,6 +363,20 @@ def test_files_starts_from_a_listing(tmp_path: Path) -> None:
     assert len(found["worker_bytes"]["late"]) == 1 == len(found["growth_bytes"])
 
 
+@pytest.mark.smoke
+def test_fifty_thousand_files_cost_a_worker_little_memory(tmp_path: Path) -> None:
+    """38 bytes a file here, and 140 with a list of paths; and no more while images are read."""
+    late = []
+    for count, images in ((500, 400), (50_000, 12_800)):
+        flags = [f"--made={tmp_path}/{count}", f"--count={count}", f"--images={images}"]
+        flags += ["--num_workers=1", "--batch_size=64", "--repeats=1", "--warmup=0"]
+        found = run("files", tmp_path / "r.json", flags)
+        assert found["images"] == count
+        assert max(found["growth_bytes"]) < 2**20
+        late += found["worker_bytes"]["late"]
+    assert late[1] - late[0] < 4 * 2**20
+
+
 # ---- What is made --------------------------------------------------------------------------------
 
 

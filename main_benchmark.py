@@ -31,7 +31,7 @@ from util.benchmark import (
     save_json,
     take_turns,
 )
-from util.children import Answer
+from util.children import Answer, preload_children
 from util.config import METHODS, FlagParser, add_data_flags, add_view_flags, number
 from util.contenders import Arm, name_of, parse_arms, strategy_of
 from util.data_speed import (
@@ -530,4 +530,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    preload_children()
     main()

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from launch import ROOT
 from PIL import Image
 from transformers import ViTMAEForPreTraining
 
@@ -192,6 +195,24 @@ def test_children_answer_together_and_what_kills_them_is_said() -> None:
     assert not any(process.is_alive() for process in team.processes)
     with pytest.raises(BadInput, match="not this word"):
         Children("echo", build_echo, "bad", threads=1)
+
+
+def test_children_leave_the_program_its_own_fork_server(tmp_path: Path) -> None:
+    """What a server imports first is said once in a program; others may have said it before."""
+    (tmp_path / "marker.py").write_text(f"open({str(tmp_path / 'mark')!r}, 'w').close()\n")
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import multiprocessing\n"
+        "from util.children import Children\n"
+        "def build_nothing(rank):\n"
+        "    return lambda request: request\n"
+        "if __name__ == '__main__':\n"
+        "    multiprocessing.get_context('forkserver').set_forkserver_preload(['marker'])\n"
+        "    Children('nothing', build_nothing, threads=1).close()\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])}
+    subprocess.run([sys.executable, program], env=environment, check=True)
+    assert (tmp_path / "mark").exists()
 
 
 # ---- Every benchmark, on tiny settings -----------------------------------------------------------

@@ -27,6 +27,17 @@ def _serve(link: Any, threads: int, build: Callable[..., Answer], given: Sequenc
         link.send((False, str(error)))
 
 
+def preload_children() -> None:
+    """Have the process that children are forked from import torch once, for all of them.
+
+    It is set for the whole program: for a command to call in a process of its own, not for a class
+    that others use beside fork servers of theirs.
+    """
+    multiprocessing.get_context("forkserver").set_forkserver_preload(
+        ["torch", "torchvision", "timm"]
+    )
+
+
 class Children:
     """Processes that work on every request together, one of them mostly.
 
@@ -49,7 +60,6 @@ class Children:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         # Forked from a process that has only imported: as clean as a new one, and there at once.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torchvision", "timm"])
         self.name = name
         self.links, self.processes = [], []
         for rank in range(count):

@@ -1,8 +1,9 @@
 """Mask strategies, by name.
 
 Every strategy gives each patch a priority; the `num_visible` patches of smallest priority stay
-visible. Sorts are stable and scores are float64, so a mask depends on nothing but its own image and
-its own noise: not on the batch, the order, the precision or the device.
+visible, and noise decides among equal ones. Sorts are stable and scores are float64, so a mask
+depends on nothing but its own image and its own noise: not on the batch, the order, the precision
+or the device.
 
 The work is split in two. `draw` runs in the loader's worker, on the CPU, and makes the noise of one
 image; `mask` runs on the device, for a batch, without a host synchronisation.
@@ -60,16 +61,23 @@ def count_visible(num_patches: int, mask_ratio: float) -> int:
     return visible
 
 
-def keep_smallest(priority: Tensor, num_visible: int) -> Tensor:
-    """Mask all but the `num_visible` smallest priorities of each row; ties keep the lower index.
+def keep_smallest(priority: Tensor, num_visible: int, ties: Tensor | None = None) -> Tensor:
+    """Mask all but the `num_visible` smallest priorities of each row.
 
     Args:
         priority: [B, L].
+        ties: [B, L], of equal priorities the smaller of these stays visible; None: the lower
+            index, which leans to the top left wherever equal priorities are common.
 
     Returns:
         bool [B, L], True = masked.
     """
-    keep = priority.argsort(dim=1, stable=True)[:, :num_visible]
+    if ties is None:
+        order = priority.argsort(dim=1, stable=True)
+    else:  # stable: what is equal keeps the order of `ties`
+        by_ties = ties.argsort(dim=1, stable=True)
+        order = by_ties.gather(1, priority.gather(1, by_ties).argsort(dim=1, stable=True))
+    keep = order[:, :num_visible]
     mask = torch.ones(priority.shape, dtype=torch.bool, device=priority.device)
     return mask.scatter_(1, keep, False)
 
@@ -111,7 +119,8 @@ class Grid:
 
     The priority is the patch's rank in the 8 x 8 Bayer matrix, tiled over the grid: taking patches
     by rank keeps them evenly spread at every count (at 75 % exactly MAE's grid-wise mask, one patch
-    of every 2 x 2 visible). Noise chooses among patches of equal rank.
+    of every 2 x 2 visible). Noise chooses among patches of equal rank. The lattice itself is the
+    same for every image, as MAE's is: halves of the grid differ by at most one line of patches.
     """
 
     uses_averages = False
@@ -134,18 +143,23 @@ class Grid:
 class Block:
     """Rectangles, first covered first masked (block-wise masks after BEiT, as in MAE's ablation).
 
-    Rectangles of aspect 0.3 to 3.3 (log-uniform) and 8 % to 40 % of the grid's area (uniform) fall
-    at uniformly random places; a patch is masked the earlier the sooner one covers it.
+    Rectangles of aspect 0.3 to 1 / 0.3 (log-uniform) and 8 % to 40 % of the grid's area (uniform)
+    fall at uniformly random places; a patch is masked the earlier the sooner one covers it. Noise
+    chooses among patches that the same rectangle covers first: of the last rectangle often only a
+    part is masked, and by any fixed order that part would lie on one side.
     """
 
     uses_averages = False
-    aspects = (0.3, 3.3)
+    aspects = (0.3, 1 / 0.3)  # as BEiT's: a turned grid has the same rectangles
     areas = (0.08, 0.4)
     at_once = 32
     rounds = 32  # 1,024 rectangles: what none of them covers (seen from 32 x 32 on) is masked last
 
     def draw(self, grid: Pair, generator: Generator) -> Tensor:
-        """float32 [1, L]: minus the number of the first rectangle that covers the patch."""
+        """float32 [1, L]: minus the number of the first rectangle over the patch + noise in [0, 1).
+
+        The noise is exact to 2^-14, and drawn after the rectangles.
+        """
         covered_by = torch.full(grid, float(self.at_once * self.rounds))
         for start in range(0, self.at_once * self.rounds, self.at_once):
             inside = self._rectangles(grid, generator)  # [at_once, gh, gw]
@@ -154,7 +168,9 @@ class Block:
             covered_by = torch.minimum(covered_by, first)
             if covered_by.max() < start + self.at_once:
                 break
-        return -covered_by.reshape(1, -1)
+        # Numbers up to 1,024 leave 14 of float32's 24 bits: the sum is exact, below the next rank.
+        ties = torch.randint(2**14, (1, math.prod(grid)), generator=generator) / 2**14
+        return ties - covered_by.reshape(1, -1)
 
     def _rectangles(self, grid: Pair, generator: Generator) -> Tensor:
         """bool [at_once, gh, gw], True inside each rectangle."""
@@ -186,7 +202,8 @@ class Mixed:
 
     z is the patch average standardised over its image; the score is |z| (`far`), -|z| (`near`),
     z (`high`) or -z (`low`), plus `temperature` times Gumbel noise. Of the patches to mask,
-    round(share * count) are those of highest score, the rest random among the others.
+    round(share * count) are those of highest score, the rest random among the others. Of equal
+    scores that of higher Gumbel noise goes first, as at the smallest temperature above 0.
     Share 0 is `Random`, mask for mask; share 1 is average masking alone.
     """
 
@@ -226,8 +243,9 @@ class Mixed:
             return keep_smallest(uniform, num_visible)
         if averages is None:
             raise BadInput("average masking needs the patch averages of the images")
-        score = self.scores(averages) + self.temperature * noise[:, 1].double()
-        chosen = keep_smallest(score, num_patches - by_average)
+        gumbel = noise[:, 1]
+        score = self.scores(averages) + self.temperature * gumbel.double()
+        chosen = keep_smallest(score, num_patches - by_average, ties=gumbel)
         return keep_smallest(uniform.masked_fill(chosen, torch.inf), num_visible)
 
 

@@ -21,8 +21,9 @@ from models_mmae import MaskedAutoencoderViT
 from models_segmenters import holds_segmenter, mmseg_config, segmenter_of, to_mmseg_names
 from models_upernet import UperNet
 from models_vit import VisionTransformer
+from util.assumed import assumptions
 from util.checkpoint import load_file, local_file, write_signed
-from util.config import FlagParser, number, size_pair
+from util.config import FlagParser, add_heads_flag, number, size_pair
 from util.convert_names import EPS, config_of, to_mmseg, to_transformers
 from util.errors import BadInput, command, needs
 from util.export import (
@@ -136,7 +137,8 @@ def build_parser() -> FlagParser:
     parser.add_argument("--pos_resize", choices=("rescale", "extend"), default="rescale")
     group = parser.add_argument_group("for weights that do not say what they are")
     group.add_argument("--model", metavar="NAME")
-    group.add_argument("--num_heads", type=number(int, 1), help="of attention, in the encoder")
+    add_heads_flag(group)
+    group.add_argument("--decoder_num_heads", type=number(int, 1), help="the same of the decoder")
     group.add_argument("--norm_pix_loss", action="store_true")
     return parser
 
@@ -161,7 +163,10 @@ def read_segmenter(args: argparse.Namespace) -> tuple[UperNet, dict[str, Any]] |
         return None
     if args.input_size is not None:
         raise BadInput("--input_size resizes encoders (--part encoder); a segmenter takes any size")
-    return segmenter_of(state, args.checkpoint, args.model)
+    model, rest = segmenter_of(state, args.checkpoint, args.model, args.num_heads)
+    for line in assumptions(rest, args.checkpoint):
+        print(line)
+    return model, rest
 
 
 @torch.inference_mode()
@@ -210,6 +215,8 @@ def read_source(args: argparse.Namespace) -> Source:
             args.model,
             norm_pix_loss=args.norm_pix_loss or None,
             img_size=args.input_size,
+            num_heads=args.num_heads,
+            decoder_num_heads=args.decoder_num_heads,
         )
         if args.to != "mmae" and (unlike := unlike_mae(model)):
             raise BadInput(
@@ -220,8 +227,6 @@ def read_source(args: argparse.Namespace) -> Source:
         if "lscale_init" in state.get("model_args", {}):
             arguments["lscale_init"] = state["model_args"]["lscale_init"]
     else:
-        if args.num_heads is not None:
-            state.setdefault("model_args", {}).setdefault("num_heads", args.num_heads)
         model, arguments, state = models_zoo.classifier_of(
             state,
             path,
@@ -229,10 +234,13 @@ def read_source(args: argparse.Namespace) -> Source:
             head="own" if part == "head" else "none",
             img_size=args.input_size,
             pos_resize=args.pos_resize,
+            num_heads=args.num_heads,
         )
         arguments |= {name: pair(arguments[name]) for name in ("img_size", "patch_size")}
         # How a model was trained does not belong to its weights.
         arguments |= {"drop_path": 0.0}
+    for line in assumptions(state, path):
+        print(line)
     lost = losses_of(state, part, other="other" if args.ema else "averaged (--ema)")
     return Source(model.eval(), arguments, state, part, state.get("norm_eps", EPS), lost)
 

@@ -174,6 +174,7 @@ def new_model(
             pos_resize=args.pos_resize,
             **own,
         )
+            num_heads=args.num_heads,
         # As MAE's codes do: a fine-tuned head starts at almost nothing, a probe's at .01.
         model.init_head(0.01 if args.tune == "linear" else 2e-5)
         return model, arguments
@@ -181,6 +182,8 @@ def new_model(
         raise BadInput("give --finetune CHECKPOINT, or --model NAME to train from scratch")
     arguments = models_zoo.model_arguments(args.model) | own
     if args.model not in models_zoo.CLASSIFIERS:
+    if args.num_heads:
+        raise BadInput("--num_heads without --finetune: --model NAME says how many there are")
         raise BadInput(
             f"{args.model} is no classifier; choose from {', '.join(models_zoo.CLASSIFIERS)}"
         )
@@ -242,9 +245,12 @@ def planned_model(args: argparse.Namespace, data: Data) -> tuple[Any, dict[str, 
     num_classes = args.nb_classes or data.classes
     there, start = start_of_plan(args.finetune, args.model)
     if there:
-        model, arguments = new_model(args, load_state(args.finetune), data.channels, num_classes)
+        origin = load_state(args.finetune)
+        model, arguments = new_model(args, origin, data.channels, num_classes)
+        for line in assumptions(origin, args.finetune, set_statistics(args.mean)):
+            say(line)
         return model, arguments, start
-    args = argparse.Namespace(**vars(args) | {"finetune": None})
+    args = argparse.Namespace(**vars(args) | {"finetune": None, "num_heads": None})
     with torch.device("meta"):  # no memory and no time, whatever the size
         model, arguments = new_model(args, None, args.in_chans or data.channels, num_classes)
     return model, arguments, start
@@ -345,10 +351,18 @@ def evaluate_checkpoint(args: argparse.Namespace, procs: Processes) -> None:
     with procs.main_first():  # an address is fetched once
         ckpt.local_file(path)
     model, _, state = models_zoo.load_classifier(
-        path, args.model, head="own", img_size=args.input_size, pos_resize=args.pos_resize
+        path,
+        args.model,
+        head="own",
+        img_size=args.input_size,
+        pos_resize=args.pos_resize,
+        num_heads=args.num_heads,
     )
     # Images are normalised as in training, also those of another set.
     trained_on = state.get("data", {})
+    if procs.main:
+        for line in assumptions(state, path, set_statistics(args.mean)):
+            say(line)
     args.mean, args.std = (args.mean or trained_on.get("mean"), args.std or trained_on.get("std"))
     with procs.main_first():
         source = open_set(args, "val", model.in_chans)
@@ -420,6 +434,9 @@ def finetune(args: argparse.Namespace, procs: Processes) -> None:
     placed = Placed(model, procs, shard=args.shard)
     args.compile = compiles(args, device)
     # A probe's BatchNorm talks to the other processes in the middle of the graph.
+        if origin is not None and procs.main:
+            for line in assumptions(origin, args.finetune, set_statistics(args.mean)):
+                say(line)
     fullgraph = args.tune != "linear" or procs.world_size == 1
     trained = distribute(model, procs, compiled=args.compile, fullgraph=fullgraph)
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 import models_zoo
-from util.config import FlagParser, add_data_flags, add_dry_run_flags, number
+from util.assumed import ASSUMED, assumptions, set_statistics
+from util.config import FlagParser, add_data_flags, add_dry_run_flags, add_heads_flag, number
 from util.cost import classifier_layers, cost_of
 from util.datasets import DATASETS, SPLITS, build_dataset
 from util.dist import Processes, processes
@@ -46,6 +47,7 @@ def build_parser() -> FlagParser:
     group.add_argument("--checkpoint", help="of ours, official MAE or timm: a file or https URL")
     group.add_argument("--model", metavar="NAME", help="for weights that do not say what they are")
     group.add_argument(
+    add_heads_flag(group)
         "--pos_resize",
         choices=("rescale", "extend"),
         default="rescale",
@@ -309,10 +311,16 @@ def plan_run(args: argparse.Namespace, count: int) -> str:
         lambda: build_dataset(args.dataset, "train", args.data_path),
     )
     if args.checkpoint.startswith("https:") or Path(args.checkpoint).exists():
-        model, _ = models_zoo.load_encoder(
-            args.checkpoint, args.model, img_size=args.input_size, pos_resize=args.pos_resize
+        model, state = models_zoo.load_encoder(
+            args.checkpoint,
+            args.model,
+            img_size=args.input_size,
+            pos_resize=args.pos_resize,
+            num_heads=args.num_heads,
         )
     elif args.model is None:
+        for line in assumptions(state, args.checkpoint, set_statistics(args.mean)):
+            say(line)
         raise BadInput(
             f"--checkpoint {args.checkpoint} is not there, and it says which model this is; give "
             "--model NAME to plan without it"
@@ -367,7 +375,11 @@ def measure(args: argparse.Namespace, procs: Processes) -> None:
     # ------------------------------------------------------------------------------ model
     with procs.main_first():
         model, state = models_zoo.load_encoder(
-            args.checkpoint, args.model, img_size=args.input_size, pos_resize=args.pos_resize
+            args.checkpoint,
+            args.model,
+            img_size=args.input_size,
+            pos_resize=args.pos_resize,
+            num_heads=args.num_heads,
         )
     model.to(device).eval()
     train, val = (
@@ -378,6 +390,9 @@ def measure(args: argparse.Namespace, procs: Processes) -> None:
 
     with rank_log(folder, procs.rank):
         if procs.main:
+        if procs.main:
+            for line in assumptions(state, args.checkpoint, set_statistics(args.mean)):
+                say(line)
             stats = [tuple(state.get("data", {}).get(name, ())) for name in ("mean", "std")]
             if all(stats) and stats != [val.mean, val.std]:
                 say(
@@ -456,6 +471,7 @@ def measure(args: argparse.Namespace, procs: Processes) -> None:
                 "checkpoint": args.checkpoint,
                 "model": args.model or state.get("model_name"),
                 "input_size": list(model.img_size),
+                "assumed": state[ASSUMED],
                 "dataset": args.dataset,
                 "data_path": args.data_path,
                 "mean": list(val.mean),

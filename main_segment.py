@@ -22,12 +22,14 @@ import models_segmenters
 import models_zoo
 from engine_segment import LOSS_MEANS, Inference, PixelLoss, evaluate, predict, train_iterations
 from util import checkpoint as ckpt
+from util.assumed import ASSUMED, assumptions, set_statistics
 from util.class_names import check_classes
 from util.config import (
     FlagParser,
     add_checkpoint_flags,
     add_data_flags,
     add_dry_run_flags,
+    add_heads_flag,
     add_optimisation_flags,
     add_run_flags,
     arithmetic_of,
@@ -126,6 +128,7 @@ def build_parser() -> FlagParser:
         "--lscale_init",
         type=optional(number(float, 0, open_low=True)),
         help="trainable branch scales, for an encoder that has none (the public run: 1)",
+    add_heads_flag(group)
     )
     group.add_argument("--relative_bias", action="store_true", help="as the public run")
     group.add_argument("--channels", type=number(int, 1), default=768, help="of the UPer head")
@@ -224,8 +227,12 @@ def open_set(
     return source if limit is None else SegmentationSubset(source, evenly(len(source), limit))
 
 
-def new_model(args: argparse.Namespace, num_classes: int) -> Any:
-    """The model that the flags describe, with fresh neck and heads."""
+def new_model(args: argparse.Namespace, num_classes: int, speaks: bool = True) -> Any:
+    """The model that the flags describe, with fresh neck and heads.
+
+    Args:
+        speaks: whether to tell the reader what was assumed of the weights.
+    """
     own = {
         "img_size": args.input_size,
         "drop_path": args.drop_path,
@@ -242,13 +249,20 @@ def new_model(args: argparse.Namespace, num_classes: int) -> Any:
         return models_zoo.create_segmenter(args.model, num_classes, **own, **more)
     if args.patch_size:
         raise BadInput("--patch_size with --finetune: the checkpoint says what it is")
-    stored = read_encoder(load_state(args.finetune), args.finetune, args.input_size).arguments
-    known = ("patch_size", "in_chans", "embed_dim", "depth", "mlp_ratio", "num_heads")
-    arguments = {name: stored[name] for name in known if name in stored}
-    if args.model is not None:
-        arguments["num_heads"] = models_zoo.model_arguments(args.model)["num_heads"]
-    elif "num_heads" not in arguments:
-        arguments["num_heads"] = models_zoo.known_heads(stored["embed_dim"], stored["depth"])
+        if args.num_heads:
+            raise BadInput("--num_heads without --finetune: --model NAME says how many there are")
+    state = load_state(args.finetune)
+    encoder = read_encoder(state, args.finetune, args.input_size)
+    stored = encoder.arguments
+    known = ("patch_size", "in_chans", "embed_dim", "depth", "mlp_ratio")
+    arguments = {name: stored[name] for name in known}
+    arguments["num_heads"], assumed = models_zoo.settle_heads(
+        stored, args.finetune, args.model, args.num_heads
+    )
+    if speaks:
+        found = {**state, ASSUMED: assumed + encoder.assumed}
+        for line in assumptions(found, args.finetune, set_statistics(args.mean)):
+            say(line)
     if stored["in_chans"] != 3:
         raise BadInput(
             f"{args.finetune} takes images of {stored['in_chans']} channels; segmentation sets are "
@@ -335,7 +349,7 @@ def planned_model(args: argparse.Namespace, data: Data) -> tuple[Any, str]:
     num_classes = args.nb_classes or data.classes
     if there:
         return new_model(args, num_classes), start
-    args = argparse.Namespace(**vars(args) | {"finetune": None})
+    args = argparse.Namespace(**vars(args) | {"finetune": None, "num_heads": None})
     with torch.device("meta"):  # no memory and no time, whatever the size
         return new_model(args, num_classes), start
 
@@ -438,7 +452,10 @@ def use_checkpoint(args: argparse.Namespace, procs: Processes, given: Container[
         path = str(own[0])
     with procs.main_first():  # an address is fetched once
         ckpt.local_file(path)
-    model, state = models_segmenters.load_segmenter(path, args.model)
+    model, state = models_segmenters.load_segmenter(path, args.model, args.num_heads)
+    if procs.main:
+        for line in assumptions(state, path, set_statistics(args.mean)):
+            say(line)
     model.to(procs.device)
     # Images are normalised as in training, also those of another set.
     trained_on = state.get("data", {})
@@ -607,7 +624,7 @@ def segment(args: argparse.Namespace, procs: Processes) -> None:
     if saved:
         model = models_zoo.segmenter_from(saved["model_args"])
     else:
-        model = new_model(args, len(source.classes))
+        model = new_model(args, len(source.classes), procs.main)
     model.to(device)
     model.set_grad_checkpointing(args.grad_checkpointing)
     # Only when asked for: batch statistics of several processes cut the graph into pieces.

@@ -16,7 +16,8 @@ from torch import Tensor
 
 import models_zoo
 from engine_pretrain import Masker, Stats, evaluate, fills_of, note_of, reconstruct
-from util.config import FlagParser, number
+from util.assumed import assumptions
+from util.config import FlagParser, add_heads_flag, number
 from util.datasets import DATASETS, DEFAULT, build_dataset, place_of
 from util.dist import choose_device
 from util.errors import BadInput, command
@@ -57,6 +58,8 @@ def build_parser() -> FlagParser:
     parser.add_argument("--device", default="auto", help="auto | cpu | cuda")
     group = parser.add_argument_group("for weights that do not say what they are")
     group.add_argument("--model", metavar="NAME")
+    add_heads_flag(group)
+    group.add_argument("--decoder_num_heads", type=number(int, 1), help="the same of the decoder")
     group.add_argument("--norm_pix_loss", action="store_true")
     return parser
 
@@ -133,7 +136,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # ------------------------------------------------------------------------------ model
     model, state = models_zoo.load_pretrained(
-        args.checkpoint, args.model, norm_pix_loss=args.norm_pix_loss or None
+        args.checkpoint,
+        args.model,
+        norm_pix_loss=args.norm_pix_loss or None,
+        num_heads=args.num_heads,
+        decoder_num_heads=args.decoder_num_heads,
     )
     model.to(device).eval()
     data = state.get("data", {})
@@ -142,6 +149,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         gray = model.in_chans == 1
         mean = [sum(IMAGENET_MEAN) / 3] if gray else IMAGENET_MEAN
         std = [sum(IMAGENET_STD) / 3] if gray else IMAGENET_STD
+    for line in assumptions(state, args.checkpoint, "ImageNet's mean and deviation"):
+        print(line)
 
     # ------------------------------------------------------------------------------ masks
     strategy = create_strategy(

@@ -7,9 +7,10 @@ from torch import Tensor
 
 from models_layers import relative_index
 from models_upernet import UperNet
-from models_zoo import known_heads, model_arguments, segmenter_from
+from models_zoo import model_arguments, segmenter_from, settle_heads
+from util.assumed import ASSUMED
 from util.checkpoint import load_file, load_weights, local_file
-from util.convert import HEAD_KEYS, NORM_KEYS, read_encoder, weights_of
+from util.convert import HEAD_KEYS, NORM_KEYS, assumed_of, read_encoder, weights_of
 from util.convert_upernet import (
     is_mmseg_segmenter,
     is_segmenter,
@@ -71,25 +72,29 @@ def load_segmenter_encoder(
     return state
 
 
-def load_segmenter(path: str, name: str | None = None) -> tuple[UperNet, dict[str, Any]]:
+def load_segmenter(
+    path: str, name: str | None = None, num_heads: int | None = None
+) -> tuple[UperNet, dict[str, Any]]:
     """A whole segmenter: a checkpoint of ours, or a file of mmsegmentation or of the public run.
 
     Args:
         path: file or https URL.
         name: model that it has to be, and whose number of attention heads a file has that does not
             say; None: whatever it is, with the usual number for its width.
+        num_heads: of attention, for a file that does not say.
 
     Returns:
-        the model, on the CPU; what else the file holds.
+        the model, on the CPU; what else the file holds, with what was assumed of it under `ASSUMED`
+        (see `util.assumed.assumptions`).
 
     Raises:
         BadInput: unreadable, of another architecture, or weights that do not fit.
     """
-    return segmenter_of(load_file(local_file(path)), path, name)
+    return segmenter_of(load_file(local_file(path)), path, name, num_heads)
 
 
 def segmenter_of(
-    state: Mapping[str, Any], path: str, name: str | None = None
+    state: Mapping[str, Any], path: str, name: str | None = None, num_heads: int | None = None
 ) -> tuple[UperNet, dict[str, Any]]:
     """`load_segmenter` of what was read."""
     weights, said = weights_of(state, path), state.get("model_args")
@@ -103,17 +108,15 @@ def segmenter_of(
             "to --finetune"
         )
     arguments = dict(said or segmenter_arguments(weights, path))
-    if "num_heads" not in arguments:
-        arguments["num_heads"] = (
-            model_arguments(name)["num_heads"]
-            if name
-            else known_heads(arguments["embed_dim"], arguments["depth"])
-        )
+    arguments["num_heads"], assumed = settle_heads(arguments, path, name, num_heads)
+    if said is None:
+        assumed += assumed_of(state, arguments["img_size"])
     model = segmenter_from(arguments)
     if name is not None:
         _check_name(model, name, path)
     load_weights(model, weights, path)
-    return model, {k: v for k, v in state.items() if k not in ("model", "state_dict")}
+    rest = {k: v for k, v in state.items() if k not in ("model", "state_dict")}
+    return model, rest | {ASSUMED: assumed}
 
 
 def to_mmseg_names(model: UperNet) -> dict[str, Tensor]:

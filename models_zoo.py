@@ -10,11 +10,11 @@ from models_layers import pair
 from models_mmae import MaskedAutoencoderViT
 from models_upernet import UperNet
 from models_vit import VisionTransformer
+from util.assumed import ASSUMED, settle_number
 from util.checkpoint import load_weights
 from util.convert import (
     HEAD_KEYS,
     NORM_KEYS,
-    EncoderWeights,
     flags_of,
     grid_of,
     read_encoder,
@@ -166,8 +166,9 @@ def create_model(name: str, pretrained: str | None = None, **kwargs: Any) -> Any
     Args:
         pretrained: path or https URL of weights, see `util.weights.load_state`. They decide the
             architecture, which has to be the name's; `kwargs` are then those of `load_classifier`
-            (num_classes, global_pool, probe, drop_path, img_size, pos_resize) or, for a model with
-            a decoder, of `load_pretrained`. Without `num_classes` the head is the file's, or none.
+            (num_classes, global_pool, probe, drop_path, img_size, pos_resize, num_heads) or, for a
+            model with a decoder, of `load_pretrained`. Without `num_classes` the head is the
+            file's, or none.
 
     Raises:
         BadInput: unknown name, settings or weights that do not fit.
@@ -183,6 +184,7 @@ def create_model(name: str, pretrained: str | None = None, **kwargs: Any) -> Any
                 raise BadInput(f"{key} of {pretrained} is {said.get(key)}, not {value}")
         return model
     taken = {"num_classes", "global_pool", "probe", "drop_path", "img_size", "pos_resize"}
+    taken.add("num_heads")
     if fixed := sorted(kwargs.keys() - taken):
         raise BadInput(
             f"{', '.join(fixed)} come with the weights of {pretrained}; what may be given beside "
@@ -212,7 +214,8 @@ def load_pretrained(
         overrides: arguments of the model, for weights that do not say; None is ignored.
 
     Returns:
-        the model, on the CPU, and what else the file holds.
+        the model, on the CPU, and what else the file holds, with what was assumed of it under
+        `ASSUMED` (see `util.assumed.assumptions`).
 
     Raises:
         BadInput: unreadable, unnamed or encoder-only weights, or weights that do not fit.
@@ -234,12 +237,16 @@ def autoencoder_of(
     given = {k: v for k, v in overrides.items() if v is not None}
     arguments = dict(state.get("model_args", {}))
     if "model_args" in state:
+        for key in given.keys() & {"num_heads", "decoder_num_heads"}:
+            heads, _ = settle_number(key, arguments.get(key), given[key], lambda: (0, ""), path)
+            arguments[key] = heads
         said = state.get("model_name")
         if name and said and said != name:
             raise BadInput(f"{path} is a {said}, not a {name}; leave --model out")
         if name and not said and name in MODELS:
             _check_name(name, arguments | {"patch_size": pair(arguments["patch_size"])}, path)
     else:
+        reason = "--model" if name else "its flags" if flags.get("model") else "its shapes"
         name = name or flags.get("model") or _name_of(weights)
         if name is None:
             raise BadInput(
@@ -248,6 +255,7 @@ def autoencoder_of(
         arguments = model_arguments(name)
         arguments["norm_pix_loss"] = flags.get("norm_pix_loss", False)
         arguments["img_size"] = flags.get("input_size", _side_of(weights, arguments))
+        state[ASSUMED] = _assumed_of(arguments, f"as {name}, by {reason}", flags | given)
         arguments |= given
     name = name or state.get("model_name")
     kind, known = MODELS.get(name or "", (MaskedAutoencoderViT, {}))
@@ -255,6 +263,22 @@ def autoencoder_of(
     load_weights(model, weights, path)
     _match_eps(model, state.get("norm_eps", EPS))
     return model, state
+
+
+def _assumed_of(arguments: Mapping[str, Any], reason: str, said: Mapping[str, Any]) -> list[str]:
+    """What is taken for granted of an autoencoder whose file has weights alone.
+
+    Args:
+        reason: from what its heads are known. said: what the file's flags or the user say.
+    """
+    heads = [n for n in ("num_heads", "decoder_num_heads") if n not in said]
+    texts = [f"{n} {arguments[n]} ({reason}; else --{n} N)" for n in heads]
+    if "norm_pix_loss" not in said:
+        texts.append("pixels predicted as they are (else --norm_pix_loss)")
+    size = arguments["img_size"]
+    if "input_size" not in said and "img_size" not in said:
+        texts.append(f"images of {' x '.join(map(str, pair(size)))} (square)")
+    return [*texts, f"LayerNorm eps {EPS:g}", "GELU"]
 
 
 def _name_of(weights: Mapping[str, Any]) -> str | None:
@@ -303,12 +327,14 @@ def load_classifier(
     head: str = "new",
     img_size: Pair | None = None,
     pos_resize: str = "rescale",
+    num_heads: int | None = None,
     **overrides: Any,
 ) -> tuple[VisionTransformer, dict[str, Any], dict[str, Any]]:
     """An encoder with a head, from any file of weights that `util.weights.load_state` reads.
 
     Size, LScale and positions are the file's. Heads of attention are not in foreign files: they
-    are those of our model of that width and depth, or one for every 64 channels.
+    are `num_heads`, or the name's, or those of our model of that width and depth, or one for every
+    64 channels.
 
     Args:
         path: checkpoint file, folder of transformers, or https URL.
@@ -317,14 +343,17 @@ def load_classifier(
             none: features only.
         img_size: (height, width) to run at; None: the file's.
         pos_resize: rescale | extend, see `EncoderWeights.positions`.
+        num_heads: of attention, for a file that does not say.
         overrides: `VisionTransformer`'s num_classes, global_pool, probe and drop_path; None is
             ignored.
 
     Returns:
-        the model, on the CPU; its arguments in plain types; what else the file holds.
+        the model, on the CPU; its arguments in plain types; what else the file holds, with what was
+        assumed of it under `ASSUMED` (see `util.assumed.assumptions`).
 
     Raises:
-        BadInput: unreadable, of another architecture, or weights that do not fit.
+        BadInput: unreadable, of another architecture, with another number of heads, or weights that
+            do not fit.
 
     The LayerNorms get the file's epsilon, but 1e-6 with a new head: what is trained here is ours.
     """
@@ -335,6 +364,7 @@ def load_classifier(
         head=head,
         img_size=img_size,
         pos_resize=pos_resize,
+        num_heads=num_heads,
         **overrides,
     )
 
@@ -347,6 +377,7 @@ def classifier_of(
     head: str = "new",
     img_size: Pair | None = None,
     pos_resize: str = "rescale",
+    num_heads: int | None = None,
     **overrides: Any,
 ) -> tuple[VisionTransformer, dict[str, Any], dict[str, Any]]:
     """`load_classifier` of what `load_state` has read."""
@@ -357,7 +388,9 @@ def classifier_of(
         if given not in known:
             raise BadInput(f"unknown {what} {given!r}, choose from {', '.join(known)}")
     stored = read_encoder(state, path, img_size)
-    arguments = stored.arguments | {"num_heads": _heads(stored, name)}
+    heads, assumed = settle_heads(stored.arguments, path, name, num_heads)
+    state[ASSUMED] = assumed + stored.assumed
+    arguments = stored.arguments | {"num_heads": heads}
     _check_name(name, arguments, path)
     if head == "own" and not stored.classes:
         raise BadInput(f"{path} holds no classification head; fine-tune it first (--finetune)")
@@ -389,6 +422,7 @@ def load_encoder(
     *,
     img_size: Pair | None = None,
     pos_resize: str = "rescale",
+    num_heads: int | None = None,
 ) -> tuple[VisionTransformer, dict[str, Any]]:
     """An encoder for its features, from any file that `load_classifier` takes; arguments as there.
 
@@ -396,24 +430,45 @@ def load_encoder(
         the model without a head, on the CPU; what else the file holds.
     """
     model, _, state = load_classifier(
-        path, name, head="none", img_size=img_size, pos_resize=pos_resize
+        path,
+        name,
+        head="none",
+        img_size=img_size,
+        pos_resize=pos_resize,
+        num_heads=num_heads,
     )
     return model, state
 
 
-def _heads(stored: EncoderWeights, name: str | None) -> int:
-    """Attention heads of weights that do not say."""
-    if "num_heads" in stored.arguments:
-        return stored.arguments["num_heads"]
+def settle_heads(
+    stored: Mapping[str, Any], path: str, name: str | None, given: int | None
+) -> tuple[int, list[str]]:
+    """Attention heads of an encoder, and what was assumed of them: the shapes do not tell.
+
+    Args:
+        stored: the encoder's arguments, as far as the file says.
+        name: model that it has to be, or None. given: what the user says, or None.
+
+    Raises:
+        BadInput: file and user contradict each other.
+    """
+    return settle_number(
+        "num_heads",
+        stored.get("num_heads"),
+        given,
+        lambda: _usual_heads(name, stored["embed_dim"], stored["depth"]),
+        path,
+    )
+
+
+def _usual_heads(name: str | None, width: int, depth: int) -> tuple[int, str]:
+    """Heads of the name, or our encoder's of that shape, or one for 64 channels; and from what."""
     if name is not None:
-        return model_arguments(name)["num_heads"]
-    return known_heads(stored.arguments["embed_dim"], stored.arguments["depth"])
-
-
-def known_heads(width: int, depth: int) -> int:
-    """Attention heads of our encoder of that width and depth, or one for every 64 channels."""
-    known = {(w, d): heads for w, d, heads in ENCODERS.values()}
-    return known.get((width, depth), max(1, width // 64))
+        return model_arguments(name)["num_heads"], f"as {name}"
+    for size, (w, d, heads) in ENCODERS.items():
+        if (w, d) == (width, depth):
+            return heads, f"as ViT-{size} of width {width} and depth {depth}"
+    return max(1, width // 64), f"one for 64 of {width} channels"
 
 
 def _check_name(name: str | None, arguments: dict[str, Any], path: str) -> None:

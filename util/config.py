@@ -457,6 +457,13 @@ def arithmetic_of(settings: Mapping[str, Any], more_housekeeping: Iterable[str])
     return {k: v for k, v in settings.items() if k not in HOUSEKEEPING | set(more_housekeeping)}
 
 
+def add_heads_flag(group: argparse._ArgumentGroup) -> None:
+    """`--num_heads`, wherever weights of other programs are read."""
+    group.add_argument(
+        "--num_heads", type=number(int, 1), help="of attention, for weights that do not say it"
+    )
+
+
 def add_run_flags(parser: FlagParser) -> None:
     """Where a run computes and writes."""
     group = parser.add_argument_group("run")

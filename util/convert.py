@@ -47,6 +47,7 @@ class EncoderWeights:
         classes: rows of the head, 0: none. probe: whether a BatchNorm comes before it.
         pool: avg | cls, which the norm tells.
         eps: of the LayerNorms; 1e-6 unless the file says otherwise, as those of transformers do.
+        assumed: what the file does not say and is taken for granted, as words for the reader.
     """
 
     weights: Weights
@@ -60,6 +61,7 @@ class EncoderWeights:
     probe: bool
     pool: str
     eps: float
+    assumed: list[str]
 
     def positions(self, to: Pair, resize: str) -> Tensor:
         """The positions on a grid: [1, 1 + gh*gw, D], float32.
@@ -201,7 +203,23 @@ def read_encoder(
         probe="head.1.weight" in weights,
         pool="avg" if normless or "fc_norm.weight" in weights else "cls",
         eps=state.get("norm_eps", EPS),
+        assumed=assumed_of(state, arguments["img_size"]),
     )
+
+
+def assumed_of(state: Mapping[str, Any], size: Pair) -> list[str]:
+    """What is taken for granted of an encoder whose file has weights alone; heads apart.
+
+    Args:
+        size: (height, width) of the images that its positions are of.
+    """
+    if "model_args" in state:
+        return []
+    by = "square" if size[0] == size[1] else "by --input_size"
+    texts = [f"images of {size[0]} x {size[1]} ({by}, from the count of positions)"]
+    if "norm_eps" not in state:
+        texts.append(f"LayerNorm eps {EPS:g}")
+    return [*texts, "GELU"]
 
 
 def grid_of(count: int, patch: Pair, own_size: Any, hint: Pair | None) -> Pair | None:

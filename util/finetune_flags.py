@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from util.config import FlagParser, number, optional, size_pair
+from util.config import FlagParser, add_heads_flag, number, optional, size_pair
 
 # Not in the namespace unless given: --tune says what they are.
 UNSET: dict[str, Any] = {"default": argparse.SUPPRESS}
@@ -52,6 +52,7 @@ def add_model_flags(parser: FlagParser) -> None:
     )
     group.add_argument("--nb_classes", type=number(int, 1), help="default: the data set's")
     group.add_argument("--in_chans", type=number(int, 1), help="from scratch; default: the data's")
+    add_heads_flag(group)
     group.add_argument("--patch_size", type=size_pair, help="from scratch; overrides the name's")
     group.add_argument(
         "--lscale_init",

@@ -30,7 +30,8 @@ from engine_finetune import (
 )
 from models_vit import blocks_of
 from util import checkpoint as ckpt
-from util.accuracy import save_accuracy
+from util.accuracy import EVAL_FILES, save_accuracy
+from util.assumed import assumptions, set_statistics
 from util.class_names import check_classes
 from util.config import (
     FlagParser,
@@ -75,6 +76,7 @@ from util.images import ImageSource, Subset
 from util.logger import prepare_folder, say
 from util.optim import create_adamw, create_lars, layer_decay_groups
 from util.randomness import EpochSampler, evenly
+from util.results import MEASURED, identity_of, set_others_aside
 from util.run import Run, due
 from util.samples import LabelledSamples, build_loader, default_workers
 from util.schedule import CosineSchedule, scaled_lr
@@ -172,18 +174,18 @@ def new_model(
             args.model,
             img_size=args.input_size,
             pos_resize=args.pos_resize,
+            num_heads=args.num_heads,
             **own,
         )
-            num_heads=args.num_heads,
         # As MAE's codes do: a fine-tuned head starts at almost nothing, a probe's at .01.
         model.init_head(0.01 if args.tune == "linear" else 2e-5)
         return model, arguments
     if args.model is None:
         raise BadInput("give --finetune CHECKPOINT, or --model NAME to train from scratch")
-    arguments = models_zoo.model_arguments(args.model) | own
-    if args.model not in models_zoo.CLASSIFIERS:
     if args.num_heads:
         raise BadInput("--num_heads without --finetune: --model NAME says how many there are")
+    arguments = models_zoo.model_arguments(args.model) | own
+    if args.model not in models_zoo.CLASSIFIERS:
         raise BadInput(
             f"{args.model} is no classifier; choose from {', '.join(models_zoo.CLASSIFIERS)}"
         )
@@ -358,11 +360,11 @@ def evaluate_checkpoint(args: argparse.Namespace, procs: Processes) -> None:
         pos_resize=args.pos_resize,
         num_heads=args.num_heads,
     )
-    # Images are normalised as in training, also those of another set.
-    trained_on = state.get("data", {})
     if procs.main:
         for line in assumptions(state, path, set_statistics(args.mean)):
             say(line)
+    # Images are normalised as in training, also those of another set.
+    trained_on = state.get("data", {})
     args.mean, args.std = (args.mean or trained_on.get("mean"), args.std or trained_on.get("std"))
     with procs.main_first():
         source = open_set(args, "val", model.in_chans)
@@ -375,16 +377,25 @@ def evaluate_checkpoint(args: argparse.Namespace, procs: Processes) -> None:
     if "ema" in state:
         arms["ema_"] = state["ema"]
     prepare_folder(folder)
-    more: dict[str, Any] = {"checkpoint": str(path), "dataset": args.dataset}
+    identity = identity_of(path, state.get("step"), measured_settings(args, model))
+    if procs.main:
+        set_others_aside(folder, EVAL_FILES, identity)
+    more: dict[str, Any] = {"checkpoint": str(path), "dataset": args.dataset, MEASURED: identity}
     for prefix, weights in arms.items():
         ckpt.load_weights(model, weights, path)
         result = measure(model)
         more |= {f"{prefix}{k}": v for k, v in result.summary().items()}
         if procs.main:
             say_accuracy(f"{args.dataset} val{' (averaged weights)' if prefix else ''}", result)
-            save_accuracy(folder, result, source.classes, more)
+            save_accuracy(folder, result, source.classes, more, EVAL_FILES)
     if procs.main:
-        say(f"written     {folder}/result.json, per_class.csv, confusion.csv")
+        say(f"written     {folder}/{', '.join(EVAL_FILES)}")
+
+
+def measured_settings(args: argparse.Namespace, model: Any) -> dict[str, Any]:
+    """The flags that decide what an evaluation measures."""
+    names = ("dataset", "data_path", "val_images", "mean", "std", "precision")
+    return {name: getattr(args, name) for name in names} | {"input_size": list(model.img_size)}
 
 
 def finetune(args: argparse.Namespace, procs: Processes) -> None:
@@ -423,6 +434,9 @@ def finetune(args: argparse.Namespace, procs: Processes) -> None:
         check_classes(source.classes, saved["classes"], model_args["num_classes"])
     else:
         model, model_args = new_model(args, origin, source.channels, num_classes)
+        if origin is not None and procs.main:
+            for line in assumptions(origin, args.finetune, set_statistics(args.mean)):
+                say(line)
     origin = None  # its weights are in the model now
     tuned = model.freeze_to(args.tune)
     model.set_grad_checkpointing(args.grad_checkpointing)
@@ -434,9 +448,6 @@ def finetune(args: argparse.Namespace, procs: Processes) -> None:
     placed = Placed(model, procs, shard=args.shard)
     args.compile = compiles(args, device)
     # A probe's BatchNorm talks to the other processes in the middle of the graph.
-        if origin is not None and procs.main:
-            for line in assumptions(origin, args.finetune, set_statistics(args.mean)):
-                say(line)
     fullgraph = args.tune != "linear" or procs.world_size == 1
     trained = distribute(model, procs, compiled=args.compile, fullgraph=fullgraph)
 

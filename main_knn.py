@@ -30,6 +30,7 @@ from util.knn import Bank, neighbours, rank_of, unit, vote
 from util.logger import prepare_folder, progress_bar, rank_log, say, write_text
 from util.randomness import EvalSampler, evenly
 from util.replace import fault_of
+from util.results import MEASURED, identity_of, set_others_aside
 from util.samples import LabelledSamples, build_loader, default_workers
 from util.transforms import EvalTransform, normalize
 
@@ -46,8 +47,8 @@ def build_parser() -> FlagParser:
     group = parser.add_argument_group("model")
     group.add_argument("--checkpoint", help="of ours, official MAE or timm: a file or https URL")
     group.add_argument("--model", metavar="NAME", help="for weights that do not say what they are")
-    group.add_argument(
     add_heads_flag(group)
+    group.add_argument(
         "--pos_resize",
         choices=("rescale", "extend"),
         default="rescale",
@@ -318,9 +319,9 @@ def plan_run(args: argparse.Namespace, count: int) -> str:
             pos_resize=args.pos_resize,
             num_heads=args.num_heads,
         )
-    elif args.model is None:
         for line in assumptions(state, args.checkpoint, set_statistics(args.mean)):
             say(line)
+    elif args.model is None:
         raise BadInput(
             f"--checkpoint {args.checkpoint} is not there, and it says which model this is; give "
             "--model NAME to plan without it"
@@ -390,9 +391,9 @@ def measure(args: argparse.Namespace, procs: Processes) -> None:
 
     with rank_log(folder, procs.rank):
         if procs.main:
-        if procs.main:
             for line in assumptions(state, args.checkpoint, set_statistics(args.mean)):
                 say(line)
+        if procs.main:
             stats = [tuple(state.get("data", {}).get(name, ())) for name in ("mean", "std")]
             if all(stats) and stats != [val.mean, val.std]:
                 say(
@@ -470,14 +471,19 @@ def measure(args: argparse.Namespace, procs: Processes) -> None:
                 "bad_images": [train.file_name(i) for i in bad["train"]],
                 "checkpoint": args.checkpoint,
                 "model": args.model or state.get("model_name"),
-                "input_size": list(model.img_size),
                 "assumed": state[ASSUMED],
+                "input_size": list(model.img_size),
                 "dataset": args.dataset,
                 "data_path": args.data_path,
                 "mean": list(val.mean),
                 "std": list(val.std),
                 "results": results,
             }
+            settings = {n: getattr(args, n) for n in ("train_images", "val_images", "k")}
+            kept = ("dataset", "data_path", "features", "temperature", "input_size", "mean", "std")
+            settings |= {name: summary[name] for name in kept}
+            summary[MEASURED] = identity_of(args.checkpoint, state.get("step"), settings)
+            set_others_aside(folder, [RESULT], summary[MEASURED])
             write_text(folder / RESULT, json.dumps(summary, indent=1) + "\n")
             say(
                 f"{args.features} features of {args.checkpoint}: {len(val):,} images of "

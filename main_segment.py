@@ -62,10 +62,11 @@ from util.label_maps import overlay, save_label_map
 from util.logger import prepare_folder, say
 from util.optim import create_adamw, layer_decay_groups
 from util.randomness import EvalSampler, IterationSampler, evenly
+from util.results import MEASURED, identity_of, set_others_aside
 from util.run import Run
 from util.samples import build_loader, default_workers
 from util.schedule import PolySchedule, scaled_lr
-from util.segmentation_results import save_segmentation, sheet
+from util.segmentation_results import EVAL_FILES, save_segmentation, sheet
 from util.segmentation_sets import (
     SEGMENTATION_SETS,
     SegmentationSource,
@@ -92,6 +93,10 @@ RECIPE_BATCH, RECIPE_IMAGES = 16, 20_000
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 # How large a segmenter sees an image, and in what parts: in --eval and --predict as in training.
 LOOKS = ("resize", "inference", "window", "stride", "scene_size")
+# Flags that decide what --eval measures.
+MEASURED_BY = (
+    *LOOKS, "dataset", "data_path", "val_images", "mean", "std", "multi_scale", "flip",
+)  # fmt: skip
 # Beside those of every main: what is only measured, shown or looked at.
 HOUSEKEEPING = {"eval", "predict", "check_data", "pictures"}
 
@@ -123,12 +128,12 @@ def build_parser() -> FlagParser:
         help="positions at another size: rescale keeps the image's extent, extend the distance of "
         "patches",
     )
+    add_heads_flag(group)
     group.add_argument("--patch_size", type=size_pair, help="from scratch; overrides the name's")
     group.add_argument(
         "--lscale_init",
         type=optional(number(float, 0, open_low=True)),
         help="trainable branch scales, for an encoder that has none (the public run: 1)",
-    add_heads_flag(group)
     )
     group.add_argument("--relative_bias", action="store_true", help="as the public run")
     group.add_argument("--channels", type=number(int, 1), default=768, help="of the UPer head")
@@ -244,13 +249,13 @@ def new_model(args: argparse.Namespace, num_classes: int, speaks: bool = True) -
     if args.finetune is None:
         if args.model is None:
             raise BadInput("give --finetune CHECKPOINT, or --model NAME to train from scratch")
+        if args.num_heads:
+            raise BadInput("--num_heads without --finetune: --model NAME says how many there are")
         more = {"patch_size": args.patch_size} if args.patch_size else {}
         own["lscale_init"] = args.lscale_init
         return models_zoo.create_segmenter(args.model, num_classes, **own, **more)
     if args.patch_size:
         raise BadInput("--patch_size with --finetune: the checkpoint says what it is")
-        if args.num_heads:
-            raise BadInput("--num_heads without --finetune: --model NAME says how many there are")
     state = load_state(args.finetune)
     encoder = read_encoder(state, args.finetune, args.input_size)
     stored = encoder.arguments
@@ -473,10 +478,13 @@ def use_checkpoint(args: argparse.Namespace, procs: Processes, given: Container[
     result = measure(model)
     if procs.main:
         say_result(f"{args.dataset} val", result, len(source))
+        identity = identity_of(path, state.get("step"), {n: getattr(args, n) for n in MEASURED_BY})
+        set_others_aside(folder, EVAL_FILES, identity)
         more = {"checkpoint": str(path), "dataset": args.dataset, "images": len(source)}
-        save_segmentation(folder, result, source.classes, more)
-        draw(args, model, source, procs, f"{args.dataset} val", folder / "pictures" / "eval.png")
-        say(f"written     {folder}/result.json, per_class.txt")
+        more |= {MEASURED: identity}
+        save_segmentation(folder, result, source.classes, more, EVAL_FILES)
+        draw(args, model, source, procs, f"{args.dataset} val", folder / EVAL_FILES[2])
+        say(f"written     {folder}/{', '.join(EVAL_FILES[:2])}")
 
 
 def look_as_trained(

@@ -274,10 +274,10 @@ def test_processes_change_no_number(tmp_path: Path, run_main) -> None:
     assert code == 0 and "(64 images)" in out
     for world, children in runs.items():
         assert wait(children) == [0] * world, (tmp_path / f"out{world}").read_text()
-    results = {w: json.loads((f / "result.json").read_text()) for w, f in folders.items()}
+    results = {w: json.loads((f / "result-eval.json").read_text()) for w, f in folders.items()}
     assert results[1]["images"] == 64 and 0 < results[1]["top1"] < 100
     for world in (2, 3):
-        for name in ("confusion.csv", "per_class.csv"):
+        for name in ("confusion-eval.csv", "per_class-eval.csv"):
             assert (folders[world] / name).read_bytes() == (folders[1] / name).read_bytes()
         loss, expected = results[world].pop("loss"), results[1]["loss"]
         assert loss == pytest.approx(expected, abs=1e-6)

@@ -295,18 +295,33 @@ def test_results_are_those_of_the_last_evaluation(
     own = [f"--resume={run / LAST}", f"--output_dir={again}", "--eval", *SMALL]
     code, _, err = run_main("main_finetune", own)
     assert code == 0, err
-    measured = json.loads((again / "result.json").read_text())
+    measured = json.loads((again / "result-eval.json").read_text())
     assert {k: measured[k] for k in names} == {k: last[k] for k in names}
     assert measured["checkpoint"] == str(run / LAST)
-    for name in ("confusion.csv", "per_class.csv"):
-        assert (again / name).read_bytes() == (run / name).read_bytes()
-    # With no name it is the folder's best that is measured.
-    best = load_file(run / BEST)["epoch"]
-    code, _, err = run_main("main_finetune", ["--eval", f"--output_dir={run}", *SMALL])
-    assert code == 0, err
-    measured = json.loads((run / "result.json").read_text())
+    for name in ("confusion", "per_class"):
+        assert (again / f"{name}-eval.csv").read_bytes() == (run / f"{name}.csv").read_bytes()
+    # With no name it is the folder's best that is measured; what the run says of itself stays.
+    best, before = load_file(run / BEST)["epoch"], (run / "result.json").read_bytes()
+    code, text, err = run_main("main_finetune", ["--eval", f"--output_dir={run}", *SMALL])
+    assert code == 0 and f"{run}/result-eval.json, confusion-eval.csv" in text, err
+    measured = json.loads((run / "result-eval.json").read_text())
     expected = records(run, "eval")[best]
     assert {k: measured[k] for k in names} == {k: expected[k] for k in names}
+    assert (run / "result.json").read_bytes() == before
+    # Another checkpoint's numbers are set aside, with their tables; the same measurement is not.
+    other = [f"--resume={run}/checkpoint-0.pth", f"--output_dir={run}", "--eval", *SMALL]
+    for _ in range(2):
+        code, text, err = run_main("main_finetune", other)
+        assert code == 0, err
+    assert json.loads((run / "result-eval-1.json").read_text()) == measured
+    assert {p.name for p in run.glob("*-eval*")} == {
+        f"{name}-eval{n}.{ending}"
+        for name, ending in (("result", "json"), ("confusion", "csv"), ("per_class", "csv"))
+        for n in ("", "-1")
+    }
+    now = json.loads((run / "result-eval.json").read_text())
+    assert now["checkpoint"].endswith("checkpoint-0.pth")
+    assert (run / "result.json").read_bytes() == before
 
 
 @pytest.mark.smoke
@@ -315,7 +330,8 @@ def test_evaluation_normalises_as_training_did(pretrained: str, tmp_path: Path) 
     run, again = tmp_path / "run", tmp_path / "again"
     finetune(run, pretrained, "--epochs=1", "--blr=0.5", "--mean", "0.2", "--std", "0.4")
     main_finetune.main(["--eval", f"--resume={run / LAST}", f"--output_dir={again}", *SMALL])
-    results = [json.loads((folder / "result.json").read_text()) for folder in (run, again)]
+    files = (run / "result.json", again / "result-eval.json")
+    results = [json.loads(file.read_text()) for file in files]
     assert results[0]["loss"] == results[1]["loss"]
 
 

@@ -234,6 +234,23 @@ def test_some_images(checkpoint: Path, tmp_path: Path, run_main) -> None:
         )
 
 
+def test_another_checkpoint_in_the_folder_overwrites_nothing(
+    checkpoint: Path, tmp_path: Path, run_main
+) -> None:
+    flags = [*FLAGS, f"--output_dir={tmp_path}", "--train_images=30", "--val_images=9", "--k=5"]
+    other = tmp_path / "other.pth"
+    other.write_bytes(checkpoint.read_bytes())
+    for path, kept, told in ((checkpoint, 0, 0), (checkpoint, 0, 0), (other, 1, 1), (other, 1, 0)):
+        code, text, err = run_main("main_knn", [*flags, f"--checkpoint={path}"])
+        assert code == 0, err
+        result = json.loads((tmp_path / "knn.json").read_text())
+        assert result["checkpoint"] == str(path)
+        assert len(list(tmp_path.glob("knn-*.json"))) == kept
+        assert text.count("an earlier measurement of something else") == told
+    aside = json.loads((tmp_path / "knn-1.json").read_text())
+    assert aside["checkpoint"] == str(checkpoint)
+
+
 @pytest.mark.smoke
 @pytest.mark.parametrize("kind", ["cls", "avg", "both"])
 def test_command(kind: str, checkpoint: Path, tmp_path: Path, run_main) -> None:

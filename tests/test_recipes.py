@@ -4,6 +4,7 @@ All are resolved, which is cheap; two steps are taken by one recipe of each kind
 """
 
 import argparse
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import main_finetune
 import main_pretrain
 import main_segment
 from util.config import FlagParser, settings_of
+from util.datasets import build_dataset
 from util.errors import BadInput
 from util.paper_tables import differences
 from util.recipes import read_layers, read_recipe, write_recipe
@@ -243,6 +245,65 @@ def test_header_says_row_cost_and_expectation(name: str) -> None:
     assert f"--config recipes/{name}" in text or "Then" in joined
     if name not in PUBLISHED and not name.startswith("small/"):
         assert "(estimate)" in joined or "(published)" in joined
+
+
+COST = re.compile(
+    r"(?P<gpus>\d+) (A100|V100), (?P<hours>[\d.]+) h \((estimate|published)\): "
+    r"(?P<images>[\d,]+) x (?P<epochs>\d+) / \((?P<by>\d+) x (?P<rate>[\d,]+)\) / 3600 s"
+)
+SCALED = re.compile(r"s; (?P<known>[\d,]+) images/s x (?P<its>[\d.]+) / (?P<own>[\d.]+) GFLOPs")
+SET_SIZES = {"imagefolder": 1_281_167, "places365": 1_803_460}
+
+
+def header_of(path: Path) -> str:
+    lines = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    return " ".join(" ".join(line.strip("# ") for line in lines).split())
+
+
+def plain(text: str) -> float:
+    return float(text.replace(",", ""))
+
+
+@pytest.mark.parametrize("name", [name for name in ROWS if not name.startswith("small/")])
+def test_the_header_is_true_of_its_recipe(name: str) -> None:
+    """Epochs, images, hours, rate, size and batch: what is written is what the settings give."""
+    header, found = header_of(RECIPES / name), numbers(name)
+    cost = COST.search(header)
+    assert cost and plain(cost["images"]) == SET_SIZES[found["dataset"]]
+    assert int(cost["epochs"]) == found["epochs"] and cost["by"] == cost["gpus"]
+    hours = plain(cost["images"]) * found["epochs"] / int(cost["gpus"]) / plain(cost["rate"]) / 3600
+    rounded = 0.051 + hours * 0.5 / plain(cost["rate"])  # hours to a tenth, rates to an image
+    assert abs(plain(cost["hours"]) - hours) <= rounded
+    if scaled := SCALED.search(header):
+        rate = plain(scaled["known"]) * plain(scaled["its"]) / plain(scaled["own"])
+        assert plain(cost["rate"]) == pytest.approx(rate, abs=0.5, rel=2e-3)
+    assert (
+        f"vit_{ {'B': 'base', 'L': 'large', 'H': 'huge'}[header.split('ViT-')[1][0]] }_"
+        in (found["model"])
+    )
+    if batch := re.search(r"Global batch (\d+) x 8 GPUs = (\d+)", header):
+        assert int(batch[1]) * 8 == int(batch[2]) == found["batch"]
+    if "as it stands" in header:
+        assert name in PUBLISHED and "but for precision" in header and "bf16 is ours" in header
+    for following in re.findall(r"Then (.*?yaml)\.", header):
+        for other in re.findall(r"[\w./]+\.yaml", following):
+            assert (RECIPES / name).parent.joinpath(other).is_file()
+
+
+@pytest.mark.parametrize("name", ["pretrain", "finetune", "linear", "scratch"])
+def test_the_base_recipes_say_their_batch(name: str) -> None:
+    path = RECIPES / "base" / f"{name}.yaml"
+    found = re.search(r"Global batch (\d+) = (\d+) x 8 GPUs(?: x (\d+) micro)?", header_of(path))
+    recipe = read_recipe(path)
+    assert found and int(found[2]) == recipe["batch_size"]
+    assert int(found[3] or 1) == recipe["accum_iter"]
+    assert int(found[1]) == recipe["batch_size"] * 8 * recipe["accum_iter"]
+
+
+def test_the_study_says_how_many_photographs_there_are() -> None:
+    header = header_of(RECIPES / "tables" / "study.yaml")
+    count = re.search(r"the (\d+) held-out crops of the bundled photographs", header)
+    assert count and int(count[1]) == len(build_dataset("photos", "val"))
 
 
 def test_run_folders_are_apart() -> None:

@@ -1,6 +1,7 @@
 """main_segment.py as its users run it, small: training, resuming, measuring, predicting."""
 
 import json
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -357,12 +358,25 @@ def test_predict_and_eval_agree(data: str, whole: Path, tmp_path: Path, run_main
     counts = confusion(out, root, 4)
     right, rows, columns = counts.diagonal(), counts.sum(axis=1), counts.sum(axis=0)
     iou = 100 * right / (rows + columns - right)
-    result = json.loads((folder / "result.json").read_text())
+    result = json.loads((folder / "result-eval.json").read_text())
     assert result["miou"] == pytest.approx(iou.mean(), abs=1e-9)
     assert result["pixel_accuracy"] == pytest.approx(100 * right.sum() / counts.sum(), abs=1e-9)
     assert [row["iou"] for row in result["per_class"]] == pytest.approx(iou.tolist(), abs=1e-9)
     assert result["miou"] == json.loads((whole / "result.json").read_text())["miou"]
     assert (folder / "pictures/eval.png").exists()
+    # In the run's own folder too its result stays; a measurement of another kind is set aside.
+    own, files = tmp_path / "own", ("result.json", "per_class.txt", LAST)
+    own.mkdir()
+    for name in files:
+        shutil.copy(whole / name, own / name)
+    before = [(own / name).read_bytes() for name in files]
+    for more in ([], ["--flip"]):
+        flags = [*SMALL, f"--resume={own / LAST}", "--eval", data, f"--output_dir={own}", *more]
+        assert run_main("main_segment", flags)[0] == 0
+    assert [(own / name).read_bytes() for name in files] == before
+    aside = json.loads((own / "result-eval-1.json").read_text())
+    assert aside["miou"] == result["miou"] and not aside["measured"]["flip"]
+    assert (own / "pictures/eval-1.png").exists() and (own / "per_class-eval-1.txt").exists()
     # A map is read as indices and seen as colours; the overlay has the image's size.
     first = Image.open(out / "maps/p0.png")
     assert first.mode == "P" and first.size == Image.open(out / "overlays/p0.png").size == (30, 20)
@@ -383,7 +397,7 @@ def test_eval_looks_at_images_as_training_did(
         assert code == 0, err
         resize = "" if given else "--resize 48 32, "
         assert f"as in its training: {resize}--window 32x32, --stride 24x24" in out
-        numbers.append(json.loads((folder / "result.json").read_text())["miou"])
+        numbers.append(json.loads((folder / "result-eval.json").read_text())["miou"])
     assert numbers[0] == json.loads((whole / "result.json").read_text())["miou"] != numbers[1]
 
 
@@ -487,7 +501,7 @@ def test_two_processes_do_what_one_does(mean: str, data: str, tmp_path: Path) ->
         own = ["--eval", f"--resume={tmp_path / '1' / LAST}", f"--output_dir={folder}"]
         children = launch([*flags, *own], folder / "out", world, module="main_segment")
         assert wait(children) == [0] * world, (folder / "out").read_text()
-        results.append(json.loads((folder / "result.json").read_text()))
+        results.append(json.loads((folder / "result-eval.json").read_text()))
     assert results[0] == results[1]
 
 

@@ -493,3 +493,11 @@ def test_pretraining_stopped_in_the_middle_goes_on(tmp_path: Path, run_main) -> 
     assert done(tmp_path, "seed-4/pre")["metrics"]["loss"] == loss
     assert f"| tiny | {loss:.4f} | 1 |" in out
     assert sys.executable in (folder / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("main", ["main_finetune", "main_segment"])
+def test_a_runs_own_result_is_read_before_an_evaluations(main: str, tmp_path: Path) -> None:
+    (tmp_path / "result-eval.json").write_text('{"top1": 1.0}')
+    assert cell_runs.MAINS[main](tmp_path) == {"top1": 1.0}
+    (tmp_path / "result.json").write_text('{"top1": 2.0}')
+    assert cell_runs.MAINS[main](tmp_path) == {"top1": 2.0}

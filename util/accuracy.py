@@ -105,25 +105,37 @@ class AccuracyMeter:
         return Accuracy(confusion, top5, loss / max(images, 1), images, broken)
 
 
+# What a run writes of itself, and what an evaluation (--eval) writes beside it.
+RUN_FILES = ("result.json", "confusion.csv", "per_class.csv")
+EVAL_FILES = ("result-eval.json", "confusion-eval.csv", "per_class-eval.csv")
+
+
 def save_accuracy(
-    folder: Path, result: Accuracy, classes: Sequence[str], more: dict[str, object]
+    folder: Path,
+    result: Accuracy,
+    classes: Sequence[str],
+    more: dict[str, object],
+    names: Sequence[str] = RUN_FILES,
 ) -> None:
-    """Write `result.json`, `confusion.csv` and `per_class.csv` into a folder.
+    """Write the result, the confusion and the accuracy by class into a folder.
 
     Args:
         classes: names, by label; fewer than the outputs of the head where that has spare ones.
-        more: what else `result.json` is to say: checkpoint, data set ...
+        more: what else the result is to say: checkpoint, data set ...
+        names: of the three files.
     """
-    names = [*classes, *(f"class {i}" for i in range(len(classes), len(result.confusion)))]
-    write_text(folder / "result.json", json.dumps({**result.summary(), **more}, indent=1) + "\n")
-    with (folder / "confusion.csv").open("w", newline="") as file:
+    numbers, confusion, per_class = (folder / name for name in names)
+    spare = (f"class {i}" for i in range(len(classes), len(result.confusion)))
+    labels = [*classes, *spare]
+    write_text(numbers, json.dumps({**result.summary(), **more}, indent=1) + "\n")
+    with confusion.open("w", newline="") as file:
         table = csv.writer(file)
-        table.writerow(["true \\ taken for", *names])
-        for name, row in zip(names, result.confusion.tolist(), strict=True):
+        table.writerow(["true \\ taken for", *labels])
+        for name, row in zip(labels, result.confusion.tolist(), strict=True):
             table.writerow([name, *row])
-    with (folder / "per_class.csv").open("w", newline="") as file:
+    with per_class.open("w", newline="") as file:
         table = csv.writer(file)
         table.writerow(["class", "images", "recall", "precision"])
-        for name, row in zip(names, result.per_class(), strict=True):
+        for name, row in zip(labels, result.per_class(), strict=True):
             values = [f"{row[key]:.4f}" for key in ("recall", "precision")]
             table.writerow([name, row["images"], *values])

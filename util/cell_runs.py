@@ -39,9 +39,20 @@ SIGNALS = (*STOP_SIGNALS, signal.SIGINT, signal.SIGHUP)
 # ---- What is measured, and on what -------------------------------------------------------------
 
 
-def from_json(name: str) -> Callable[[Path], dict[str, Any]]:
-    """A reader of metrics that a command writes into its folder as JSON."""
-    return lambda folder: json.loads((folder / name).read_text())
+def from_json(name: str, otherwise: str | None = None) -> Callable[[Path], dict[str, Any]]:
+    """A reader of metrics that a command writes into its folder as JSON.
+
+    Args:
+        name: of the file. otherwise: the one of an evaluation, which a training does not write.
+    """
+
+    def read(folder: Path) -> dict[str, Any]:
+        first = folder / name
+        if otherwise is not None and not first.is_file():
+            first = folder / otherwise
+        return json.loads(first.read_text())
+
+    return read
 
 
 def from_records(folder: Path) -> dict[str, Any]:
@@ -57,9 +68,9 @@ def from_records(folder: Path) -> dict[str, Any]:
 # The commands that a plan may name, and where each leaves what it measured.
 MAINS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "main_pretrain": from_records,
-    "main_finetune": from_json("result.json"),
+    "main_finetune": from_json("result.json", "result-eval.json"),
     "main_knn": from_json("knn.json"),
-    "main_segment": from_json("result.json"),
+    "main_segment": from_json("result.json", "result-eval.json"),
     "main_visualize": from_json("reconstruction.json"),
 }
 

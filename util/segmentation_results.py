@@ -19,21 +19,31 @@ LONGEST_PANEL = 384  # pixels; what is larger is reduced in sheets, not in files
 NAMED_CLASSES = 6
 
 
+# What a run writes of itself, and what an evaluation (--eval) writes beside it.
+RUN_FILES = ("result.json", "per_class.txt")
+EVAL_FILES = ("result-eval.json", "per_class-eval.txt", "pictures/eval.png")
+
+
 def save_segmentation(
-    folder: Path, result: Segmentation, classes: Sequence[str], more: dict[str, object]
+    folder: Path,
+    result: Segmentation,
+    classes: Sequence[str],
+    more: dict[str, object],
+    names: Sequence[str] = RUN_FILES,
 ) -> None:
-    """Write `result.json` (with the classes) and `per_class.txt` into a folder.
+    """Write the result (with the classes) and a table of the classes into a folder.
 
     Args:
         classes: names, by label.
-        more: what else `result.json` is to say: checkpoint, data set ...
+        more: what else the result is to say: checkpoint, data set ...
+        names: of the two files.
     """
     # JSON has no NaN, which a mean over nothing is.
     summary = {k: None if math.isnan(v) else v for k, v in result.summary().items()}
     rows = [{"class": n, **row} for n, row in zip(classes, result.classes, strict=True)]
     content = {**summary, "ignored": result.ignored, **more, "per_class": rows}
-    write_text(folder / "result.json", json.dumps(content, indent=1) + "\n")
-    write_text(folder / "per_class.txt", result.table(classes) + "\n")
+    write_text(folder / names[0], json.dumps(content, indent=1) + "\n")
+    write_text(folder / names[1], result.table(classes) + "\n")
 
 
 def sheet(

@@ -1,0 +1,52 @@
+"""Files of measurements: a new one never takes the place of what was measured of something else."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from util.logger import say
+
+MEASURED = "measured"
+
+
+def identity_of(checkpoint: str, step: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What a measurement is of, to be kept under `MEASURED` in its file.
+
+    Args:
+        checkpoint: path or address. step: of its training, None where it does not say.
+        settings: flags that decide what is measured, in plain types.
+    """
+    place = checkpoint if "://" in checkpoint else str(Path(checkpoint).resolve())
+    return {"checkpoint": place, "step": step, **settings}
+
+
+def set_others_aside(folder: Path, names: Sequence[str], identity: Mapping[str, Any]) -> None:
+    """Rename the files of an earlier measurement unless it was of the same, and say so.
+
+    `eval.json` becomes `eval-1.json`, or the next number that none of the files has.
+
+    Args:
+        names: of the new files in `folder`; the first is JSON and holds its identity.
+    """
+    first = folder / names[0]
+    if not first.is_file():
+        return
+    try:
+        held = json.loads(first.read_text())
+    except ValueError:
+        held = None
+    # Through JSON, which has no tuples.
+    if isinstance(held, dict) and held.get(MEASURED) == json.loads(json.dumps(identity)):
+        return
+    number = 1
+    while any(_numbered(folder / name, number).exists() for name in names):
+        number += 1
+    for name in names:
+        if (folder / name).exists():
+            (folder / name).rename(_numbered(folder / name, number))
+    say(f"kept        {_numbered(first, number)}, an earlier measurement of something else")
+
+
+def _numbered(path: Path, number: int) -> Path:
+    return path.with_name(f"{path.stem}-{number}{path.suffix}")

@@ -1,6 +1,6 @@
 """Pretraining: one epoch of training, and reconstruction measured on held-out images."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from util.logger import StepReport
-from util.masking import MaskStrategy
+from util.masking import MaskStrategy, count_visible, strategy_of
 from util.metrics import (
     FILLS,
     ReconstructionMeter,
@@ -60,11 +60,17 @@ class Masker:
         strategy: which patches to mask.
         num_visible: patches that stay visible in each image.
         patch_size: (ph, pw) pixels.
+        words: what the reader is told of these masks: 75% random.
     """
 
     strategy: MaskStrategy
     num_visible: int
     patch_size: tuple[int, int]
+    words: str = ""
+
+    def differs_from(self, other: "Masker") -> bool:
+        """Whether the masks are others, by name or by count."""
+        return (self.words, self.num_visible) != (other.words, other.num_visible)
 
     def __call__(self, images: Tensor, noise: Tensor) -> Tensor:
         """uint8 [B, C, H, W] and float32 [B, S, L] to bool [B, L], True = masked."""
@@ -72,6 +78,38 @@ class Masker:
         if self.strategy.uses_averages:
             averages = patch_averages(images, self.patch_size)
         return self.strategy.mask(noise, averages, self.num_visible)
+
+
+def masker_of(settings: Mapping[str, Any], model: Any) -> Masker:
+    """Masks of a model's grid.
+
+    Args:
+        settings: with the names of `util.masking.STANDARD`.
+        model: with a grid and a patch_size.
+
+    Raises:
+        BadInput: no such strategy, or nothing would be visible or masked.
+    """
+    patches = model.grid[0] * model.grid[1]
+    visible = count_visible(patches, settings["mask_ratio"])
+    words = f"{1 - visible / patches:.0%} {settings['mask']}"
+    return Masker(strategy_of(settings), visible, model.patch_size, words)
+
+
+OWN = "own_mask_"  # before the names of what was measured under a run's own masks
+
+
+def flat(table: Mapping[str, Mapping[str, float]], prefix: str = "") -> dict[str, float]:
+    """A table of `evaluate` as records hold it: model_psnr, mean_ssim ..."""
+    return {f"{prefix}{arm}_{name}": v for arm, row in table.items() for name, v in row.items()}
+
+
+def lines_of(table: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """The same for the reader."""
+    return [
+        f"{arm:8s} PSNR {row['psnr']:6.2f} dB   SSIM {row['ssim']:.4f}"
+        for arm, row in table.items()
+    ]
 
 
 def train_one_epoch(

@@ -15,9 +15,13 @@ import torch
 
 import models_zoo
 from engine_pretrain import (
+    OWN,
     Masker,
     evaluate,
     fit_pca,
+    flat,
+    lines_of,
+    masker_of,
     note_of,
     reconstruct,
     train_one_epoch,
@@ -59,7 +63,7 @@ from util.dry_run_report import describe
 from util.errors import BadInput, command, needs
 from util.images import ImageSource, Subset
 from util.logger import RunLogger, say
-from util.masking import count_visible, create_strategy
+from util.masking import STANDARD, count_visible
 from util.optim import create_adamw, parameter_groups
 from util.randomness import EpochSampler, EvalSampler, evenly
 from util.run import Run, due
@@ -71,8 +75,9 @@ from util.transforms import EvalTransform, pretrain_transform
 from util.visualize import panels, picture_grid, save_png
 
 TASK = "pretrain"
-# Held-out images are measured and shown under masks that no flag changes, so that runs compare.
-EVAL_SEED, EVAL_MASK, EVAL_RATIO, PICTURES = 0, "random", 0.75, 8
+# Held-out images are measured under masks that no flag changes (STANDARD), so that runs compare;
+# and under the run's own where these are others. Pictures show the run's own.
+EVAL_SEED, PICTURES = 0, 8
 # MAE's recipe, for what --dry_run warns of.
 RECIPE_BLR, RECIPE_BATCH = 1.5e-4, 4096
 # Beside those of every main: what is only looked at.
@@ -191,7 +196,7 @@ def fit_target(
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The images to measure and to show on, under masks that no flag changes."""
+    """The images to measure or to show on, and their masks."""
 
     source: ImageSource
     samples: PretrainSamples
@@ -214,11 +219,14 @@ def held_out_source(args: argparse.Namespace, channels: int) -> ImageSource | No
 
 
 def held_out_set(
-    source: ImageSource, model: Any, limit: int, batch_size: int, procs: Processes
+    source: ImageSource,
+    model: Any,
+    masker: Masker,
+    limit: int,
+    batch_size: int,
+    procs: Processes,
 ) -> HeldOut:
-    """At most `limit` held-out images, dealt out to the processes."""
-    num_visible = count_visible(model.grid[0] * model.grid[1], EVAL_RATIO)
-    masker = Masker(create_strategy(EVAL_MASK), num_visible, model.patch_size)
+    """At most `limit` held-out images under these masks, dealt out to the processes."""
     transform = EvalTransform(model.img_size, margin=source.eval_margin)
     samples = PretrainSamples(source, transform, masker.strategy, model.grid, EVAL_SEED)
     sampler = EvalSampler(
@@ -240,7 +248,7 @@ def draw_pictures(model: Any, held_out: HeldOut, device: torch.device, title: st
     return picture_grid(
         panels(images, mask, picture, masker.patch_size),
         [Path(source.file_name(key.index)).name for key in keys],
-        headers=("original", f"masked {EVAL_RATIO:.0%}", "reconstruction"),
+        headers=("original", f"masked {masker.words}", "reconstruction"),
         title=title,
         footer=note_of(model),
     )
@@ -361,14 +369,7 @@ def pretrain(args: argparse.Namespace, procs: Processes) -> None:
             source = Subset(source, evenly(len(source), args.train_images))
         val_source = held_out_source(args, source.channels)
     model, model_args = build_model(args, source.channels)
-    strategy = create_strategy(
-        args.mask,
-        avg_share=args.avg_share,
-        avg_order=args.avg_order,
-        avg_temperature=args.avg_temperature,
-    )
-    num_patches = model.grid[0] * model.grid[1]
-    masker = Masker(strategy, count_visible(num_patches, args.mask_ratio), model.patch_size)
+    masker = masker_of(vars(args), model)
     transform = pretrain_transform(
         args.augment,
         args.decode,
@@ -378,7 +379,7 @@ def pretrain(args: argparse.Namespace, procs: Processes) -> None:
         channels=source.channels,
         margin=source.eval_margin,
     )
-    samples = PretrainSamples(source, transform, strategy, model.grid, args.seed)
+    samples = PretrainSamples(source, transform, masker.strategy, model.grid, args.seed)
     sampler = EpochSampler(
         len(source),
         args.batch_size,
@@ -398,9 +399,11 @@ def pretrain(args: argparse.Namespace, procs: Processes) -> None:
         prefetch_factor=args.prefetch_factor,
     )
 
-    held_out = None
+    parts = []  # under the standard masks, and under the run's own where these are others
     if val_source is not None:
-        held_out = held_out_set(val_source, model, args.eval_images, args.batch_size, procs)
+        standard, size = masker_of(STANDARD, model), (args.eval_images, args.batch_size, procs)
+        maskers = [standard, masker] if masker.differs_from(standard) else [standard]
+        parts = [held_out_set(val_source, model, m, *size) for m in maskers]
 
     # ------------------------------------------------------------------------------ model
     model.set_grad_checkpointing(args.grad_checkpointing)
@@ -480,8 +483,8 @@ def pretrain(args: argparse.Namespace, procs: Processes) -> None:
     step = run.step
     with run:
         for epoch in range(run.first_epoch, args.epochs):
-            measuring = held_out is not None and due(args.eval_every, epoch, args.epochs)
-            drawing = held_out is not None and due(args.picture_every, epoch, args.epochs)
+            measuring = bool(parts) and due(args.eval_every, epoch, args.epochs)
+            drawing = bool(parts) and due(args.picture_every, epoch, args.epochs)
             if not (run.stage == "measuring" and epoch == run.first_epoch):
                 sampler.start(epoch, step - epoch * steps_per_epoch)
                 step = train_one_epoch(
@@ -500,22 +503,25 @@ def pretrain(args: argparse.Namespace, procs: Processes) -> None:
                 run.end_epoch(epoch, step)
                 numbered = epoch if due(args.save_every, epoch, args.epochs) else None
                 run.save(step, "measuring" if measuring or drawing else "done", numbered)
-            if held_out and (measuring or drawing):
+            if measuring or drawing:
                 with placed.whole() as whole:
                     if measuring:
-                        table = evaluate(
-                            whole,
-                            held_out.loader,
-                            held_out.masker,
-                            mean=source.mean,
-                            std=source.std,
-                            device=device,
-                            sum_over_ranks=procs.sum,
-                        )
-                        report(run.logger, table, step, epoch, held_out.sampler.total)
+                        tables = [
+                            evaluate(
+                                whole,
+                                part.loader,
+                                part.masker,
+                                mean=source.mean,
+                                std=source.std,
+                                device=device,
+                                sum_over_ranks=procs.sum,
+                            )
+                            for part in parts
+                        ]
+                        report(run.logger, parts, tables, step, epoch)
                     if drawing and procs.main:
                         title = f"{args.model} ({args.method}) after epoch {epoch}, held-out images"
-                        picture = draw_pictures(whole, held_out, device, title)
+                        picture = draw_pictures(whole, parts[-1], device, title)
                         save_png(folder / "pictures" / f"epoch-{epoch}.png", picture)
                         run.logger.picture("reconstruction", step, np.asarray(picture))
                 run.save(step, "done")
@@ -533,16 +539,28 @@ def written_at(path: Path) -> float:
 
 
 def report(
-    logger: RunLogger, table: dict[str, dict[str, float]], step: int, epoch: int, images: int
+    logger: RunLogger,
+    parts: Sequence[HeldOut],
+    tables: Sequence[dict[str, dict[str, float]]],
+    step: int,
+    epoch: int,
 ) -> None:
-    """A measurement, for the log and the reader."""
-    values = {f"{arm}_{name}": v for arm, row in table.items() for name, v in row.items()}
-    logger.record("eval", step, epoch=epoch, images=images, **values)
+    """A measurement, for the log and the reader.
+
+    Args:
+        parts: what was measured: under the standard masks, then under the run's own if others.
+        tables: what came out, see `evaluate`.
+    """
+    values: dict[str, Any] = {}
+    for prefix, part, table in zip(("", OWN), parts, tables, strict=False):
+        values |= flat(table, prefix) | ({"own_mask": part.masker.words} if prefix else {})
+    logger.record("eval", step, epoch=epoch, images=parts[0].sampler.total, **values)
     if logger.file is None:  # the main process tells the reader
         return
-    say(f"held-out reconstruction, {EVAL_RATIO:.0%} random masks, masked pixels only:")
-    for arm, row in table.items():
-        say(f"  {arm:8s} PSNR {row['psnr']:6.2f} dB   SSIM {row['ssim']:.4f}")
+    for whose, part, table in zip(("", "the run's own "), parts, tables, strict=False):
+        say(f"held-out reconstruction, {whose}{part.masker.words} masks, masked pixels only:")
+        for line in lines_of(table):
+            say(f"  {line}")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ python main_visualize.py --checkpoint RUN/checkpoint-last.pth --dataset photos -
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,18 @@ import torch
 from torch import Tensor
 
 import models_zoo
-from engine_pretrain import Masker, Stats, evaluate, fills_of, note_of, reconstruct
+from engine_pretrain import (
+    OWN,
+    Masker,
+    Stats,
+    evaluate,
+    fills_of,
+    flat,
+    lines_of,
+    masker_of,
+    note_of,
+    reconstruct,
+)
 from util.assumed import assumptions
 from util.config import FlagParser, add_heads_flag, number
 from util.datasets import DATASETS, DEFAULT, build_dataset, place_of
@@ -24,9 +35,10 @@ from util.errors import BadInput, command
 from util.folders import image_files
 from util.images import IMAGENET_MEAN, IMAGENET_STD, read_image
 from util.logger import prepare_folder, write_text
-from util.masking import ORDERS, STRATEGIES, count_visible, create_strategy
+from util.masking import ORDERS, STANDARD, STRATEGIES
 from util.metrics import masked_psnr
 from util.randomness import EvalSampler, evenly, generator_of
+from util.results import MEASURED, identity_of, set_others_aside
 from util.samples import PretrainSamples, build_loader
 from util.transforms import EvalTransform
 from util.visualize import panels, picture_grid, save_panels, save_png
@@ -43,11 +55,14 @@ def build_parser() -> FlagParser:
     parser.add_argument("--dataset", choices=list(DATASETS), help="held-out images of a data set")
     parser.add_argument("--data_path", help="folder of it; or packed:DIR, hf:NAME_OR_DIR")
     parser.add_argument("--num_images", type=number(int, 1), default=8, help="shown at most")
-    parser.add_argument("--mask", choices=list(STRATEGIES), default="random")
-    parser.add_argument("--mask_ratio", type=number(float, 0, 1, open_low=True), default=0.75)
-    parser.add_argument("--avg_share", type=number(float, 0, 1), default=0.5)
-    parser.add_argument("--avg_order", choices=ORDERS, default="far")
-    parser.add_argument("--avg_temperature", type=number(float, 0), default=1.0)
+    group = parser.add_argument_group(
+        "masks (default: those of the checkpoint's run; --measure: 75 % random, and the run's)"
+    )
+    group.add_argument("--mask", choices=list(STRATEGIES))
+    group.add_argument("--mask_ratio", type=number(float, 0, 1, open_low=True))
+    group.add_argument("--avg_share", type=number(float, 0, 1))
+    group.add_argument("--avg_order", choices=ORDERS)
+    group.add_argument("--avg_temperature", type=number(float, 0))
     parser.add_argument("--seed", type=number(int, 0), default=0, help="of the masks")
     parser.add_argument(
         "--measure",
@@ -82,17 +97,32 @@ def gather_images(args: argparse.Namespace, model: Any) -> tuple[list[str], list
     return [str(p) for p in paths], [transform(read_image(p, model.in_chans)) for p in paths]
 
 
+def mask_settings(
+    args: argparse.Namespace, state: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the flags say of the masks, and the checkpoint's run had; names as in `STANDARD`."""
+    trained = state.get("arithmetic", {})  # weights of other programs have none
+    own = {name: trained[name] for name in STANDARD if trained.get(name) is not None}
+    given = {name: getattr(args, name) for name in STANDARD if getattr(args, name) is not None}
+    return given, STANDARD | own
+
+
 def measure(
     args: argparse.Namespace,
     model: Any,
-    masker: Masker,
+    maskers: Sequence[Masker],
     device: torch.device,
     stats: tuple[Stats, Stats],
+    identity: Mapping[str, Any],
 ) -> None:
     """PSNR and SSIM on held-out images of a set, the model's own or another; see `evaluate`.
 
     Masks are a function of (seed, index), as in pretraining's --eval_every: with the same set,
     number of images and the default masks the numbers are those.
+
+    Args:
+        maskers: the masks to measure under, and where nobody chose them the run's own as well.
+        identity: what the numbers are of, see `util.results`.
     """
     if not args.dataset:
         raise BadInput("--measure takes held-out images of a --dataset")
@@ -101,26 +131,23 @@ def measure(
         args.dataset, "val", args.data_path, channels=model.in_chans, mean=mean, std=std
     )
     transform = EvalTransform(model.img_size, margin=source.eval_margin)
-    samples = PretrainSamples(source, transform, masker.strategy, model.grid, args.seed)
     sampler = EvalSampler(evenly(len(source), args.num_images), MEASURED_AT_ONCE)
-    loader = build_loader(samples, sampler, num_workers=0, pin_memory=False)
-    table = evaluate(
-        model, loader, masker, mean=mean, std=std, device=device, sum_over_ranks=torch.clone
-    )
-    values = {f"{arm}_{name}": v for arm, row in table.items() for name, v in row.items()}
-    result = {
-        "checkpoint": args.checkpoint,
-        "dataset": args.dataset,
-        "mask": args.mask,
-        "mask_ratio": args.mask_ratio,
-        "images": sampler.total,
-        **values,
-    }
+    masks = {name: identity[name] for name in ("mask", "mask_ratio")}
+    result = {"checkpoint": args.checkpoint, "dataset": args.dataset, **masks}
+    result |= {"images": sampler.total}
+    for prefix, masker in zip(("", OWN), maskers, strict=False):
+        samples = PretrainSamples(source, transform, masker.strategy, model.grid, args.seed)
+        loader = build_loader(samples, sampler, num_workers=0, pin_memory=False)
+        table = evaluate(
+            model, loader, masker, mean=mean, std=std, device=device, sum_over_ranks=torch.clone
+        )
+        result |= flat(table, prefix) | ({"own_mask": masker.words} if prefix else {})
+        print(f"{masker.words} masks{', as the run trained' if prefix else ''}:")
+        print("\n".join(lines_of(table)))
     folder = Path(args.output_dir)
     prepare_folder(folder)
-    write_text(folder / RESULT, json.dumps(result, indent=1) + "\n")
-    for arm, row in table.items():
-        print(f"{arm:8s} PSNR {row['psnr']:6.2f} dB   SSIM {row['ssim']:.4f}")
+    set_others_aside(folder, [RESULT], identity)
+    write_text(folder / RESULT, json.dumps(result | {MEASURED: identity}, indent=1) + "\n")
     if note := note_of(model):
         print(note)
     print(f"result  {folder / RESULT}")
@@ -153,29 +180,31 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(line)
 
     # ------------------------------------------------------------------------------ masks
-    strategy = create_strategy(
-        args.mask,
-        avg_share=args.avg_share,
-        avg_order=args.avg_order,
-        avg_temperature=args.avg_temperature,
-    )
-    num_visible = count_visible(model.grid[0] * model.grid[1], args.mask_ratio)
-    masker = Masker(strategy, num_visible, model.patch_size)
+    given, own = mask_settings(args, state)
     if args.measure:
-        measure(args, model, masker, device, (mean, std))
+        settings = STANDARD | given
+        maskers = [masker_of(settings, model)]
+        if not given and masker_of(own, model).differs_from(maskers[0]):
+            maskers.append(masker_of(own, model))
+        measured = ("dataset", "data_path", "num_images", "seed")
+        settings |= {name: getattr(args, name) for name in measured}
+        settings["own_mask"] = maskers[-1].words if len(maskers) > 1 else None
+        identity = identity_of(args.checkpoint, state.get("step"), settings)
+        measure(args, model, maskers, device, (mean, std), identity)
         return
+    masker = masker_of(own | given, model)
 
     # ----------------------------------------------------------------------------- images
     names, images = gather_images(args, model)
     draws = [
-        strategy.draw(model.grid, generator_of(args.seed, "mask", 0, i, 0))
+        masker.strategy.draw(model.grid, generator_of(args.seed, "mask", 0, i, 0))
         for i in range(len(images))
     ]
     batch = torch.stack(images).to(device)
     mask = masker(batch, torch.stack(draws).to(device))
 
     # --------------------------------------------------------------------------- pictures
-    composites = {"model": reconstruct(model, batch, mask, num_visible, mean, std)}
+    composites = {"model": reconstruct(model, batch, mask, masker.num_visible, mean, std)}
     composites |= fills_of(model, batch, mask, mean, std)
     psnr = {
         arm: masked_psnr(batch, picture, mask, model.patch_size)
@@ -185,12 +214,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{Path(name).name}: {', '.join(f'{arm} {psnr[arm][i]:.1f}' for arm in psnr)} dB"
         for i, name in enumerate(names)
     ]
-    kept = num_visible / mask.shape[1]
     rows = panels(batch, mask, composites["model"], model.patch_size)
     grid = picture_grid(
         rows,
         captions,
-        headers=("original", f"{args.mask}, {1 - kept:.0%} masked", "reconstruction"),
+        headers=("original", f"masked {masker.words}", "reconstruction"),
         title=f"{Path(args.checkpoint).name}: PSNR over masked pixels, beside two trivial fills",
         footer=note_of(model),
     )
@@ -198,6 +226,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     save_png(folder / "grid.png", grid)
     for number_, (name, row) in enumerate(zip(names, rows, strict=True)):
         save_panels(folder / "panels", f"{number_:03d}-{Path(name).stem}", row)
+    print(f"masked {masker.words}")
     print("\n".join(captions))
     print(f"grid    {folder / 'grid.png'}\npanels  {folder / 'panels'}")
 

@@ -1,13 +1,17 @@
 """main_visualize.py: from a checkpoint and images to pictures that do not lie."""
 
 import argparse
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from launch import records
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main_pretrain
 from engine_pretrain import fills_of, reconstruct
@@ -15,6 +19,7 @@ from models_zoo import create_model, load_pretrained
 from util.checkpoint import load_file
 from util.images import IMAGENET_MEAN, IMAGENET_STD
 from util.metrics import masked_psnr
+from util.visualize import panels, picture_grid
 
 pytestmark = pytest.mark.smoke
 
@@ -122,6 +127,112 @@ def test_perfect_predictions_restore_the_image() -> None:
         assert all(
             (psnr > masked_psnr(images, f, mask, model.patch_size)).all() for f in fills.values()
         )
+
+
+@pytest.fixture(scope="module")
+def blocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder of a model that trained under masks of its own, and measured itself."""
+    folder = tmp_path_factory.mktemp("blocks")
+    main_pretrain.main(
+        ["--dataset=digits", "--model=mae_vit_micro_patch4", "--batch_size=750", "--epochs=1",
+         "--warmup_epochs=0", "--mask=block", "--mask_ratio=0.5", "--picture_every=1",
+         "--eval_every=1", "--eval_images=20", "--num_workers=0", "--device=cpu",
+         f"--output_dir={folder}"]
+    )  # fmt: skip
+    return folder
+
+
+RANDOM = ["--mask=random", "--mask_ratio=0.75"]
+OWN_MASK = ["--mask=block", "--mask_ratio=0.5"]
+
+
+def test_pictures_take_the_masks_of_the_run_unless_told(
+    blocks: Path, tmp_path: Path, run_main, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    headers: list[str] = []
+
+    def spy(*args: Any, **more: Any) -> Image.Image:
+        headers.append(more["headers"][1])
+        return picture_grid(*args, **more)
+
+    monkeypatch.setattr("main_visualize.picture_grid", spy)
+
+    def shown(*flags: str) -> tuple[str, list[bytes]]:
+        """The header, and the panels of masks."""
+        out = tmp_path / "out"
+        last = f"--checkpoint={blocks}/checkpoint-last.pth"
+        own = [last, "--dataset=digits", "--num_images=3", f"--output_dir={out}"]
+        code, text, err = run_main("main_visualize", [*own, *flags])
+        assert code == 0 and headers[-1] in text, err
+        return headers[-1], [p.read_bytes() for p in sorted((out / "panels").glob("*masked.png"))]
+
+    assert shown() == shown(*OWN_MASK) != shown(*RANDOM)
+    assert shown()[0] == "masked 50% block" and shown(*RANDOM)[0] == "masked 75% random"
+    # One flag alone changes what it names.
+    assert shown("--mask_ratio=0.75")[0] == "masked 75% block"
+
+
+def test_weights_that_do_not_say_their_masks_are_shown_under_maes(tmp_path: Path, run_main) -> None:
+    path, out = official(tmp_path / "a.pth"), f"--output_dir={tmp_path / 'out'}"
+    flags = [f"--checkpoint={path}", "--dataset=digits", "--num_images=1", out]
+    code, text, err = run_main("main_visualize", flags)
+    assert code == 0 and "masked 75% random" in text, err
+
+
+def test_measured_under_random_masks_and_under_the_runs_own(
+    blocks: Path, tmp_path: Path, run_main
+) -> None:
+    def measured(*flags: str) -> dict[str, Any]:
+        last = f"--checkpoint={blocks}/checkpoint-last.pth"
+        own = [last, "--dataset=digits", "--num_images=20", "--measure", *flags]
+        code, _, err = run_main("main_visualize", [*own, f"--output_dir={tmp_path}"])
+        assert code == 0, err
+        return json.loads((tmp_path / "reconstruction.json").read_text())
+
+    both, random, own = measured(), measured(*RANDOM), measured(*OWN_MASK)
+    names = [f"{a}_{m}" for a in ("model", "mean", "nearest") for m in ("psnr", "ssim")]
+    assert {n: both[n] for n in names} == {n: random[n] for n in names}
+    assert {n: both[f"own_mask_{n}"] for n in names} == {n: own[n] for n in names}
+    assert (both["mask"], both["mask_ratio"], both["own_mask"]) == ("random", 0.75, "50% block")
+    assert (own["mask"], own["mask_ratio"]) == ("block", 0.5)
+    assert not [key for key in random | own if key.startswith("own_mask")]
+    assert both["model_psnr"] != both["own_mask_model_psnr"]
+    assert json.loads((tmp_path / "reconstruction-1.json").read_text()) == both
+    # The run's own records have the same.
+    (record,) = records(blocks, "eval")
+    for name in [*names, *(f"own_mask_{n}" for n in names)]:
+        assert record[name] == pytest.approx(both[name], rel=1e-5)
+    assert record["own_mask"] == "50% block"
+    events = EventAccumulator(str(blocks)).Reload()
+    assert {"eval/model_psnr", "eval/own_mask_model_psnr"} <= set(events.Tags()["scalars"])
+
+
+def test_training_draws_its_own_masks_and_says_both(
+    tmp_path: Path, run_main, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    headers: list[str] = []
+    hidden: list[float] = []
+
+    def spy(images: torch.Tensor, mask: torch.Tensor, *more: Any) -> Any:
+        hidden.append(float(mask.float().mean()))
+        return panels(images, mask, *more)
+
+    def grid(*args: Any, **more: Any) -> Image.Image:
+        headers.append(more["headers"][1])
+        return picture_grid(*args, **more)
+
+    monkeypatch.setattr("main_pretrain.panels", spy)
+    monkeypatch.setattr("main_pretrain.picture_grid", grid)
+    flags = ["--dataset=digits", "--model=mae_vit_micro_patch4", "--batch_size=750", "--epochs=1",
+             "--warmup_epochs=0", "--picture_every=1", "--eval_every=1", "--eval_images=20",
+             "--num_workers=0", "--device=cpu"]  # fmt: skip
+    for masks, words in ((OWN_MASK, "50% block"), (RANDOM, "75% random")):
+        out = f"--output_dir={tmp_path / masks[0]}"
+        code, text, err = run_main("main_pretrain", [*flags, *masks, out])
+        assert code == 0, err
+        assert headers.pop() == f"masked {words}" and hidden.pop() == float(words[:2]) / 100
+        assert "held-out reconstruction, 75% random masks" in text
+        assert ("the run's own 50% block masks" in text) == (masks == OWN_MASK)
 
 
 BAD = {

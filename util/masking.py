@@ -12,8 +12,8 @@ A new strategy is one class with `draw` and `mask` and one line in `STRATEGIES`.
 """
 
 import math
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Generator, Tensor
@@ -269,6 +269,26 @@ STRATEGIES: dict[str, Callable[..., MaskStrategy]] = {
     "average": lambda *, order, temperature, **_: Mixed(1.0, order, temperature),
     "mixed": lambda *, share, order, temperature: Mixed(share, order, temperature),
 }
+
+
+# What measurements are under unless told otherwise, so that runs compare: MAE's own masks.
+STANDARD: dict[str, Any] = {
+    "mask": "random",
+    "mask_ratio": 0.75,
+    "avg_share": 0.5,
+    "avg_order": "far",
+    "avg_temperature": 1.0,
+}
+
+
+def strategy_of(settings: Mapping[str, Any]) -> MaskStrategy:
+    """The strategy of settings with the names of `STANDARD`; see `create_strategy`."""
+    return create_strategy(
+        settings["mask"],
+        avg_share=settings["avg_share"],
+        avg_order=settings["avg_order"],
+        avg_temperature=settings["avg_temperature"],
+    )
 
 
 def create_strategy(

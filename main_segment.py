@@ -59,6 +59,7 @@ from util.dry_run_report import describe
 from util.errors import BadInput, command
 from util.folders import image_files
 from util.label_maps import overlay, save_label_map
+from util.label_values import label_pair, listed
 from util.logger import prepare_folder, say
 from util.optim import create_adamw, layer_decay_groups
 from util.randomness import EvalSampler, IterationSampler, evenly
@@ -91,8 +92,9 @@ LR = 1e-4
 # Of the published run, for what --dry_run warns of; and the size of the set it is for.
 RECIPE_BATCH, RECIPE_IMAGES = 16, 20_000
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
-# How large a segmenter sees an image, and in what parts: in --eval and --predict as in training.
-LOOKS = ("resize", "inference", "window", "stride", "scene_size")
+# How large a segmenter sees an image, in what parts, and what the values in masks stand for: in
+# --eval and --predict as in training.
+LOOKS = ("resize", "inference", "window", "stride", "scene_size", "label_map")
 # Flags that decide what --eval measures.
 MEASURED_BY = (
     *LOOKS, "dataset", "data_path", "val_images", "mean", "std", "multi_scale", "flip",
@@ -107,6 +109,14 @@ def build_parser() -> FlagParser:
     add_data_flags(parser, list(SEGMENTATION_SETS))
     parser.set_defaults(dataset="ade20k", input_size=(512, 512))
     parser.add_argument("--nb_classes", type=number(int, 1), help="of --dataset folder")
+    parser.add_argument(
+        "--label_map",
+        type=label_pair,
+        nargs="+",
+        metavar="VALUE:CLASS",
+        help="of --dataset folder: what the values in its masks stand for, such as 0:0 255:1, or "
+        "7:ignore; default: values are classes, 255 is ignored",
+    )
     parser.add_argument(
         "--scene_size", type=number(int, 16), default=96, help="of --dataset garments, pixels"
     )
@@ -227,6 +237,7 @@ def open_set(
         size=args.scene_size,
         mean=args.mean,
         std=args.std,
+        label_map=args.label_map,
     )
     limit = args.train_images if split == "train" else args.val_images
     return source if limit is None else SegmentationSubset(source, evenly(len(source), limit))
@@ -473,6 +484,9 @@ def use_checkpoint(args: argparse.Namespace, procs: Processes, given: Container[
     with procs.main_first():
         source = open_set(args, "val", classes)
     check_classes(source.classes, classes, model.num_classes)
+    if procs.main:
+        for note in source.notes:
+            say(f"note: {note}")
     measure = measurement(args, source, model.num_classes, procs)
     prepare_folder(folder)
     result = measure(model)
@@ -492,12 +506,16 @@ def look_as_trained(
 ) -> None:
     """Take from the checkpoint how it looks at images, where no flag says otherwise, and say so."""
     own = {name: trained_on[name] for name in LOOKS if name in trained_on and name not in given}
+    if args.dataset != "folder":  # another set says itself what its values are
+        own.pop("label_map", None)
     changed = {name: value for name, value in own.items() if value != getattr(args, name)}
     vars(args).update(changed)
     if changed:
         texts = settings_of(argparse.Namespace(**changed))
         words = [
-            f"--{name} {' '.join(map(str, texts[name])) if name == 'resize' else texts[name]}"
+            f"--{name} {' '.join(map(str, texts[name]))}"
+            if isinstance(texts[name], list)
+            else f"--{name} {texts[name]}"
             for name in changed
         ]
         say(f"as in its training: {', '.join(words)}")
@@ -625,6 +643,10 @@ def segment(args: argparse.Namespace, procs: Processes) -> None:
     check_classes(source.classes, classes or source.classes, len(source.classes))
     if val_source is not None:
         check_classes(val_source.classes, source.classes, len(source.classes))
+    if procs.main:
+        for part in (source, val_source):
+            for note in part.notes if part is not None else ():
+                say(f"note: {note}")
     if args.check_data:
         check_data([source] + ([val_source] if val_source is not None else []), procs)
 
@@ -797,16 +819,19 @@ def check_data(sources: Sequence[SegmentationSource], procs: Processes) -> None:
         BadInput: with the file, the same on every process.
     """
     for source in sources:
-        fault, count = "", 0
+        fault, count, seen = "", 0, set[int]()
         try:
-            count = check_pairs(source, range(procs.rank, len(source), procs.world_size))
+            count = check_pairs(source, range(procs.rank, len(source), procs.world_size), seen)
         except BadInput as error:
             fault = str(error)
-        found = procs.gather((fault, count))
-        if faults := [text for text, _ in found if text]:
+        found = procs.gather((fault, count, seen))
+        if faults := [text for text, _, _ in found if text]:
             raise BadInput(faults[0])
         if procs.main:
-            say(f"checked {sum(n for _, n in found):,} pairs of {source.name} {source.split}")
+            say(f"checked {sum(n for _, n, _ in found):,} pairs of {source.name} {source.split}")
+            there = set().union(*(classes for _, _, classes in found))
+            if absent := [name for i, name in enumerate(source.classes) if i not in there]:
+                say(f"note: no mask of {source.split} holds {listed(absent)}")
 
 
 if __name__ == "__main__":

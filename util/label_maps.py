@@ -14,6 +14,7 @@ IGNORE = 255
 MOST_CLASSES = 255
 # Formats that keep values as they are; a JPEG would blur the borders into other classes.
 MASK_ENDINGS = (".png", ".bmp", ".tif", ".tiff", ".gif")
+LOSSY = ("JPEG", "MPO", "JPEG2000")
 OVERLAY_SHARE = 0.5
 
 
@@ -36,9 +37,14 @@ def read_label_map(path: PathLike) -> np.ndarray:
 
     Raises:
         BadImage: missing or damaged.
-        BadPair: not one channel of whole numbers.
+        BadPair: not one channel of whole numbers, or stored with loss.
     """
     image = read_stored(path)
+    if image.format in LOSSY or image.info.get("compression") == "jpeg":
+        raise BadPair(
+            f"the mask {os.fspath(path)} is a {image.format} with lossy compression, whatever its "
+            "name ends in: its values are blurred; expected PNG, made from the original labels"
+        )
     if image.mode not in ("L", "P", "1", "I", "I;16"):
         raise BadPair(
             f"the mask {os.fspath(path)} is a picture of mode {image.mode}; expected one channel "
@@ -65,7 +71,8 @@ def check_label(values: np.ndarray, num_classes: int, path: str, *, first: int =
         raise BadPair(
             f"the mask {path} holds the value {int(values[row, column])} (row {row}, column "
             f"{column}); expected classes {first} to {num_classes - 1 + first}, with {below}"
-            f"{IGNORE} ignored; mend the mask, or give the count of classes with --nb_classes"
+            f"{IGNORE} ignored; mend the mask, give the count of classes with --nb_classes, or say "
+            "what its values stand for, for example --label_map 0:0 255:1"
         )
     label = values.astype(np.uint8)
     if first:

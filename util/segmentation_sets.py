@@ -28,6 +28,7 @@ from util.label_maps import (
     palette,
     read_label_map,
 )
+from util.label_values import apply_values, check_two_classes, count_classes, values_of
 from util.listing import Names
 from util.plan import nearest
 
@@ -55,6 +56,7 @@ class SegmentationSource:
         classes: names of the labels.
         channels: of every image.
         colours: of the classes in pictures, uint8 [K, 3].
+        notes: what the reader should know of the labels.
     """
 
     channels = 3
@@ -65,6 +67,7 @@ class SegmentationSource:
         self.name, self.split, self.mean, self.std = name, split, mean, std
         self.classes = list(classes)
         self.colours = palette(len(self.classes))
+        self.notes: list[str] = []
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -84,6 +87,7 @@ class PairSource(SegmentationSource):
         images, masks: folders.
         image_files, mask_files: N names in them.
         first: the value in a mask that stands for class 0, see `check_label`.
+        meanings: classes by stored value, see `values_of`; None: values are classes.
     """
 
     def __init__(
@@ -94,10 +98,11 @@ class PairSource(SegmentationSource):
         folders: tuple[Path, Path],
         files: tuple[Names, Names],
         first: int,
+        meanings: dict[int, int] | None = None,
     ) -> None:
         super().__init__(name, split, IMAGENET_MEAN, IMAGENET_STD, classes)
         (self.images, self.masks), (self.image_files, self.mask_files) = folders, files
-        self.first = first
+        self.first, self.meanings = first, meanings
 
     def __len__(self) -> int:
         return len(self.image_files)
@@ -105,7 +110,10 @@ class PairSource(SegmentationSource):
     def __getitem__(self, index: int) -> Pair:
         image = read_image(self.file_name(index), 3)
         path = os.path.join(self.masks, self.mask_files[index])
-        label = check_label(read_label_map(path), len(self.classes), path, first=self.first)
+        values = read_label_map(path)
+        if self.meanings is not None:
+            values = apply_values(values, self.meanings, path)
+        label = check_label(values, len(self.classes), path, first=self.first)
         if label.shape != (image.height, image.width):
             raise BadPair(
                 f"the mask {path} is {label.shape[1]} x {label.shape[0]} pixels, its image "
@@ -140,6 +148,7 @@ class SegmentationSubset(SegmentationSource):
     def __init__(self, source: SegmentationSource, indices: Sequence[int]) -> None:
         super().__init__(source.name, source.split, source.mean, source.std, source.classes)
         self.source, self.indices = source, np.asarray(indices)
+        self.notes = source.notes
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -211,7 +220,7 @@ def list_pairs(images: Path, masks: Path, layout: str) -> tuple[Names, Names]:
         more = f", and {len(lonely) - 1} more images have none" if len(lonely) > 1 else ""
         raise BadInput(
             f"the image {images / pictures[lonely[0]]} has no mask {masks / lonely[0]}.png{more} "
-            f"(masks end in {', '.join(MASK_ENDINGS)}); expected {layout}"
+            f"(masks end in {', '.join(MASK_ENDINGS)}; a JPEG blurs the values); expected {layout}"
         )
     return Names.of(pictures.values()), Names.of(maps[name] for name in pictures)
 
@@ -235,17 +244,6 @@ def by_stem(folder: Path, endings: Iterable[str]) -> dict[str, str]:
             raise BadInput(f"{folder} holds both {files[stem]} and {name}: which of them is meant?")
         files[stem] = name
     return files
-
-
-def count_classes(masks: Path, files: Names) -> int:
-    """Classes of label maps that nothing names: their largest value and one. Reads all of them."""
-    largest = 0
-    for name in files:
-        values = read_label_map(masks / name)
-        # What is larger than a byte is no class; `check_label` says so when the pair is used.
-        classes = values[(values != IGNORE) & (values >= 0) & (values < MOST_CLASSES)]
-        largest = max(largest, int(classes.max(initial=0)))
-    return largest + 1
 
 
 # ---- Builders ----------------------------------------------------------------------------------
@@ -290,14 +288,20 @@ def ade_names(path: Path) -> list[str]:
 
 
 def folder(
-    split: str, data_path: PathLike | None, num_classes: int | None, size: int | None
+    split: str,
+    data_path: PathLike | None,
+    num_classes: int | None,
+    size: int | None,
+    label_map: Sequence[str] | None = None,
 ) -> SegmentationSource:
     """A user's own pairs: DATA/{train,val}/images and masks, value = class, 255 ignored.
 
-    Names of the classes are the lines of DATA/classes.txt. Without that file and without a number
-    of classes, all masks of the training split are read to count them.
+    Names of the classes are the lines of DATA/classes.txt. Without that file, a number of classes
+    and `label_map`, all masks of the training split are read to count them. Where values are not
+    classes, `label_map` says what they stand for.
     """
-    root = need_path("folder", data_path, FOLDER_LAYOUT)
+    meanings = values_of(label_map)
+    root, notes = need_path("folder", data_path, FOLDER_LAYOUT), list[str]()
     folders = (root / split / "images", root / split / "masks")
     files = list_pairs(*folders, FOLDER_LAYOUT)
     listed = root / CLASSES_FILE
@@ -306,16 +310,24 @@ def folder(
         if num_classes not in (None, len(names)):
             raise BadInput(f"--nb_classes {num_classes}, but {listed} names {len(names)} classes")
     else:
-        if num_classes is None:
+        if num_classes is None and meanings is not None:
+            num_classes = 1 + max(set(meanings.values()) - {IGNORE})
+        elif num_classes is None:
             train = root / "train"
             train_files = list_pairs(train / "images", train / "masks", FOLDER_LAYOUT)[1]
-            num_classes = count_classes(train / "masks", train_files)
+            num_classes, notes = count_classes(train / "masks", train_files)
         names = [f"class {i}" for i in range(num_classes)]
     if not 0 < len(names) <= MOST_CLASSES:
         raise BadInput(
             f"{listed} names {len(names)} classes; expected 1 to {MOST_CLASSES}, one a line"
         )
-    return PairSource("folder", split, names, folders, files, first=0)
+    beyond = [v for v in (meanings or {}).values() if v != IGNORE and v >= len(names)]
+    if beyond:
+        raise BadInput(f"--label_map names the class {beyond[0]}, but there are {len(names)}")
+    notes += check_two_classes(folders[1], files[1], len(names), meanings, split)
+    source = PairSource("folder", split, names, folders, files, first=0, meanings=meanings)
+    source.notes = notes
+    return source
 
 
 def garments(
@@ -344,6 +356,7 @@ def build_segmentation_set(
     size: int | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    label_map: Sequence[str] | None = None,
 ) -> SegmentationSource:
     """One split of a segmentation set.
 
@@ -354,15 +367,20 @@ def build_segmentation_set(
         num_classes: of a folder that does not name them.
         size: side of a scene that is made (garments), pixels; files have their own.
         mean, std: one number for all channels or one for each, in units of 0..1; None: the set's.
+        label_map: of a folder, what the values in its masks stand for, see `label_pair`.
 
     Raises:
-        BadInput: unknown name or split, missing files, pairs that do not fit.
+        BadInput: unknown name or split, missing files, pairs that do not fit, values that make no
+            sense as classes.
     """
     if name not in SEGMENTATION_SETS:
         raise BadInput(f"unknown segmentation set {name!r}{nearest(name, SEGMENTATION_SETS)}")
     if split not in SPLITS:
         raise BadInput(f"unknown split {split!r} of {name}; expected train or val")
-    source = SEGMENTATION_SETS[name](split, data_path, num_classes, size)
+    if label_map is not None and name != "folder":
+        raise BadInput(f"--label_map is for --dataset folder; {name} says what its values are")
+    more = {} if label_map is None else {"label_map": label_map}
+    source = SEGMENTATION_SETS[name](split, data_path, num_classes, size, **more)
     source.mean = _three("mean", mean, source.mean)
     source.std = _three("std", std, source.std)
     return source
@@ -380,14 +398,21 @@ def _three(name: str, given: Sequence[float] | None, own: Stats) -> Stats:
     return tuple(float(v) for v in given) * (3 // len(given))
 
 
-def check_pairs(source: SegmentationSource, indices: Iterable[int]) -> int:
+def check_pairs(
+    source: SegmentationSource, indices: Iterable[int], seen: set[int] | None = None
+) -> int:
     """Read these pairs, as `--check_data` asks; returns how many there are.
+
+    Args:
+        seen: takes the classes that their labels hold.
 
     Raises:
         BadInput: the first pair that cannot be learnt from; with its file.
     """
     count = 0
     for index in indices:
-        source[index]
+        _, label = source[index]
+        if seen is not None:
+            seen |= set(np.unique(label).tolist()) - {IGNORE}
         count += 1
     return count

@@ -46,6 +46,7 @@ from util.data_speed import (
 from util.datasets import DATASETS, build_dataset
 from util.dist import Place, Processes, choose_device, distribute, join
 from util.errors import BadInput, command, needs
+from util.flag_types import MOST_IN_BATCH, MOST_SIDE, expanded_path, processes_flag
 from util.images import ImageSource, Subset
 from util.limits import copy_rate, decode_rates, layer_shapes, matrix_rate, show_limits, stopwatch
 from util.logger import StepReport, say
@@ -92,40 +93,52 @@ def build_parser() -> FlagParser:
         f"first. Default of step: {' '.join(ARMS)}",
     )
     group.add_argument("--model", default="mae_vit_base_patch16", metavar="NAME")
-    group.add_argument("--batch_size", type=number(int, 1), default=32, help="per process")
+    group.add_argument(
+        "--batch_size", type=number(int, 1, MOST_IN_BATCH), default=32, help="per process"
+    )
     group.add_argument("--mask_ratio", type=number(float, 0, 1, open_low=True), default=0.75)
     add_data_flags(parser, list(DATASETS))
     add_view_flags(parser)
     group = parser.add_argument_group("data, benchmarks")
     group.add_argument("--images", type=number(int, 1), default=1024, help="of one repeat")
-    group.add_argument("--usual_path", help="JPEG folder for the peer, where --data_path is none")
+    group.add_argument(
+        "--usual_path",
+        type=expanded_path,
+        help="JPEG folder for the peer, where --data_path is none",
+    )
     group.add_argument(
         "--packed_path",
+        type=expanded_path,
         help="folder for the packed copies that data makes; default: one beside --data_path, which "
         "is removed at the end",
     )
-    group.add_argument("--made", metavar="DIR", help="new folder, for files and jpegs")
+    group.add_argument(
+        "--made", type=expanded_path, metavar="DIR", help="new folder, for files and jpegs"
+    )
     group.add_argument("--count", type=number(int, 1), default=2000, help="files to make")
     group = parser.add_argument_group("sweeps of scaling")
+    mask = number(float, 0, 1, open_low=True, open_high=True)
     for flag, kind, values in (
-        ("batches", int, [1, 4, 8, 16, 32, 64]),
-        ("sizes", int, [64, 96, 128, 160, 192, 224, 320, 448]),
-        ("masks", float, [0.25, 0.5, 0.6, 0.75, 0.9]),
-        ("processes", int, [1, 2]),
+        ("batches", number(int, 1, MOST_IN_BATCH), [1, 4, 8, 16, 32, 64]),
+        ("sizes", number(int, 1, MOST_SIDE), [64, 96, 128, 160, 192, 224, 320, 448]),
+        ("masks", mask, [0.25, 0.5, 0.6, 0.75, 0.9]),
+        ("processes", processes_flag(1), [1, 2]),
     ):
-        group.add_argument(f"--{flag}", type=number(kind, 0), nargs="*", default=values)
+        group.add_argument(f"--{flag}", type=kind, nargs="*", default=values)
     names = [f"mae_vit_{size}_patch16" for size in ("tiny", "small", "base", "large")]
     group.add_argument("--models", nargs="*", default=names)
-    group.add_argument("--plot", metavar="PNG", help="draw the sweeps; needs matplotlib")
+    group.add_argument(
+        "--plot", type=expanded_path, metavar="PNG", help="draw the sweeps; needs matplotlib"
+    )
     group = parser.add_argument_group("run")
     group.add_argument("--repeats", type=number(int, 1), default=5, help="turns that count")
     group.add_argument("--warmup", type=number(int, 0), default=1, help="turns before them")
     group.add_argument("--steps", type=number(int, 1), help="of a repeat: 1; of curves: 200")
-    group.add_argument("--threads", type=number(int, 1), help="of torch; default: the cores")
+    group.add_argument("--threads", type=processes_flag(1), help="of torch; default: the cores")
     group.add_argument("--device", default="auto", help="auto | cpu | cuda")
     group.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0)
     group.add_argument("--peak_tflops", type=number(float, 0, open_low=True), help="for the MFU")
-    group.add_argument("--json", metavar="PATH", help="write all repeats there")
+    group.add_argument("--json", type=expanded_path, metavar="PATH", help="write all repeats there")
     return parser
 
 

@@ -37,6 +37,7 @@ from util.export import (
     save_onnx,
     save_safetensors,
 )
+from util.flag_types import MOST_WIDTH, expanded_path
 from util.weights import CONFIG, load_state, read_json
 
 PARTS = ("auto", "decoder", "head", "encoder", "segmenter")
@@ -119,11 +120,14 @@ def build_parser() -> FlagParser:
     parser = FlagParser(description=__doc__.split("\n")[0])
     parser.add_argument(
         "--checkpoint",
+        type=expanded_path,
         help="of ours, official MAE, timm, mmsegmentation, ONNX of ours; a folder of transformers; "
         "path or https URL",
     )
     parser.add_argument("--to", choices=list(TARGETS), help="whose file to write")
-    parser.add_argument("--output", help="file to write, or for transformers a new folder")
+    parser.add_argument(
+        "--output", type=expanded_path, help="file to write, or for transformers a new folder"
+    )
     parser.add_argument(
         "--part", choices=PARTS, default="auto", help="auto: all that the file has and --to takes"
     )
@@ -138,7 +142,9 @@ def build_parser() -> FlagParser:
     group = parser.add_argument_group("for weights that do not say what they are")
     group.add_argument("--model", metavar="NAME")
     add_heads_flag(group)
-    group.add_argument("--decoder_num_heads", type=number(int, 1), help="the same of the decoder")
+    group.add_argument(
+        "--decoder_num_heads", type=number(int, 1, MOST_WIDTH), help="the same of the decoder"
+    )
     group.add_argument("--norm_pix_loss", action="store_true")
     return parser
 

@@ -116,7 +116,9 @@ def build_parser() -> FlagParser:
     group.add_argument(
         "--layer_decay", type=number(float, 0, 1, open_low=True), help="by --tune", **UNSET
     )
-    group.add_argument("--betas", type=number(float, 0, 1), nargs=2, default=[0.9, 0.999])
+    group.add_argument(
+        "--betas", type=number(float, 0, 1, open_high=True), nargs=2, default=[0.9, 0.999]
+    )
     add_shard_flag(parser)
     add_run_flags(parser)
     group = add_checkpoint_flags(parser)

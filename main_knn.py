@@ -25,6 +25,7 @@ from util.dist import Processes, processes
 from util.dry_run import look_at_data, processes_of
 from util.dry_run_report import Features, describe_features
 from util.errors import BadInput, command
+from util.flag_types import MOST_IN_BATCH, expanded_path
 from util.images import ImageSource, Subset
 from util.knn import Bank, neighbours, rank_of, unit, vote
 from util.logger import prepare_folder, progress_bar, rank_log, say, write_text
@@ -45,7 +46,11 @@ def build_parser() -> FlagParser:
     """The flags."""
     parser = FlagParser(description=__doc__.split("\n")[0])
     group = parser.add_argument_group("model")
-    group.add_argument("--checkpoint", help="of ours, official MAE or timm: a file or https URL")
+    group.add_argument(
+        "--checkpoint",
+        type=expanded_path,
+        help="of ours, official MAE or timm: a file or https URL",
+    )
     group.add_argument("--model", metavar="NAME", help="for weights that do not say what they are")
     add_heads_flag(group)
     group.add_argument(
@@ -75,7 +80,9 @@ def build_parser() -> FlagParser:
         group.add_argument(
             f"--{name}", type=number(int, 1), help=f"{what} so many, evenly spaced; default: all"
         )
-    group.add_argument("--batch_size", type=number(int, 1), default=128, help="per process")
+    group.add_argument(
+        "--batch_size", type=number(int, 1, MOST_IN_BATCH), default=128, help="per process"
+    )
     group.add_argument(
         "--query_chunk",
         type=number(int, 1),
@@ -89,7 +96,9 @@ def build_parser() -> FlagParser:
         help="training images that they are compared with at a time, per process",
     )
     group = parser.add_argument_group("run")
-    group.add_argument("--output_dir", default="./output_dir", help=f"takes {RESULT}")
+    group.add_argument(
+        "--output_dir", type=expanded_path, default="./output_dir", help=f"takes {RESULT}"
+    )
     group.add_argument("--device", default="auto", help="auto | cpu | cuda")
     group.add_argument(
         "--save_features",

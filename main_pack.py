@@ -14,6 +14,7 @@ from pathlib import Path
 from util.config import FlagParser, number
 from util.datasets import DATASETS, SPLITS, build_dataset
 from util.errors import BadInput, command
+from util.flag_types import MOST_SIDE, expanded_path, processes_flag
 from util.logger import say
 from util.packing import BAD_IMAGES, FORMATS, Recipe, pack, verify
 from util.samples import default_workers
@@ -23,9 +24,15 @@ def build_parser() -> FlagParser:
     """The flags."""
     parser = FlagParser(description=__doc__.split("\n")[0])
     parser.add_argument("--dataset", choices=list(DATASETS), default="imagefolder")
-    parser.add_argument("--data_path", help="folder of the data set; or hf:NAME_OR_DIR, packed:DIR")
+    parser.add_argument(
+        "--data_path",
+        type=expanded_path,
+        help="folder of the data set; or hf:NAME_OR_DIR, packed:DIR",
+    )
     parser.add_argument("--split", choices=SPLITS, nargs="+", default=list(SPLITS))
-    parser.add_argument("--output_dir", help="folder to write train/ and val/ into")
+    parser.add_argument(
+        "--output_dir", type=expanded_path, help="folder to write train/ and val/ into"
+    )
     parser.add_argument(
         "--format",
         choices=FORMATS,
@@ -34,7 +41,7 @@ def build_parser() -> FlagParser:
     )
     parser.add_argument(
         "--short_side",
-        type=number(int, 0),
+        type=number(int, 0, MOST_SIDE),
         default=256,
         help="shrink larger images to this; 0: never; --format keep never does",
     )
@@ -45,7 +52,9 @@ def build_parser() -> FlagParser:
         default=100,
         help="more that cannot be decoded end it; until then they are left out and listed",
     )
-    parser.add_argument("--num_workers", type=number(int, 0), help="default: the cores, at most 10")
+    parser.add_argument(
+        "--num_workers", type=processes_flag(0), help="default: the cores, at most 10"
+    )
     parser.add_argument(
         "--verify", action="store_true", help="write nothing, compare what is there"
     )
@@ -58,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse(argv)
     if not args.output_dir:
         raise BadInput("--output_dir is missing: where is the packed data set to be?")
-    folder = Path(args.output_dir).expanduser()
+    folder = Path(args.output_dir)
 
     # ----------------------------------------------------------------------------- verify
     if args.verify:

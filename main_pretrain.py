@@ -61,6 +61,7 @@ from util.dry_run import (
 )
 from util.dry_run_report import describe
 from util.errors import BadInput, command, needs
+from util.flag_types import MOST_BLOCKS, MOST_CHANNELS, MOST_WIDTH
 from util.images import ImageSource, Subset
 from util.logger import RunLogger, say
 from util.masking import STANDARD, count_visible
@@ -94,7 +95,9 @@ def build_parser() -> FlagParser:
     group.add_argument("--model", default="mae_vit_base_patch16", metavar="NAME")
     group.add_argument("--list_models", action="store_true", help="print the names and leave")
     group.add_argument("--patch_size", type=size_pair, help="overrides the name's")
-    group.add_argument("--in_chans", type=number(int, 1), help="default: the data set's")
+    group.add_argument(
+        "--in_chans", type=number(int, 1, MOST_CHANNELS), help="default: the data set's"
+    )
     group.add_argument(
         "--decoder",
         choices=DECODERS,
@@ -107,9 +110,9 @@ def build_parser() -> FlagParser:
         default=1.0,
         help="share of the masked patches that --decoder cross predicts; the lr follows it",
     )
-    group.add_argument("--decoder_depth", type=number(int, 1))
-    group.add_argument("--decoder_embed_dim", type=number(int, 4), help="decoder width")
-    group.add_argument("--decoder_num_heads", type=number(int, 1))
+    group.add_argument("--decoder_depth", type=number(int, 1, MOST_BLOCKS))
+    group.add_argument("--decoder_embed_dim", type=number(int, 4, MOST_WIDTH), help="decoder width")
+    group.add_argument("--decoder_num_heads", type=number(int, 1, MOST_WIDTH))
     group.add_argument("--mask_ratio", type=number(float, 0, 1, open_low=True), default=0.75)
     group.add_argument(
         "--encoder_mask_tokens",

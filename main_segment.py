@@ -57,6 +57,7 @@ from util.dry_run import (
 )
 from util.dry_run_report import describe
 from util.errors import BadInput, command
+from util.flag_types import MOST_CLASSES, MOST_LSCALE, MOST_SIDE, MOST_WIDTH, expanded_path
 from util.folders import image_files
 from util.label_maps import overlay, save_label_map
 from util.label_values import label_pair, listed
@@ -108,7 +109,9 @@ def build_parser() -> FlagParser:
     parser = FlagParser(description=__doc__.split("\n")[0])
     add_data_flags(parser, list(SEGMENTATION_SETS))
     parser.set_defaults(dataset="ade20k", input_size=(512, 512))
-    parser.add_argument("--nb_classes", type=number(int, 1), help="of --dataset folder")
+    parser.add_argument(
+        "--nb_classes", type=number(int, 1, MOST_CLASSES), help="of --dataset folder"
+    )
     parser.add_argument(
         "--label_map",
         type=label_pair,
@@ -118,7 +121,10 @@ def build_parser() -> FlagParser:
         "7:ignore; default: values are classes, 255 is ignored",
     )
     parser.add_argument(
-        "--scene_size", type=number(int, 16), default=96, help="of --dataset garments, pixels"
+        "--scene_size",
+        type=number(int, 16, MOST_SIDE),
+        default=96,
+        help="of --dataset garments, pixels",
     )
     for name, what in (("train_images", "learn from"), ("val_images", "measure on")):
         parser.add_argument(
@@ -130,7 +136,9 @@ def build_parser() -> FlagParser:
     group = parser.add_argument_group("model")
     group.add_argument("--model", metavar="NAME", help="encoder; default: the checkpoint's")
     group.add_argument("--list_models", action="store_true", help="print the names and leave")
-    group.add_argument("--finetune", metavar="CHECKPOINT", help="encoder: path or https URL")
+    group.add_argument(
+        "--finetune", type=expanded_path, metavar="CHECKPOINT", help="encoder: path or https URL"
+    )
     group.add_argument(
         "--pos_resize",
         choices=("rescale", "extend"),
@@ -142,18 +150,19 @@ def build_parser() -> FlagParser:
     group.add_argument("--patch_size", type=size_pair, help="from scratch; overrides the name's")
     group.add_argument(
         "--lscale_init",
-        type=optional(number(float, 0, open_low=True)),
+        type=optional(number(float, 0, MOST_LSCALE, open_low=True)),
         help="trainable branch scales, for an encoder that has none (the public run: 1)",
     )
+    width, below_one = number(int, 1, MOST_WIDTH), number(float, 0, 1, open_high=True)
     group.add_argument("--relative_bias", action="store_true", help="as the public run")
-    group.add_argument("--channels", type=number(int, 1), default=768, help="of the UPer head")
-    group.add_argument("--aux_channels", type=number(int, 1), default=256)
-    group.add_argument("--dropout", type=number(float, 0, 1), default=0.1, help="in the heads")
-    group.add_argument("--drop_path", type=number(float, 0, 1), default=0.1)
+    group.add_argument("--channels", type=width, default=768, help="of the UPer head")
+    group.add_argument("--aux_channels", type=width, default=256)
+    group.add_argument("--dropout", type=below_one, default=0.1, help="in the heads")
+    group.add_argument("--drop_path", type=below_one, default=0.1)
     group = parser.add_argument_group("augmentation")
     group.add_argument(
         "--resize",
-        type=number(int, 1),
+        type=number(int, 1, MOST_SIDE),
         nargs=2,
         default=[2048, 512],
         metavar=("LONG", "SHORT"),
@@ -161,7 +170,7 @@ def build_parser() -> FlagParser:
     )
     group.add_argument(
         "--ratio_range",
-        type=number(float, 0, open_low=True),
+        type=number(float, 0.01, 100),
         nargs=2,
         default=[0.5, 2.0],
         metavar=("MIN", "MAX"),
@@ -179,8 +188,10 @@ def build_parser() -> FlagParser:
     parser.set_defaults(batch_size=2, iterations=160_000, warmup_iterations=1500)
     group = parser.add_argument_group("optimisation, segmentation")
     group.add_argument("--layer_decay", type=number(float, 0, 1, open_low=True), default=0.65)
-    group.add_argument("--betas", type=number(float, 0, 1), nargs=2, default=[0.9, 0.999])
-    group.add_argument("--aux_weight", type=number(float, 0), default=0.4, help="auxiliary loss")
+    group.add_argument("--betas", type=below_one, nargs=2, default=[0.9, 0.999])
+    group.add_argument(
+        "--aux_weight", type=number(float, 0, 1000), default=0.4, help="auxiliary loss"
+    )
     group.add_argument(
         "--loss_mean",
         choices=LOSS_MEANS,
@@ -192,12 +203,16 @@ def build_parser() -> FlagParser:
     parser.set_defaults(save_every=16_000)
     group.add_argument("--eval_every", type=number(int, 0), default=16_000)
     group.add_argument(
-        "--pictures", type=number(int, 0), default=6, help="held-out images to draw each time"
+        "--pictures", type=number(int, 0, 1000), default=6, help="held-out images to draw each time"
     )
     group = parser.add_argument_group("inference")
     group.add_argument("--eval", action="store_true", help="measure --resume, and leave")
     group.add_argument(
-        "--predict", nargs="+", metavar="PATH", help="images and folders to segment by --resume"
+        "--predict",
+        type=expanded_path,
+        nargs="+",
+        metavar="PATH",
+        help="images and folders to segment by --resume",
     )
     group.add_argument("--inference", choices=("slide", "whole"), default="slide")
     group.add_argument("--window", type=size_pair, default=(512, 512))

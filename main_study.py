@@ -21,6 +21,7 @@ import yaml
 from util.config import FlagParser, number
 from util.dist import STOP_SIGNALS
 from util.errors import EXIT_BAD_INPUT, EXIT_STOPPED, BadInput, RunFailed, Stopped, command, needs
+from util.flag_types import expanded_path, processes_flag
 from util.given import nearest
 from util.logger import prepare_folder, say, write_text
 from util.plan import Cell, Plan, cells_of, read_plan
@@ -48,10 +49,19 @@ SIGNALS = (*STOP_SIGNALS, signal.SIGINT, signal.SIGHUP)
 def build_parser() -> FlagParser:
     """The flags."""
     parser = FlagParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--plan", default="recipes/tables/study.yaml", help="YAML with a `study`")
-    parser.add_argument("--output_dir", default="output_dir/study", help="folder of the runs")
-    parser.add_argument("--docs", default="docs", help=f"takes {RESULT}, {DOCUMENT} and plots")
-    parser.add_argument("--jobs", type=number(int, 1), default=1, help="runs at once")
+    parser.add_argument(
+        "--plan",
+        type=expanded_path,
+        default="recipes/tables/study.yaml",
+        help="YAML with a `study`",
+    )
+    parser.add_argument(
+        "--output_dir", type=expanded_path, default="output_dir/study", help="folder of the runs"
+    )
+    parser.add_argument(
+        "--docs", type=expanded_path, default="docs", help=f"takes {RESULT}, {DOCUMENT} and plots"
+    )
+    parser.add_argument("--jobs", type=processes_flag(1), default=1, help="runs at once")
     parser.add_argument(
         "--only",
         metavar="ROW",

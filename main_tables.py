@@ -35,6 +35,7 @@ from util.curves import (
     verdict,
 )
 from util.errors import BadInput, RunFailed, Stopped, command
+from util.flag_types import expanded_path, processes_flag
 from util.logger import prepare_folder, say, write_text
 from util.paper_tables import commands, find_runs, look_up, read_paper, to_csv
 from util.paper_tables import markdown as papers_markdown
@@ -47,12 +48,18 @@ ROOT = Path(__file__).resolve().parent
 def build_parser() -> FlagParser:
     """The flags."""
     parser = FlagParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--plan", help="YAML file, for example recipes/tables/fashion_mnist.yaml")
-    parser.add_argument("--output_dir", help="default: output_dir/tables/NAME of the plan")
+    parser.add_argument(
+        "--plan",
+        type=expanded_path,
+        help="YAML file, for example recipes/tables/fashion_mnist.yaml",
+    )
+    parser.add_argument(
+        "--output_dir", type=expanded_path, help="default: output_dir/tables/NAME of the plan"
+    )
     parser.add_argument(
         "--seeds", type=number(int, 0, 2**32 - 1), nargs="+", help="default: the plan's"
     )
-    parser.add_argument("--jobs", type=number(int, 1), default=1, help="cells at once")
+    parser.add_argument("--jobs", type=processes_flag(1), default=1, help="cells at once")
     parser.add_argument(
         "--only",
         nargs="+",
@@ -62,15 +69,28 @@ def build_parser() -> FlagParser:
     parser.add_argument("--list", action="store_true", help="print the cells and leave")
     group = parser.add_argument_group("tables of papers, from runs that are there")
     group.add_argument(
-        "--papers", nargs="+", metavar="FILE", help="such as recipes/papers/mae.yaml"
+        "--papers",
+        type=expanded_path,
+        nargs="+",
+        metavar="FILE",
+        help="such as recipes/papers/mae.yaml",
     )
     group.add_argument(
-        "--runs", nargs="+", default=["output_dir"], metavar="FOLDER", help="where runs are found"
+        "--runs",
+        type=expanded_path,
+        nargs="+",
+        default=["output_dir"],
+        metavar="FOLDER",
+        help="where runs are found",
     )
     group.add_argument("--commands", action="store_true", help="print each row's commands instead")
     group = parser.add_argument_group("curves: loss by step")
     group.add_argument(
-        "--compare", nargs=2, metavar=("RUN", "REFERENCE"), help="how far, and where they part"
+        "--compare",
+        type=expanded_path,
+        nargs=2,
+        metavar=("RUN", "REFERENCE"),
+        help="how far, and where they part",
     )
     group.add_argument(
         "--tolerance",
@@ -83,6 +103,7 @@ def build_parser() -> FlagParser:
     )
     group.add_argument(
         "--save_curve",
+        type=expanded_path,
         nargs=2,
         metavar=("RUN", "FILE"),
         help="keep a run of this machine and these versions as a reference",

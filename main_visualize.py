@@ -32,6 +32,7 @@ from util.config import FlagParser, add_heads_flag, number
 from util.datasets import DATASETS, DEFAULT, build_dataset, place_of
 from util.dist import choose_device
 from util.errors import BadInput, command
+from util.flag_types import expanded_path
 from util.folders import image_files
 from util.images import IMAGENET_MEAN, IMAGENET_STD, read_image
 from util.logger import prepare_folder, write_text
@@ -50,10 +51,18 @@ MEASURED_AT_ONCE = 64
 def build_parser() -> FlagParser:
     """The flags."""
     parser = FlagParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--checkpoint", help="of ours, or official MAE weights with their decoder")
-    parser.add_argument("--images", nargs="+", help="image files and folders of them")
+    parser.add_argument(
+        "--checkpoint",
+        type=expanded_path,
+        help="of ours, or official MAE weights with their decoder",
+    )
+    parser.add_argument(
+        "--images", type=expanded_path, nargs="+", help="image files and folders of them"
+    )
     parser.add_argument("--dataset", choices=list(DATASETS), help="held-out images of a data set")
-    parser.add_argument("--data_path", help="folder of it; or packed:DIR, hf:NAME_OR_DIR")
+    parser.add_argument(
+        "--data_path", type=expanded_path, help="folder of it; or packed:DIR, hf:NAME_OR_DIR"
+    )
     parser.add_argument("--num_images", type=number(int, 1), default=8, help="shown at most")
     group = parser.add_argument_group(
         "masks (default: those of the checkpoint's run; --measure: 75 % random, and the run's)"
@@ -63,13 +72,18 @@ def build_parser() -> FlagParser:
     group.add_argument("--avg_share", type=number(float, 0, 1))
     group.add_argument("--avg_order", choices=ORDERS)
     group.add_argument("--avg_temperature", type=number(float, 0))
-    parser.add_argument("--seed", type=number(int, 0), default=0, help="of the masks")
+    parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of the masks")
     parser.add_argument(
         "--measure",
         action="store_true",
         help=f"no pictures: PSNR and SSIM over --num_images of --dataset, into {RESULT}",
     )
-    parser.add_argument("--output_dir", default="./pictures", help="folder for grid.png and panels")
+    parser.add_argument(
+        "--output_dir",
+        type=expanded_path,
+        default="./pictures",
+        help="folder for grid.png and panels",
+    )
     parser.add_argument("--device", default="auto", help="auto | cpu | cuda")
     group = parser.add_argument_group("for weights that do not say what they are")
     group.add_argument("--model", metavar="NAME")

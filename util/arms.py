@@ -12,6 +12,7 @@ stands for it.
 """
 
 import itertools
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from util.errors import BadInput
 from util.given import known, mapping, seeds_of
 
 FORMS = ({"factors"}, {"base", "vary"}, {"list"})
+MOST_ARMS = 1000  # each is a run at every seed
 ARM_NAME = re.compile(r"\w[\w.-]*")
 
 
@@ -84,6 +86,9 @@ def _factorial(factors: dict[str, Any], seeds: tuple[int, ...] | None, where: st
         ]
         for factor, named in factors.items()
     ]
+    count = math.prod(map(len, choices))
+    if count > MOST_ARMS:
+        raise BadInput(f"{where}: {count:,} combinations of levels; expected at most {MOST_ARMS}")
     for combination in itertools.product(*choices):
         arm = "-".join(f"{factor}_{level}" for factor, level, _ in combination)
         arms[arm] = {flag: value for *_, flags in combination for flag, value in flags.items()}

@@ -1,19 +1,31 @@
 """Flags and recipes: what the user asked for, resolved once and checked."""
 
 import argparse
-import difflib
-import sys
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
 from util.errors import BadInput
+from util.flag_parser import FlagParser, SetTarget
+from util.flag_types import (
+    LEAST_CROP,
+    MOST_IN_BATCH,
+    MOST_LSCALE,
+    MOST_PATCHES,
+    MOST_PREFETCHED,
+    MOST_RATE,
+    MOST_TASKS,
+    MOST_WIDTH,
+    expanded_path,
+    number,
+    optional,
+    processes_flag,
+    size_pair,
+)
 from util.images import IMAGE_DECODERS
 from util.masking import ORDERS, STRATEGIES
 from util.pos_embed import COORDINATES
-from util.recipes import read_layers
 from util.step import PRECISIONS
 from util.transforms import AUGMENTS
 
@@ -51,140 +63,6 @@ TARGETS = ("pixels", "norm_pixels", "pca")
 PCA_PER_IMAGE = 16  # patches of one image that a PCA is fitted on
 
 
-class FlagParser(argparse.ArgumentParser):
-    """argparse without abbreviations; a bad flag is a `BadInput` that names the nearest one.
-
-    Attributes:
-        given: what the last `parse` found in recipe or command line, by the flags' dest; the rest
-            have their defaults.
-    """
-
-    given: frozenset[str] = frozenset()
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(
-            allow_abbrev=False,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-            **kwargs,
-        )
-        self.add_argument("--config", metavar="RECIPE", help="YAML file of flags; flags given win")
-
-    def error(self, message: str) -> NoReturn:
-        """Raise instead of printing the usage, which for dozens of flags buries the message."""
-        raise BadInput(message)
-
-    def parse(self, argv: Sequence[str] | None) -> argparse.Namespace:
-        """Recipe first, then the command line (None: the program's own).
-
-        Raises:
-            BadInput: an unknown flag or key, or a value that its flag does not take.
-        """
-        argv = list(sys.argv[1:] if argv is None else argv)
-        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        first.add_argument("--config")
-        recipe = first.parse_known_args(argv)[0].config
-        tokens = self._recipe_tokens(Path(recipe)) if recipe else []
-        words = (word.split("=")[0] for word in tokens + argv)
-        known = self._option_string_actions
-        self.given = frozenset(known[word].dest for word in words if word in known)
-        settings, unknown = self.parse_known_args(tokens + argv)
-        if unknown:
-            flags = [a for a in unknown if a.startswith("-")] or unknown
-            self.error(f"unknown argument {flags[0]}{self._nearest(flags[0])}")
-        return settings
-
-    def _nearest(self, flag: str) -> str:
-        flags = [f for action in self._actions for f in action.option_strings]
-        near = difflib.get_close_matches(flag.split("=")[0], flags, n=1)
-        return f" (did you mean {near[0]}?)" if near else "; --help lists the flags"
-
-    def _recipe_tokens(self, path: Path) -> list[str]:
-        """A recipe as command-line words, so that each value is cast and checked as its flag's."""
-        # Of flags that set the same, the first takes values; others are switches for one of them.
-        flags = {a.dest: a for a in reversed(self._actions) if a.option_strings}
-        resolved: dict[str, tuple[Any, Path]] = {}
-        for file, recipe in read_layers(path):
-            for key, value in recipe.items():
-                if key not in flags or key in ("config", "help"):
-                    near = difflib.get_close_matches(str(key), flags, n=1)
-                    hint = f" (did you mean {near[0]}?)" if near else ""
-                    self.error(f"unknown key {key!r} in {file}{hint}")
-                resolved[key] = value, file
-        tokens: list[str] = []
-        for key, (value, file) in resolved.items():
-            tokens += self._tokens_of(flags[key], value, file)
-        return tokens
-
-    def _check_value(self, action: argparse.Action, value: Any) -> None:
-        """As argparse's, and the message names the nearest choice."""
-        if action.choices is not None and value not in action.choices:
-            near = difflib.get_close_matches(str(value), map(str, action.choices), n=1)
-            hint = f" (did you mean {near[0]}?)" if near else ""
-            choices = ", ".join(map(str, action.choices))
-            raise argparse.ArgumentError(
-                action, f"invalid choice: {value!r}{hint}; choose from {choices}"
-            )
-
-    def _tokens_of(self, action: argparse.Action, value: Any, path: Path) -> list[str]:
-        flag = action.option_strings[0]
-        if value is None and action.default is None:
-            return []
-        if action.nargs == 0:  # a switch, perhaps with one for the contrary
-            if not isinstance(value, bool):
-                self.error(f"{action.dest} in {path} is a switch: true or false, not {value!r}")
-            switches = [a for a in self._actions if a.dest == action.dest and a.const == value]
-            return [a.option_strings[0] for a in switches[:1]]
-        if isinstance(value, dict) or value is True or value is False:
-            self.error(f"{action.dest} in {path} cannot be {value!r}")
-        values = value if isinstance(value, list) else ["none" if value is None else value]
-        # With "=", a value such as -1 is not taken for a flag.
-        if len(values) == 1:
-            return [f"{flag}={values[0]}"]
-        return [flag, *(str(v) for v in values)]
-
-
-class SetTarget(argparse.Action):
-    """`--target`, and `--norm_pix_loss`, MAE's name of one of its values: the last one counts."""
-
-    def __call__(
-        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: Any
-    ) -> None:
-        """Keep the two in step."""
-        namespace.target = values if self.dest == "target" else "norm_pixels"
-        namespace.norm_pix_loss = namespace.target == "norm_pixels"
-
-
-def number(kind: type, low: float, high: float = float("inf"), *, open_low: bool = False) -> Any:
-    """An argparse type: an int or float within bounds, with a message that says which."""
-
-    def convert(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            name = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {name}") from None
-        if not low <= value <= high or (open_low and value == low) or value in (float("inf"),):
-            bound = f"above {low}" if open_low else f"at least {low}"
-            upper = "" if high == float("inf") else f" and at most {high}"
-            raise argparse.ArgumentTypeError(f"{text} is not {bound}{upper}")
-        return value
-
-    return convert
-
-
-def optional(convert: Any) -> Any:
-    """An argparse type that also takes the word `none`."""
-    return lambda text: None if text.lower() == "none" else convert(text)
-
-
-def size_pair(text: str) -> tuple[int, int]:
-    """An argparse type: `224`, or `160x224` as height x width."""
-    parts = text.lower().split("x")
-    if len(parts) > 2 or not all(p.isdecimal() and int(p) > 0 for p in parts):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 224 or 160x224")
-    return int(parts[0]), int(parts[-1])
-
-
 def settings_of(settings: argparse.Namespace) -> dict[str, Any]:
     """The resolved flags in plain types; written as YAML they are a recipe that gives the same."""
     return {
@@ -214,7 +92,7 @@ def add_method_flags(parser: FlagParser) -> None:
     )
     group.add_argument(
         "--lscale_init",
-        type=optional(number(float, 0, open_low=True)),
+        type=optional(number(float, 0, MOST_LSCALE, open_low=True)),
         default=argparse.SUPPRESS,
         help="LScale's gamma at the start; none: no LScale",
     )
@@ -251,10 +129,12 @@ def add_target_flags(parser: FlagParser) -> None:
         default=False,
         help="MAE's name of --target norm_pixels",
     )
-    group.add_argument("--pca_components", type=number(int, 1), default=96, help="of --target pca")
+    group.add_argument(
+        "--pca_components", type=number(int, 1, MOST_WIDTH), default=96, help="of --target pca"
+    )
     group.add_argument(
         "--pca_patches",
-        type=number(int, 2),
+        type=number(int, 2, MOST_PATCHES),
         default=65536,
         help=f"of the training set to fit the PCA on, {PCA_PER_IMAGE} of an image where there are "
         "enough images; the checkpoint keeps the fit",
@@ -267,6 +147,7 @@ def add_data_flags(parser: FlagParser, datasets: Sequence[str]) -> None:
     group.add_argument("--dataset", choices=list(datasets), default="imagefolder")
     group.add_argument(
         "--data_path",
+        type=expanded_path,
         help="folder of the data set; packed:DIR reads what main_pack.py wrote, hf:NAME_OR_DIR a "
         "data set of Hugging Face",
     )
@@ -278,18 +159,18 @@ def add_data_flags(parser: FlagParser, datasets: Sequence[str]) -> None:
     for name, what in (("--mean", "mean"), ("--std", "deviation")):
         group.add_argument(
             name,
-            type=float,
+            type=number(float, 0),
             nargs="+",
             help=f"{what} of each channel, in 0..1 units; default: the data set's",
         )
     group.add_argument(
         "--num_workers",
-        type=number(int, 0),
+        type=processes_flag(0),
         help="loading processes per training process; default: its share of the cores, at most 10",
     )
     group.add_argument(
         "--prefetch_factor",
-        type=number(int, 1),
+        type=number(int, 1, MOST_PREFETCHED),
         default=2,
         help="batches that each loading process keeps ready",
     )
@@ -306,7 +187,7 @@ def add_view_flags(parser: FlagParser) -> None:
     )
     group.add_argument(
         "--crop_scale",
-        type=number(float, 0, 1, open_low=True),
+        type=number(float, LEAST_CROP, 1),
         nargs=2,
         default=[0.2, 1.0],
         metavar=("MIN", "MAX"),
@@ -321,7 +202,7 @@ def add_view_flags(parser: FlagParser) -> None:
     )
     group.add_argument(
         "--crops_per_decode",
-        type=number(int, 1),
+        type=number(int, 1, MOST_IN_BATCH),
         default=1,
         metavar="R",
         help="crops of each decoded image, in one batch; an epoch decodes every R-th image",
@@ -345,17 +226,17 @@ def add_optimisation_flags(
         lengths: what the run is measured in, epochs or iterations (optimiser steps).
     """
     group = parser.add_argument_group("optimisation")
-    group.add_argument("--batch_size", type=number(int, 1), default=64, help="per process")
-    group.add_argument("--accum_iter", type=number(int, 1), default=1, help="micro-steps per step")
+    images = number(int, 1, MOST_IN_BATCH)
+    group.add_argument("--batch_size", type=images, default=64, help="per process")
+    group.add_argument("--accum_iter", type=images, default=1, help="micro-steps per step")
     group.add_argument(f"--{lengths}", type=number(int, 1))
     # Only epochs have fractions.
     group.add_argument(f"--warmup_{lengths}", type=number(float if lengths == "epochs" else int, 0))
-    group.add_argument(
-        "--blr", type=number(float, 0), help="base lr: lr = blr x global batch / 256"
-    )
-    group.add_argument("--lr", type=number(float, 0), help="absolute; overrides --blr")
-    group.add_argument("--min_lr", type=number(float, 0), default=0.0)
-    group.add_argument("--weight_decay", type=number(float, 0), default=0.05)
+    rate = number(float, 0, MOST_RATE)
+    group.add_argument("--blr", type=rate, help="base lr: lr = blr x global batch / 256")
+    group.add_argument("--lr", type=rate, help="absolute; overrides --blr")
+    group.add_argument("--min_lr", type=rate, default=0.0)
+    group.add_argument("--weight_decay", type=rate, default=0.05)
     group.add_argument("--clip_grad", type=number(float, 0, open_low=True), help="largest norm")
     group.add_argument("--precision", choices=list(PRECISIONS), default="fp32")
     group.add_argument(
@@ -428,6 +309,7 @@ def add_checkpoint_flags(parser: FlagParser, lengths: str = "epochs") -> Any:
     )
     group.add_argument(
         "--resume",
+        type=expanded_path,
         default="auto",
         help="auto: the newest checkpoint of the run folder, if any; or a checkpoint to start from "
         "where there is none; none: start anew, in a folder without one",
@@ -460,15 +342,21 @@ def arithmetic_of(settings: Mapping[str, Any], more_housekeeping: Iterable[str])
 def add_heads_flag(group: argparse._ArgumentGroup) -> None:
     """`--num_heads`, wherever weights of other programs are read."""
     group.add_argument(
-        "--num_heads", type=number(int, 1), help="of attention, for weights that do not say it"
+        "--num_heads",
+        type=number(int, 1, MOST_WIDTH),
+        help="of attention, for weights that do not say it",
     )
 
 
 def add_run_flags(parser: FlagParser) -> None:
     """Where a run computes and writes."""
     group = parser.add_argument_group("run")
-    group.add_argument("--output_dir", default="./output_dir", help="run folder")
-    group.add_argument("--log_dir", help="TensorBoard's folder; default: the run folder")
+    group.add_argument(
+        "--output_dir", type=expanded_path, default="./output_dir", help="run folder"
+    )
+    group.add_argument(
+        "--log_dir", type=expanded_path, help="TensorBoard's folder; default: the run folder"
+    )
     group.add_argument("--device", default="auto", help="auto | cpu | cuda")
     group.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0)
     group.add_argument("--log_every", type=number(int, 1), default=20, help="steps")
@@ -486,7 +374,9 @@ def add_dry_run_flags(parser: FlagParser) -> None:
         "--dry_run_images", type=number(int, 1), help="assume so many training images"
     )
     group.add_argument(
-        "--dry_run_processes", type=number(int, 1), help="assume so many; default: those started"
+        "--dry_run_processes",
+        type=number(int, 1, MOST_TASKS),
+        help="assume so many; default: those started",
     )
     group.add_argument(
         "--images_per_second",

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from util.errors import BadInput, needs
 from util.logger import METRICS, write_text
+from util.yaml_files import read_settings
 
 # Relative difference of a stretch up to which two curves are called the same.
 TOLERANCE = 0.02
@@ -77,7 +76,7 @@ def read_curve(path: Path) -> Curve:
     if not steps:
         raise BadInput(f"{file} holds no log line of training yet")
     config = file.with_name(file.name.replace("metrics", "config").replace(".jsonl", ".yaml"))
-    settings = yaml.safe_load(config.read_text()) if config.exists() else {}
+    settings = read_settings(config) if config.exists() else {}
     return Curve(str(path), steps, losses, settings, {})
 
 

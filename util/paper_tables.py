@@ -8,12 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from util.errors import BadInput
 from util.logger import METRICS, SETTINGS
 from util.plan import nearest
 from util.recipes import read_recipe
+from util.yaml_files import read_settings, read_yaml
 
 ROW_KEYS = ("name", "paper", "original", "pretrain", "run", "in")
 # Which command runs a recipe of a row, by the metric of its table.
@@ -97,12 +96,7 @@ def read_paper(path: Path, recipes: Path) -> list[PaperTable]:
     Raises:
         BadInput: unreadable, or keys that are not known.
     """
-    try:
-        given = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise BadInput(f"cannot read {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    given = read_yaml(path, str(path))
     try:
         tables = [
             PaperTable(
@@ -192,7 +186,7 @@ def _pretrained_otherwise(row: Row, runs: Sequence[Path], recipes: Path) -> list
         return []
     for folder in _folders(row.pretrained_in, runs):
         if (folder / SETTINGS).exists():
-            settings = yaml.safe_load((folder / SETTINGS).read_text())
+            settings = read_settings(folder / SETTINGS)
             changed = differences(read_recipe(recipes / row.pretrain), settings)
             return [f"pretraining: {text}" for text in changed]
     return ["its pretraining was not found"]
@@ -217,7 +211,7 @@ def _measured(folder: Path, task: str, metric: str, row: Row, recipes: Path) -> 
     metrics, config = folder / f"metrics-{task}.jsonl", folder / f"config-{task}.yaml"
     if not metrics.exists() or not config.exists():
         return None
-    settings = yaml.safe_load(config.read_text())
+    settings = read_settings(config)
     evals = [r for r in _records(metrics) if r["kind"] == "eval" and metric in r]
     if not evals:
         return Found("running", note="nothing measured yet", folder=folder)

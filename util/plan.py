@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from util.arms import ArmSet, Copy, expand, read_arms
 from util.errors import BadInput
 from util.given import known, mapping, nearest, seeds_of
+from util.yaml_files import read_yaml
 
 PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
 NAME = re.compile(r"\w[\w.-]*")
@@ -112,18 +111,6 @@ class Plan:
     given: dict[str, Any]
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML in which a key given twice is an error: the first run of that name would be lost."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for i, key in enumerate(keys):
-            if key in keys[:i]:
-                line = node.value[i][0].start_mark.line + 1
-                raise yaml.YAMLError(f"{key!r} stands twice in one mapping, again in line {line}")
-        return super().construct_mapping(node, deep)
-
-
 def read_plan(path: Path, mains: Collection[str]) -> Plan:
     """Read and check a plan.
 
@@ -135,13 +122,7 @@ def read_plan(path: Path, mains: Collection[str]) -> Plan:
         BadInput: unreadable, unknown keys or names, runs that need each other in a circle, or
             anything else that would only be found once runs have been paid for.
     """
-    try:
-        # The loader is a SafeLoader: it makes plain types only.
-        given = yaml.load(path.read_text(), Loader=_Loader)
-    except OSError as error:
-        raise BadInput(f"cannot read the plan {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise BadInput(f"the plan {path} is not YAML: {' '.join(str(error).split())}") from None
+    given = read_yaml(path, f"the plan {path}")
     top = mapping(given, str(path), ("seeds", "defaults", "arms", "runs", "tables", "study"))
     for key in ("seeds", "runs", "tables"):
         if not top.get(key):

@@ -6,6 +6,8 @@ from typing import Any
 import yaml
 
 from util.errors import BadInput
+from util.flag_types import expand_home
+from util.yaml_files import read_yaml
 
 EXTENDS = "extends"
 
@@ -34,7 +36,7 @@ def read_layers(path: Path) -> list[tuple[Path, dict[str, Any]]]:
             return layers
         if not isinstance(base, str):
             raise BadInput(f"{EXTENDS} in {trail[-1]} must name one file, not {base!r}")
-        following = trail[-1].parent / base
+        following = trail[-1].parent / expand_home(base)
         if following.resolve() in [p.resolve() for p in trail]:
             raise BadInput(f"recipes extend each other: {' -> '.join(map(str, trail))} -> {base}")
         trail.append(following)
@@ -50,26 +52,9 @@ def write_recipe(recipe: dict[str, Any]) -> bytes:
     return yaml.safe_dump(recipe, sort_keys=False).encode()
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML in which a key given twice is an error: the first value would be lost."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = [key for i, key in enumerate(keys) if key in keys[:i]]
-        if twice:
-            raise yaml.YAMLError(f"the key {twice[0]!r} stands twice")
-        return super().construct_mapping(node, deep)
-
-
 def _read(path: Path, trail: list[Path]) -> dict[str, Any]:
     who = f"--config {path}" if len(trail) == 1 else f"{path}, which {trail[-2]} extends"
-    try:
-        # The loader is a SafeLoader: it makes plain types only.
-        recipe = yaml.load(path.read_text(), Loader=_Loader)
-    except OSError as error:
-        raise BadInput(f"cannot read {who}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise BadInput(f"{who} is not YAML: {' '.join(str(error).split())}") from None
+    recipe = read_yaml(path, who)
     if not isinstance(recipe, dict):
         raise BadInput(f"{who} must be a mapping of flags to values")
     return recipe

@@ -33,6 +33,7 @@ from submitit.local.local import LOCAL_REQUEUE_RETURN_CODE
 
 from util.config import number
 from util.errors import EXIT_STOPPED, BadInput, RunFailed, Stopped
+from util.flag_types import MOST_TASKS, expanded_path
 from util.logger import prepare_folder
 from util.recipes import read_recipe, write_recipe
 
@@ -42,6 +43,9 @@ CODE = ("*.py", "util/**/*.py", "recipes/**/*.yaml")
 RECIPE = "submitted-recipe.yaml"
 # submitit gives up after so many time limits; a run may have any number of them.
 MANY = 1_000_000
+MOST_PER_NODE = 4096  # tasks, GPUs or CPUs
+MOST_MINUTES = 10 * 365 * 24 * 60
+MOST_MEMORY = 1_000_000  # GB of a node
 KILLED_WITHIN = 600  # seconds in which Slurm ends a job that it has queued again
 
 
@@ -50,17 +54,24 @@ def add_job_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("job")
     group.add_argument(
         "--job_dir",
+        type=expanded_path,
         default="output_dir/%j",
         help="logs of the job, and the run folder where --output_dir is not given; %%j: job number",
     )
-    group.add_argument("--nodes", type=number(int, 1), default=1)
+    group.add_argument("--nodes", type=number(int, 1, MOST_TASKS), default=1)
     group.add_argument(
-        "--ngpus", type=number(int, 0), default=8, help="per node, a task each; 0: CPU tasks"
+        "--ngpus",
+        type=number(int, 0, MOST_PER_NODE),
+        default=8,
+        help="per node, a task each; 0: CPU tasks",
     )
     group.add_argument(
-        "--cpu_tasks", type=number(int, 1), default=1, help="tasks per node with --ngpus 0"
+        "--cpu_tasks",
+        type=number(int, 1, MOST_PER_NODE),
+        default=1,
+        help="tasks per node with --ngpus 0",
     )
-    group.add_argument("--timeout", type=number(int, 1), default=4320, help="minutes")
+    group.add_argument("--timeout", type=number(int, 1, MOST_MINUTES), default=4320, help="minutes")
     group.add_argument(
         "--signal_seconds",
         type=number(int, 1, 65535),
@@ -74,10 +85,14 @@ def add_job_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--use_volta32", action="store_true", help="--constraint volta32gb")
     group.add_argument("--comment")
     group.add_argument(
-        "--mem_gb", type=number(float, 0, open_low=True), help="per node; default: the cluster's"
+        "--mem_gb",
+        type=number(float, 0, MOST_MEMORY, open_low=True),
+        help="per node; default: the cluster's",
     )
     group.add_argument(
-        "--cpus_per_task", type=number(int, 1), help="default: 10 with a GPU, 1 without"
+        "--cpus_per_task",
+        type=number(int, 1, MOST_PER_NODE),
+        help="default: 10 with a GPU, 1 without",
     )
     group.add_argument(
         "--setup",
@@ -243,7 +258,7 @@ def submit(main: ModuleType, argv: Sequence[str] | None) -> None:
         return
     if job.local:
         job.job_dir = job.job_dir.replace("%j", time.strftime("local-%Y%m%d-%H%M%S"))
-    job_dir = Path(job.job_dir).expanduser().absolute()
+    job_dir = Path(job.job_dir).absolute()
     shared = JobPaths.get_first_id_independent_folder(job_dir)
     if job.local:
         check_machine(job)

@@ -31,6 +31,16 @@ from engine_finetune import (
 from models_vit import blocks_of
 from util import checkpoint as ckpt
 from util.accuracy import EVAL_FILES, save_accuracy
+from util.advice import (
+    Published,
+    check_settings,
+    need_two,
+    say_warnings,
+    warn_of_course,
+    warn_of_flags,
+    warn_of_shards,
+    warn_of_start,
+)
 from util.assumed import assumptions, set_statistics
 from util.class_names import check_classes
 from util.config import (
@@ -74,6 +84,7 @@ from util.finetune_flags import (
 )
 from util.images import ImageSource, Subset
 from util.logger import prepare_folder, say
+from util.memory import create_in_memory
 from util.optim import create_adamw, create_lars, layer_decay_groups
 from util.randomness import EpochSampler, evenly
 from util.results import MEASURED, identity_of, set_others_aside
@@ -89,8 +100,12 @@ TASK = "finetune"
 BEST = "checkpoint-best.pth"
 # Beside those of every main: what is only measured.
 HOUSEKEEPING = {"eval", "dist_eval"}
-# From scratch; for what --dry_run warns of.
-SCRATCH_BLR = 1e-4
+# The recipes of the README's table, for what is warned of.
+PUBLISHED = {
+    "scratch": Published(1e-4, 4096),
+    "full": Published(1e-3, 1024),
+    "linear": Published(0.1, 16384),
+}
 
 
 def build_parser() -> FlagParser:
@@ -195,7 +210,8 @@ def new_model(
     arguments["img_size"] = list(args.input_size or (arguments["img_size"],) * 2)
     if args.patch_size is not None:
         arguments["patch_size"] = list(args.patch_size)
-    return models_zoo.create_model(args.model, **arguments), arguments
+    model = create_in_memory(lambda: models_zoo.create_model(args.model, **arguments))
+    return model, arguments
 
 
 def build_augmentation(
@@ -226,22 +242,25 @@ def build_augmentation(
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one fine-tuning, or one evaluation; see the module."""
-    args = build_parser().parse(argv)
+    parser = build_parser()
+    args = parser.parse(argv)
     if args.list_models:
         print("\n".join(models_zoo.list_classifiers()))
         return
     resolve_tune(args)
+    check_settings(vars(args))
+    warnings = warn_of_flags(vars(args), parser.given)
     if args.dry_run:
         count, speaks = processes_of(args.dry_run_processes, Path(args.output_dir))
         if speaks:
-            print(describe(plan_run(args, count)), flush=True)
+            print(describe(plan_run(args, count, warnings)), flush=True)
         return
     with processes(args.device, Path(args.output_dir)) as procs:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
         if args.eval:
             evaluate_checkpoint(args, procs)
         else:
-            finetune(args, procs)
+            finetune(args, procs, warnings)
 
 
 def planned_model(args: argparse.Namespace, data: Data) -> tuple[Any, dict[str, Any], str]:
@@ -260,8 +279,23 @@ def planned_model(args: argparse.Namespace, data: Data) -> tuple[Any, dict[str, 
     return model, arguments, start
 
 
-def plan_run(args: argparse.Namespace, count: int) -> Plan:
+def published_for(args: argparse.Namespace) -> Published:
+    """The recipe that the flags are held to."""
+    if args.tune == "linear":
+        return PUBLISHED["linear"]
+    random = args.finetune is None and not warn_of_start(None, args.tune, args.layer_decay)
+    return PUBLISHED["scratch" if random else "full"]
+
+
+def check_batch(args: argparse.Namespace, count: int) -> None:
+    """Refuse a linear probe on one image at a time; `count` processes share their statistics."""
+    if args.tune == "linear":
+        need_two(args.batch_size * count, "of the linear probe")
+
+
+def plan_run(args: argparse.Namespace, count: int, warnings: Sequence[str] = ()) -> Plan:
     """What the run would do and cost on `count` processes, see `util.dry_run`."""
+    check_batch(args, count)
     everything = argparse.Namespace(**vars(args) | {"train_images": None})
     data = look_at_data(
         args.dataset,
@@ -280,8 +314,11 @@ def plan_run(args: argparse.Namespace, count: int) -> Plan:
         (lambda: rate_here(args, arguments)) if args.dry_run_measure else None,
         count,
     )
-    linear = args.tune == "linear"
-    scratch = args.finetune is None and not linear
+    warnings = [
+        *warn_of_start(args.finetune, args.tune, args.layer_decay),
+        *warnings,
+        *warn_of_shards(args.shard, count),
+    ]
     return Plan(
         task=TASK,
         what=f"{args.model or 'the model'} {start}, tune {args.tune} ({len(tuned)} tensors), "
@@ -295,8 +332,8 @@ def plan_run(args: argparse.Namespace, count: int) -> Plan:
         warmup_epochs=args.warmup_epochs,
         lr=scaled_lr(args.blr, global_batch) if args.lr is None else args.lr,
         min_lr=args.min_lr,
-        recipe_blr=LINEAR["blr"] if linear else SCRATCH_BLR if scratch else FULL["blr"],
-        recipe_batch=16384 if linear else 4096 if scratch else 1024,
+        published=published_for(args),
+        warnings=warnings,
         parameters=parameters_by_part(model),
         cost=cost_of(
             classifier_layers(arguments, blocks),
@@ -307,7 +344,7 @@ def plan_run(args: argparse.Namespace, count: int) -> Plan:
         "it; evaluation is not counted",
         precision=args.precision,
         grad_checkpointing=args.grad_checkpointing,
-        optimizer="lars" if linear else "adamw",
+        optimizer="lars" if args.tune == "linear" else "adamw",
         averages=args.ema_decay is not None,
         image_values=model.in_chans * h * w,
         save_every=args.save_every,
@@ -321,6 +358,7 @@ def plan_run(args: argparse.Namespace, count: int) -> Plan:
 def rate_here(args: argparse.Namespace, arguments: dict[str, Any]) -> float:
     """Images/s of this process on drawn images: forward, backward, update; no loading."""
     device = choose_device(args.device, 0)
+    check_batch(args, 1)  # the other processes are not there
     model = models_zoo.VisionTransformer(**arguments)
     model.freeze_to(args.tune)
     model.to(device).train()
@@ -400,11 +438,12 @@ def measured_settings(args: argparse.Namespace, model: Any) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names} | {"input_size": list(model.img_size)}
 
 
-def finetune(args: argparse.Namespace, procs: Processes) -> None:
+def finetune(args: argparse.Namespace, procs: Processes, warnings: Sequence[str]) -> None:
     """The run, from top to bottom."""
     # ------------------------------------------------------------------ run and processes
     device, folder = procs.device, Path(args.output_dir)
     torch.manual_seed(args.seed)
+    check_batch(args, procs.world_size)
     path, notes = ckpt.start_of(folder, TASK, args.resume, procs.gather)
     saved = None if path is None else ckpt.load_task(path, TASK)
 
@@ -489,6 +528,18 @@ def finetune(args: argparse.Namespace, procs: Processes) -> None:
     schedule = CosineSchedule(
         lr, args.min_lr, args.warmup_epochs * steps_per_epoch, args.epochs * steps_per_epoch
     )
+    course = warn_of_course(
+        published_for(args),
+        global_batch=sampler.global_batch,
+        images=len(source),
+        length=args.epochs,
+        warmup=args.warmup_epochs,
+        unit="epochs",
+        lr=lr,
+        min_lr=args.min_lr,
+    )
+    if saved is None:
+        course += warn_of_start(args.finetune, args.tune, args.layer_decay)
     groups = layer_decay_groups(model, args.weight_decay, args.layer_decay)
     optimizer: torch.optim.Optimizer
     if args.tune == "linear":
@@ -569,6 +620,8 @@ def finetune(args: argparse.Namespace, procs: Processes) -> None:
     # ----------------------------------------------------------------------------- epochs
     step = run.step
     with run:
+        if procs.main:
+            say_warnings([*course, *warnings, *warn_of_shards(args.shard, procs.world_size)])
         for epoch in range(run.first_epoch, args.epochs):
             measuring = measure is not None and due(args.eval_every, epoch, args.epochs)
             if not (run.stage == "measuring" and epoch == run.first_epoch):

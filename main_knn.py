@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import models_zoo
+from util.advice import check_settings, say_warnings, warn_of_flags
 from util.assumed import ASSUMED, assumptions, set_statistics
 from util.config import FlagParser, add_data_flags, add_dry_run_flags, add_heads_flag, number
 from util.cost import classifier_layers, cost_of
@@ -298,7 +299,10 @@ def width_of(model: Any, kind: str) -> int:
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure one encoder; see the module."""
-    args = build_parser().parse(argv)
+    parser = build_parser()
+    args = parser.parse(argv)
+    check_settings(vars(args))
+    warnings = warn_of_flags(vars(args), parser.given)
     if not args.checkpoint:
         raise BadInput("--checkpoint is missing: whose features are to be measured?")
     if args.dry_run:
@@ -307,7 +311,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(plan_run(args, count), flush=True)
         return
     with processes(args.device, Path(args.output_dir)) as procs:
-        measure(args, procs)
+        measure(args, procs, warnings)
 
 
 def plan_run(args: argparse.Namespace, count: int) -> str:
@@ -363,7 +367,7 @@ def plan_run(args: argparse.Namespace, count: int) -> str:
     )
 
 
-def measure(args: argparse.Namespace, procs: Processes) -> None:
+def measure(args: argparse.Namespace, procs: Processes, warnings: Sequence[str]) -> None:
     """The run, from top to bottom."""
     # ------------------------------------------------------------------ run and processes
     device, folder = procs.device, Path(args.output_dir)
@@ -400,9 +404,9 @@ def measure(args: argparse.Namespace, procs: Processes) -> None:
 
     with rank_log(folder, procs.rank):
         if procs.main:
+            say_warnings(warnings)
             for line in assumptions(state, args.checkpoint, set_statistics(args.mean)):
                 say(line)
-        if procs.main:
             stats = [tuple(state.get("data", {}).get(name, ())) for name in ("mean", "std")]
             if all(stats) and stats != [val.mean, val.std]:
                 say(

@@ -11,6 +11,7 @@ Cut off at any moment, the same command goes on with the shards that are missing
 from collections.abc import Sequence
 from pathlib import Path
 
+from util.advice import check_settings, say_warnings, warn_of_flags
 from util.config import FlagParser, number
 from util.datasets import DATASETS, SPLITS, build_dataset
 from util.errors import BadInput, command
@@ -64,9 +65,12 @@ def build_parser() -> FlagParser:
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Pack, or verify; see the module."""
-    args = build_parser().parse(argv)
+    parser = build_parser()
+    args = parser.parse(argv)
     if not args.output_dir:
         raise BadInput("--output_dir is missing: where is the packed data set to be?")
+    check_settings(vars(args))
+    say_warnings(warn_of_flags(vars(args), parser.given))
     folder = Path(args.output_dir)
 
     # ----------------------------------------------------------------------------- verify

@@ -28,6 +28,14 @@ from engine_pretrain import (
 )
 from models_mmae import DECODERS
 from util import checkpoint as ckpt
+from util.advice import (
+    Published,
+    check_settings,
+    say_warnings,
+    warn_of_course,
+    warn_of_flags,
+    warn_of_shards,
+)
 from util.config import (
     PCA_PER_IMAGE,
     FlagParser,
@@ -65,6 +73,7 @@ from util.flag_types import MOST_BLOCKS, MOST_CHANNELS, MOST_WIDTH
 from util.images import ImageSource, Subset
 from util.logger import RunLogger, say
 from util.masking import STANDARD, count_visible
+from util.memory import create_in_memory
 from util.optim import create_adamw, parameter_groups
 from util.randomness import EpochSampler, EvalSampler, evenly
 from util.run import Run, due
@@ -79,8 +88,8 @@ TASK = "pretrain"
 # Held-out images are measured under masks that no flag changes (STANDARD), so that runs compare;
 # and under the run's own where these are others. Pictures show the run's own.
 EVAL_SEED, PICTURES = 0, 8
-# MAE's recipe, for what --dry_run warns of.
-RECIPE_BLR, RECIPE_BATCH = 1.5e-4, 4096
+# MAE's recipe, for what is warned of.
+PUBLISHED = Published(1.5e-4, 4096)
 # Beside those of every main: what is only looked at.
 HOUSEKEEPING = {"eval_images", "picture_every"}
 
@@ -153,7 +162,8 @@ def build_model(args: argparse.Namespace, in_chans: int) -> tuple[Any, dict[str,
     }
     arguments |= {name: value for name, value in flags.items() if value is not None}
     arguments = {k: list(v) if isinstance(v, tuple) else v for k, v in arguments.items()}
-    return models_zoo.create_model(args.model, **arguments), arguments
+    model = create_in_memory(lambda: models_zoo.create_model(args.model, **arguments))
+    return model, arguments
 
 
 def open_set(
@@ -266,7 +276,7 @@ def peak_lr(args: argparse.Namespace, model: Any, num_visible: int, global_batch
     return scaled_lr(args.blr, global_batch) * model.num_predicted(num_visible) / masked
 
 
-def plan_run(args: argparse.Namespace, count: int) -> Plan:
+def plan_run(args: argparse.Namespace, count: int, warnings: Sequence[str] = ()) -> Plan:
     """What the run would do and cost on `count` processes, see `util.dry_run`."""
     data = look_at_data(
         args.dataset,
@@ -300,8 +310,8 @@ def plan_run(args: argparse.Namespace, count: int) -> Plan:
         warmup_epochs=args.warmup_epochs,
         lr=lr,
         min_lr=args.min_lr,
-        recipe_blr=RECIPE_BLR,
-        recipe_batch=RECIPE_BATCH,
+        published=PUBLISHED,
+        warnings=[*warnings, *warn_of_shards(args.shard, count)],
         parameters=parameters_by_part(model),
         cost=cost_of(layers, precision=args.precision, grad_checkpointing=args.grad_checkpointing),
         counted="matrix products of encoder and decoder, 2 a multiply-add, both passes",
@@ -341,21 +351,24 @@ def rate_here(args: argparse.Namespace, channels: int) -> float:
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one pretraining; see the module."""
-    args = build_parser().parse(argv)
+    parser = build_parser()
+    args = parser.parse(argv)
     if args.list_models:
         print("\n".join(models_zoo.list_models()))
         return
     resolve_method(args)
+    check_settings(vars(args))
+    warnings = warn_of_flags(vars(args), parser.given)
     if args.dry_run:
         count, speaks = processes_of(args.dry_run_processes, Path(args.output_dir))
         if speaks:
-            print(describe(plan_run(args, count)), flush=True)
+            print(describe(plan_run(args, count, warnings)), flush=True)
         return
     with processes(args.device, Path(args.output_dir)) as procs:
-        pretrain(args, procs)
+        pretrain(args, procs, warnings)
 
 
-def pretrain(args: argparse.Namespace, procs: Processes) -> None:
+def pretrain(args: argparse.Namespace, procs: Processes, warnings: Sequence[str]) -> None:
     """The run, from top to bottom."""
     # ------------------------------------------------------------------ run and processes
     device, folder = procs.device, Path(args.output_dir)
@@ -419,6 +432,16 @@ def pretrain(args: argparse.Namespace, procs: Processes) -> None:
     lr = peak_lr(args, model, masker.num_visible, sampler.global_batch)
     schedule = CosineSchedule(
         lr, args.min_lr, args.warmup_epochs * steps_per_epoch, args.epochs * steps_per_epoch
+    )
+    course = warn_of_course(
+        PUBLISHED,
+        global_batch=sampler.global_batch,
+        images=len(source),
+        length=args.epochs,
+        warmup=args.warmup_epochs,
+        unit="epochs",
+        lr=lr,
+        min_lr=args.min_lr,
     )
     optimizer = create_adamw(parameter_groups(model, args.weight_decay), lr, betas=(0.9, 0.95))
     optimizer_step = OptimizerStep(
@@ -485,6 +508,8 @@ def pretrain(args: argparse.Namespace, procs: Processes) -> None:
     # ----------------------------------------------------------------------------- epochs
     step = run.step
     with run:
+        if procs.main:
+            say_warnings([*course, *warnings, *warn_of_shards(args.shard, procs.world_size)])
         for epoch in range(run.first_epoch, args.epochs):
             measuring = bool(parts) and due(args.eval_every, epoch, args.epochs)
             drawing = bool(parts) and due(args.picture_every, epoch, args.epochs)

@@ -22,6 +22,15 @@ import models_segmenters
 import models_zoo
 from engine_segment import LOSS_MEANS, Inference, PixelLoss, evaluate, predict, train_iterations
 from util import checkpoint as ckpt
+from util.advice import (
+    Published,
+    check_settings,
+    need_two,
+    say_warnings,
+    warn_of_course,
+    warn_of_flags,
+    warn_of_start,
+)
 from util.assumed import ASSUMED, assumptions, set_statistics
 from util.class_names import check_classes
 from util.config import (
@@ -62,6 +71,7 @@ from util.folders import image_files
 from util.label_maps import overlay, save_label_map
 from util.label_values import label_pair, listed
 from util.logger import prepare_folder, say
+from util.memory import create_in_memory
 from util.optim import create_adamw, layer_decay_groups
 from util.randomness import EvalSampler, IterationSampler, evenly
 from util.results import MEASURED, identity_of, set_others_aside
@@ -90,8 +100,10 @@ TASK = "segment"
 BEST = "checkpoint-best.pth"
 EVAL_SEED = 0
 LR = 1e-4
-# Of the published run, for what --dry_run warns of; and the size of the set it is for.
-RECIPE_BATCH, RECIPE_IMAGES = 16, 20_000
+# The published run, for what is warned of.
+PUBLISHED = Published(LR * 256 / 16, 16, of="ViT-B on ADE20K", images=20_000)
+# Where BatchNorm has one value per channel of an image.
+POOL = "over the 1 x 1 pool"
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 # How large a segmenter sees an image, in what parts, and what the values in masks stand for: in
 # --eval and --predict as in training.
@@ -279,7 +291,9 @@ def new_model(args: argparse.Namespace, num_classes: int, speaks: bool = True) -
             raise BadInput("--num_heads without --finetune: --model NAME says how many there are")
         more = {"patch_size": args.patch_size} if args.patch_size else {}
         own["lscale_init"] = args.lscale_init
-        return models_zoo.create_segmenter(args.model, num_classes, **own, **more)
+        return create_in_memory(
+            lambda: models_zoo.create_segmenter(args.model, num_classes, **own, **more)
+        )
     if args.patch_size:
         raise BadInput("--patch_size with --finetune: the checkpoint says what it is")
     state = load_state(args.finetune)
@@ -299,7 +313,9 @@ def new_model(args: argparse.Namespace, num_classes: int, speaks: bool = True) -
             f"{args.finetune} takes images of {stored['in_chans']} channels; segmentation sets are "
             "RGB: pretrain on RGB images"
         )
-    model = models_zoo.segmenter_from(arguments | own | {"num_classes": num_classes})
+    model = create_in_memory(
+        lambda: models_zoo.segmenter_from(arguments | own | {"num_classes": num_classes})
+    )
     if args.lscale_init is not None:
         model.add_lscale(args.lscale_init)
     models_segmenters.load_segmenter_encoder(model, args.finetune, args.pos_resize)
@@ -341,30 +357,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.eval and args.predict:
         raise BadInput("--eval and --predict are two commands; give one of them")
     inference_of(args)  # refuses windows that cannot work
+    check_settings(vars(args))
+    warnings = warn_of_flags(vars(args), parser.given)
     if args.dry_run:
         count, speaks = processes_of(args.dry_run_processes, Path(args.output_dir))
         if speaks:
-            print(describe(plan_run(args, count)), flush=True)
+            print(describe(plan_run(args, count, warnings)), flush=True)
         return
     with processes(args.device, Path(args.output_dir)) as procs:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
         if args.eval or args.predict:
             use_checkpoint(args, procs, parser.given)
         else:
-            segment(args, procs)
-
-
-def need_two(batch: int) -> None:
-    """Refuse batches of one image.
-
-    Args:
-        batch: images of all processes at once.
-    """
-    if batch < 2:
-        raise BadInput(
-            "BatchNorm over the 1 x 1 pool needs two images at once: --batch_size 2, or more "
-            "processes"
-        )
+            segment(args, procs, warnings)
 
 
 def peak_lr(args: argparse.Namespace, global_batch: int) -> float:
@@ -385,11 +390,11 @@ def planned_model(args: argparse.Namespace, data: Data) -> tuple[Any, str]:
         return new_model(args, num_classes), start
 
 
-def plan_run(args: argparse.Namespace, count: int) -> Plan:
+def plan_run(args: argparse.Namespace, count: int, warnings: Sequence[str] = ()) -> Plan:
     """What the run would do and cost on `count` processes, see `util.dry_run`."""
     if args.eval or args.predict:
         raise BadInput("--dry_run plans a training; --eval and --predict have no plan")
-    need_two(args.batch_size * count)
+    need_two(args.batch_size * count, POOL)
     everything = argparse.Namespace(**vars(args) | {"train_images": None})
     data = look_at_data(
         args.dataset, args.data_path, args.dry_run_images, lambda: open_set(everything, "train")
@@ -420,10 +425,8 @@ def plan_run(args: argparse.Namespace, count: int) -> Plan:
         lr=peak_lr(args, global_batch),
         min_lr=args.min_lr,
         decay="linear",
-        recipe_blr=LR * 256 / RECIPE_BATCH,
-        recipe_batch=RECIPE_BATCH,
-        recipe_of="ViT-B on ADE20K",
-        recipe_images=RECIPE_IMAGES,
+        published=PUBLISHED,
+        warnings=[*warn_of_start(args.finetune, "full", args.layer_decay), *warnings],
         parameters=parameters_by_part(model),
         cost=cost_of(
             segmenter_layers(arguments, model.neck.factors),
@@ -448,7 +451,7 @@ def plan_run(args: argparse.Namespace, count: int) -> Plan:
 def rate_here(args: argparse.Namespace, arguments: dict[str, Any]) -> float:
     """Images/s of this process on drawn images: forward, backward, update; no loading."""
     device = choose_device(args.device, 0)
-    need_two(args.batch_size)  # the other processes are not there
+    need_two(args.batch_size, POOL)  # the other processes are not there
     model = models_zoo.segmenter_from(arguments)
     model.to(device).train()
     model.set_grad_checkpointing(args.grad_checkpointing)
@@ -638,14 +641,14 @@ def draw(
     return np.asarray(picture)
 
 
-def segment(args: argparse.Namespace, procs: Processes) -> None:
+def segment(args: argparse.Namespace, procs: Processes, warnings: Sequence[str]) -> None:
     """The run, from top to bottom."""
     # ------------------------------------------------------------------ run and processes
     device, folder = procs.device, Path(args.output_dir)
     torch.manual_seed(args.seed)
     path, notes = ckpt.start_of(folder, TASK, args.resume, procs.gather)
     saved = None if path is None else ckpt.load_task(path, TASK)
-    need_two(args.batch_size * procs.world_size)
+    need_two(args.batch_size * procs.world_size, POOL)
 
     # ------------------------------------------------------------------------------- data
     # One process lists a folder or fetches a file; the others find what it left on the disk.
@@ -706,6 +709,18 @@ def segment(args: argparse.Namespace, procs: Processes) -> None:
     # ------------------------------------------------------------- optimiser and schedule
     lr = peak_lr(args, sampler.global_batch)
     schedule = PolySchedule(lr, args.warmup_iterations, args.iterations, args.min_lr)
+    course = warn_of_course(
+        PUBLISHED,
+        global_batch=sampler.global_batch,
+        images=len(source),
+        length=args.iterations,
+        warmup=args.warmup_iterations,
+        unit="iterations",
+        lr=lr,
+        min_lr=args.min_lr,
+    )
+    if saved is None:
+        course += warn_of_start(args.finetune, "full", args.layer_decay)
     groups = layer_decay_groups(model, args.weight_decay, args.layer_decay)
     optimizer = create_adamw(groups, lr, betas=(args.betas[0], args.betas[1]))
     optimizer_step = OptimizerStep(
@@ -774,6 +789,8 @@ def segment(args: argparse.Namespace, procs: Processes) -> None:
     # ------------------------------------------------------------------------- iterations
     step, stage, total = run.step, run.stage, args.iterations
     with run:
+        if procs.main:
+            say_warnings([*course, *warnings])
         while stage != "done" or step < total:
             if stage != "measuring":
                 # Stopped at the very step where something is due, that is still to be done.

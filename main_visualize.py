@@ -27,12 +27,13 @@ from engine_pretrain import (
     note_of,
     reconstruct,
 )
+from util.advice import check_settings, say_warnings, warn_of_flags
 from util.assumed import assumptions
 from util.config import FlagParser, add_heads_flag, number
 from util.datasets import DATASETS, DEFAULT, build_dataset, place_of
 from util.dist import choose_device
 from util.errors import BadInput, command
-from util.flag_types import expanded_path
+from util.flag_types import MOST_WIDTH, expanded_path
 from util.folders import image_files
 from util.images import IMAGENET_MEAN, IMAGENET_STD, read_image
 from util.logger import prepare_folder, write_text
@@ -88,7 +89,9 @@ def build_parser() -> FlagParser:
     group = parser.add_argument_group("for weights that do not say what they are")
     group.add_argument("--model", metavar="NAME")
     add_heads_flag(group)
-    group.add_argument("--decoder_num_heads", type=number(int, 1), help="the same of the decoder")
+    group.add_argument(
+        "--decoder_num_heads", type=number(int, 1, MOST_WIDTH), help="the same of the decoder"
+    )
     group.add_argument("--norm_pix_loss", action="store_true")
     return parser
 
@@ -170,9 +173,12 @@ def measure(
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the pictures; see the module."""
-    args = build_parser().parse(argv)
+    parser = build_parser()
+    args = parser.parse(argv)
     if not args.checkpoint:
         raise BadInput("--checkpoint is missing: which model is to be shown?")
+    check_settings(vars(args))
+    say_warnings(warn_of_flags(vars(args), parser.given))
     device, folder = choose_device(args.device, 0), Path(args.output_dir)
 
     # ------------------------------------------------------------------------------ model

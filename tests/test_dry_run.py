@@ -103,7 +103,7 @@ def test_plan_of_segmentation_is_the_log(tmp_path: Path, run_main) -> None:
 
 def test_plan_of_ade20k_on_8_gpus(run_main) -> None:
     recipe = Path(__file__).parent.parent / "recipes" / "ade20k.yaml"
-    flags = [f"--config={recipe}", "--model=vit_base_patch16"]
+    flags = [f"--config={recipe}", "--model=vit_base_patch16", "--finetune=nowhere.pth"]
     plan = segment_plan(flags, 8)
     assert (plan.global_batch, plan.steps, plan.warmup_steps) == (16, 160_000, 1500)
     assert plan.lr == 1e-4 and plan.images == 2_560_000 and plan.data.images == 20_210
@@ -128,7 +128,7 @@ def test_plan_of_ade20k_on_8_gpus(run_main) -> None:
         (["--iterations=1500"], "warm-up of 1500 iterations is as long as training"),
         (["--lr=1e-2"], "100 x the published recipe's 0.0016 (that of ViT-B on ADE20K)"),
         (["--dry_run_images=10"], "is larger than the data, 10 images"),
-        (["--batch_size=4"], "far below the recipe's 16"),
+        (["--batch_size=2"], "far below the recipe's 16"),
     ],
 )
 def test_what_looks_wrong_in_segmentation_is_said(flags: list[str], expected: str) -> None:
@@ -206,13 +206,13 @@ def test_a_huge_model_takes_no_memory() -> None:
         (["--blr=1.5e-3"], "10 x the published recipe's 0.00015"),
         (["--blr=1.4e-3"], None),
         (["--lr=1e-6"], "of the published recipe's"),
-        (["--lr=0"], "0 x the published recipe's"),
+        (["--lr=0"], "the peak lr is 0: nothing learns"),
         (["--epochs=40"], "warm-up of 40 epochs is as long as training"),
         (["--epochs=30"], "or longer"),
         (["--dry_run_images=4000"], "global batch 4,096 is larger than the data, 4,000 images"),
         (["--dry_run_images=8000"], "3,904 of 8,000 images (49%) fill no step"),
         (["--min_lr=1"], "--min_lr 1 is above the peak"),
-        (["--accum_iter=2"], "far below the recipe's 4,096"),
+        (["--accum_iter=1"], "far below the recipe's 4,096"),
         (["--output_dir=/proc/nowhere"], "checkpoints need"),
     ],
 )
@@ -225,10 +225,16 @@ def test_what_looks_wrong_is_said(flags: list[str], expected: str | None) -> Non
 
 
 def test_linear_and_scratch_are_held_to_their_own_recipes() -> None:
-    assert finetune_plan(["--model=vit_base_patch16", "--tune=linear"]).recipe_blr == 0.1
-    assert finetune_plan(["--model=vit_base_patch16"]).recipe_blr == 1e-4
+    assert finetune_plan(["--model=vit_base_patch16", "--tune=linear"]).published.blr == 0.1
+    scratch = finetune_plan(["--model=vit_base_patch16", "--layer_decay=1"])
+    assert scratch.published.blr == 1e-4 and not scratch.warnings
     tuned = finetune_plan(["--model=vit_base_patch16", "--finetune=nowhere.pth"])
-    assert tuned.recipe_blr == 1e-3 and tuned.optimizer == "adamw"
+    assert tuned.published.blr == 1e-3 and tuned.optimizer == "adamw" and not tuned.warnings
+    # Fine-tuning's settings on random weights: said once, and not held to another recipe.
+    mixed = finetune_plan(["--model=vit_base_patch16"], 16)
+    assert mixed.published.blr == 1e-3
+    assert [w for w in warnings_of(mixed) if "checkpoints need" not in w] == list(mixed.warnings)
+    assert "there is no --finetune" in mixed.warnings[0]
 
 
 # ---- Nothing is written, nothing has to be there -----------------------------------------------

@@ -16,10 +16,14 @@ import yaml
 import main_finetune
 import main_pretrain
 import main_segment
+from util.advice import warn_of_flags
+from util.cell_runs import MAINS as tables_mains
 from util.config import FlagParser, settings_of
 from util.datasets import build_dataset
+from util.dry_run_report import machine_warnings, warnings_of
 from util.errors import BadInput
 from util.paper_tables import differences
+from util.plan import read_plan
 from util.recipes import read_layers, read_recipe, write_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,7 +43,8 @@ MAINS: dict[str, Any] = {
 def task_of(name: str) -> str:
     if name in SEGMENTERS:
         return "segment"
-    return "pretrain" if "mask_ratio" in read_recipe(RECIPES / name) else "finetune"
+    own = read_recipe(RECIPES / name)
+    return "pretrain" if own.get("model", "").startswith("mae_") else "finetune"
 
 
 @cache
@@ -311,6 +316,50 @@ def test_run_folders_are_apart() -> None:
     folders = [read_recipe(RECIPES / name)["output_dir"] for name in ROWS]
     twice = {folder for folder in folders if folders.count(folder) > 1}
     assert twice == {"output_dir/mmae/published"}
+
+
+# ---- What a dry run says of them ---------------------------------------------------------------
+
+
+def warned(name: str, *more: str) -> list[str]:
+    """Its warnings where it is meant to run, but for those of this machine."""
+    found = argparse.Namespace(**vars(resolved(name, *more)))
+    count = 8 if name.startswith(("mae/", "mmae/", "ade20k")) else 1
+    plan = MAINS[task_of(name)].plan_run(found, count)
+    return [w for w in warnings_of(plan) if w not in machine_warnings(plan)]
+
+
+@pytest.mark.parametrize("name", [*ROWS, *SEGMENTERS, "demo.yaml", "fashion_mnist.yaml"])
+def test_no_recipe_is_warned_of(name: str) -> None:
+    """Nor those that start from a checkpoint where none is named; that alone is said then."""
+    if task_of(name) == "pretrain" or "scratch" in name:
+        assert warned(name) == []
+        return
+    model = [] if "model" in read_recipe(RECIPES / name) else ["--model=vit_base_patch16"]
+    assert warned(name, *model, "--finetune=nowhere.pth") == []
+    alone = [] if "finetune" in read_recipe(RECIPES / name) else ["there is no --finetune"]
+    assert [text[:22] for text in warned(name, *model)] == alone
+
+
+@pytest.mark.parametrize("name", ["fashion_mnist", "garments", "cross", "lscale_lr", "study"])
+def test_no_run_of_a_plan_is_warned_of(name: str) -> None:
+    """Flags that do nothing, and rates or batches far off, in any of the plans' trainings."""
+    plan = read_plan(RECIPES / "tables" / f"{name}.yaml", tables_mains)
+    for run in plan.runs.values():
+        task = run.main.removeprefix("main_")
+        if task not in MAINS:
+            continue
+        parser = parser_for(task)
+        found = parser.parse(run.words("0", lambda other: f"nowhere/{other}")[1:])
+        if task == "pretrain":
+            main_pretrain.resolve_method(found)
+        elif task == "finetune":
+            main_finetune.resolve_tune(found)
+        if found.model is None:
+            found.model = "vit_tiny_patch4"
+        planned = MAINS[task].plan_run(found, 1, warn_of_flags(vars(found), parser.given))
+        said = [w for w in warnings_of(planned) if w not in machine_warnings(planned)]
+        assert said == [], run.name
 
 
 # ---- Two steps of each -------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from typing import Any
 
 from util.config import METHODS as PRESETS
 from util.errors import BadInput
+from util.flag_types import MOST_IN_BATCH, MOST_SIDE, PER_CORE, most_processes, shown
 from util.masking import MaskStrategy, create_strategy
 from util.step import PRECISIONS
 
@@ -87,6 +88,12 @@ def parse_arm(text: str, base: Arm) -> Arm:
 def check_arm(arm: Arm, text: str) -> None:
     """Refuse numbers that cannot be, and what the peer does not have."""
     counts = (arm.batch, arm.processes, arm.size or 1)
+    most = (MOST_IN_BATCH, most_processes(), MOST_SIDE)
+    if any(count > bound for count, bound in zip(counts, most, strict=True)):
+        raise BadInput(
+            f"arm {shown(text)}: batch, processes and size are at most {most[0]:,}, {most[1]:,} "
+            f"({PER_CORE} for each core of this machine) and {most[2]:,}"
+        )
     shares = (arm.mask_ratio, arm.predict_ratio or 1.0)
     if min(counts) < 1 or not all(0 < share <= 1 for share in shares) or arm.mask_ratio == 1:
         raise BadInput(

@@ -23,6 +23,7 @@ from util.memory import keep_freed_memory
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # srun sets all of these for each task of a step; a batch script itself has no STEP_NUM_TASKS.
 SLURM = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_JOB_ID", "SLURM_STEP_ID")
+DEVICES = ("cpu", "cuda", "mps")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -100,10 +101,10 @@ class Processes:
 
 
 def choose_device(name: str, local_rank: int) -> torch.device:
-    """`auto`: a GPU if there is one. Anything else as torch names it.
+    """`auto`: a GPU if there is one. Else cpu, cuda, cuda:INDEX or mps.
 
     Raises:
-        BadInput: no such device.
+        BadInput: no such device, or none that we compute on.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -111,6 +112,10 @@ def choose_device(name: str, local_rank: int) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise BadInput(f"--device {name} is no device: {str(error).splitlines()[0]}") from None
+    if device.type not in DEVICES:
+        raise BadInput(f"--device {name} cannot be computed on; use auto, {', '.join(DEVICES)}")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise BadInput(f"--device {name}, but torch finds no GPU of Apple's; use --device cpu")
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise BadInput(f"--device {name}, but torch finds no GPU; use --device cpu")

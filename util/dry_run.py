@@ -2,13 +2,14 @@
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
+from util.advice import Published
 from util.cost import Cost, Memory, checkpoint_bytes, memory_of, numbered_checkpoints
 from util.dist import read_environment
 from util.errors import BadInput
@@ -133,8 +134,7 @@ class Plan:
         epochs, warmup_epochs: of the run; 0 where it is counted in iterations.
         lr: peak learning rate.
         min_lr: at the end.
-        recipe_blr: base learning rate of the published recipe.
-        recipe_batch: its global batch.
+        published: the recipe that it is held to.
         parameters: numbers by part of the model, what learns and in all.
         cost: of an image.
         counted: what the FLOPs hold, for the reader.
@@ -146,8 +146,7 @@ class Plan:
         rate_note: where that comes from.
         iterations, warmup_iterations: of a run that is not counted in epochs.
         decay: of the learning rate after the warm-up.
-        recipe_of: what the published recipe is for.
-        recipe_images: data sets of this size and larger are held to its batch.
+        warnings: what is known from the flags alone, see `util.advice`.
     """
 
     task: str
@@ -161,8 +160,7 @@ class Plan:
     warmup_epochs: float
     lr: float
     min_lr: float
-    recipe_blr: float
-    recipe_batch: int
+    published: Published
     parameters: Mapping[str, tuple[int, int]]
     cost: Cost
     counted: str
@@ -179,8 +177,7 @@ class Plan:
     iterations: int | None = None
     warmup_iterations: float = 0
     decay: str = "cosine"
-    recipe_of: str = "ViT-B and larger on ImageNet"
-    recipe_images: int = 1_000_000
+    warnings: Sequence[str] = ()
 
     @property
     def global_batch(self) -> int:
@@ -210,6 +207,11 @@ class Plan:
     def length(self) -> int:
         """Of the run, in what checkpoints are counted in: epochs, or iterations."""
         return self.epochs if self.iterations is None else self.iterations
+
+    @property
+    def warmup(self) -> float:
+        """Of that, before the peak learning rate."""
+        return self.warmup_epochs if self.iterations is None else self.warmup_iterations
 
     @property
     def images(self) -> int:

@@ -6,13 +6,12 @@ from pathlib import Path
 
 import torch
 
+from util.advice import warn_of_course
 from util.cost import FULL, numbered_checkpoints
 from util.dry_run import Data, Plan
 
 GIGA = 1e9
 OPTIMIZER_NAMES = {"adamw": "AdamW", "lars": "LARS"}
-# More of an epoch than this left out, because it fills no step, is worth a word.
-TAIL = 0.1
 
 
 # ---- What looks wrong --------------------------------------------------------------------------
@@ -20,42 +19,17 @@ TAIL = 0.1
 
 def warnings_of(plan: Plan) -> list[str]:
     """What a user would want to be told before the run, most serious first."""
-    found = []
-    batch, images = plan.global_batch, plan.data.images
-    if plan.steps_per_epoch == 0:
-        found.append(
-            f"the global batch {batch:,} is larger than the data, {images:,} images: there would "
-            "be no step; lower --batch_size or --accum_iter"
-        )
-    elif images % batch > TAIL * images:
-        left = images - plan.steps_per_epoch * batch
-        found.append(
-            f"{left:,} of {images:,} images ({left / images:.0%}) fill no step and are left out, "
-            f"other ones in each epoch: the global batch {batch:,} is large for the data"
-        )
-    unit = "epochs" if plan.iterations is None else "iterations"
-    warmup = plan.warmup_epochs if plan.iterations is None else plan.warmup_iterations
-    if warmup >= plan.length:
-        found.append(
-            f"the warm-up of {warmup:g} {unit} is as long as training ({plan.length} {unit}) or "
-            "longer: the learning rate never falls"
-        )
-    blr = plan.lr * 256 / batch
-    ratio = blr / plan.recipe_blr if plan.recipe_blr else 1.0
-    if ratio >= 10 or ratio <= 0.1:
-        size = f"{ratio:.3g} x" if ratio >= 10 or ratio == 0 else f"1/{1 / ratio:.3g} of"
-        found.append(
-            f"lr {plan.lr:.3g} is base lr {blr:.3g} at this batch, {size} the published recipe's "
-            f"{plan.recipe_blr:.3g} (that of {plan.recipe_of})"
-        )
-    if plan.min_lr > plan.lr:
-        found.append(f"--min_lr {plan.min_lr:.3g} is above the peak lr {plan.lr:.3g}")
-    if batch * 4 <= plan.recipe_batch and images >= plan.recipe_images:
-        found.append(
-            f"the global batch {batch:,} is far below the recipe's {plan.recipe_batch:,}: more "
-            "processes, or a larger --accum_iter"
-        )
-    return found + machine_warnings(plan)
+    course = warn_of_course(
+        plan.published,
+        global_batch=plan.global_batch,
+        images=plan.data.images,
+        length=plan.length,
+        warmup=plan.warmup,
+        unit="epochs" if plan.iterations is None else "iterations",
+        lr=plan.lr,
+        min_lr=plan.min_lr,
+    )
+    return [*course, *plan.warnings, *machine_warnings(plan)]
 
 
 def machine_warnings(plan: Plan) -> list[str]:

@@ -14,6 +14,8 @@ from typing import ParamSpec, TypeVar
 P = ParamSpec("P")
 R = TypeVar("R")
 
+SMALLER = "lower --batch_size or the sizes of model and images (--dry_run says what is needed)"
+
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again later
@@ -77,5 +79,17 @@ def command(main: Callable[P, R]) -> Callable[P, R]:
             kind = "stopped" if isinstance(error, Stopped) else "error"
             print(f"{kind}: {error}", file=sys.stderr, flush=True)
             raise SystemExit(error.exit_code) from None
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = str(error).split("\n")[0] or "Python could not allocate"
+            print(f"error: out of memory: {reason}; {SMALLER}", file=sys.stderr, flush=True)
+            raise SystemExit(EXIT_FAILED) from None
 
     return wrapped
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception of Python or torch means that memory, of host or device, is full."""
+    signs = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)

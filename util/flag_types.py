@@ -19,13 +19,14 @@ MOST_IN_BATCH = 10**6  # images per process and micro-step
 MOST_SIDE = 16_384  # pixels of an image
 MOST_CHANNELS = 4096  # of an image
 MOST_WIDTH = 65_536  # numbers in a token, or channels of a head
-MOST_BLOCKS = 1000
+MOST_BLOCKS = 200
 MOST_CLASSES = 10**6
 MOST_PATCHES = 10**8  # that a PCA is fitted on
 MOST_LSCALE = 1000
 MOST_TASKS = 10**6  # of a job
 MOST_RATE = 10**6  # learning rates and weight decay: float32 overflows not far beyond
 LEAST_CROP = 1e-4  # share of an image's area; less is less than a pixel of most images
+LONGEST_PATH = 4096  # characters, as Linux has it
 SHOWN = 40  # characters of a wrong value that a message repeats
 
 # What --data_path may begin with; a path follows.
@@ -122,8 +123,8 @@ def expand_home(text: str) -> str:
     """
     if not text:
         raise BadInput("is empty, expected a path; leave the flag out for its default")
-    if "\0" in text:
-        raise BadInput(f"{shown(text)} cannot be a path: it holds a NUL")
+    if "\0" in text or len(text) > LONGEST_PATH:
+        raise BadInput(f"{shown(text)} cannot be a path: it is too long, or holds a NUL")
     expanded = os.path.expanduser(text)
     if expanded == text and text.startswith("~"):
         raise BadInput(f"{text}: there is no such home folder; ./{text} means one of that name")

@@ -1,9 +1,16 @@
-"""How a process on a CPU holds its memory."""
+"""How a process on a CPU holds its memory, and what does not fit into it."""
 
 import ctypes
 import os
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
+from torch import nn
+
+from util.errors import BadInput
+
+M = TypeVar("M", bound=nn.Module)
 
 # Of glibc's mallopt(3).
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
@@ -32,3 +39,25 @@ def keep_freed_memory(device: torch.device) -> bool:
     if mallopt is None or any(name in os.environ for name in SETTINGS):
         return False
     return bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, -1))
+
+
+def create_in_memory(create: Callable[[], M]) -> M:
+    """Create a model, unless its weights cannot be in this machine's memory.
+
+    They are counted on torch's device `meta`, which has neither numbers nor random draws: a model
+    of a thousand times the memory would otherwise fill it until the system kills the process.
+
+    Raises:
+        BadInput: they are larger; or what `create` raises.
+    """
+    if torch.get_default_device().type != "meta":
+        with torch.device("meta"):
+            size = sum(p.numel() * p.element_size() for p in create().parameters())
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if size > there:
+            raise BadInput(
+                f"the model's weights take {size / 1e9:,.1f} GB, and this machine has "
+                f"{there / 1e9:,.1f} GB of memory; choose smaller sizes (--dry_run plans a run "
+                "for another machine)"
+            )
+    return create()

@@ -31,6 +31,7 @@ from submitit.core.utils import FailedSubmissionError, JobPaths, UncompletedJobE
 from submitit.helpers import DelayedSubmission
 from submitit.local.local import LOCAL_REQUEUE_RETURN_CODE
 
+from util.advice import check_settings
 from util.config import number
 from util.errors import EXIT_STOPPED, BadInput, RunFailed, Stopped
 from util.flag_types import MOST_TASKS, expanded_path
@@ -275,6 +276,7 @@ def submit(main: ModuleType, argv: Sequence[str] | None) -> None:
         words.append(f"--config={code / RECIPE}")  # the last one counts
     run_folder = settings.output_dir or str(job_dir)
     words.append(f"--output_dir={run_folder}")
+    check_settings(vars(settings) | {"output_dir": run_folder})
     if job.ngpus == 0 and settings.device == "auto":
         words.append("--device=cpu")  # a GPU that is there all the same is not this job's
     training = Training(main.__name__, words, os.getcwd(), free_port() if job.local else 0)

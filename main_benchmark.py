@@ -49,7 +49,7 @@ from util.errors import BadInput, command, needs
 from util.flag_types import MOST_IN_BATCH, MOST_SIDE, expanded_path, processes_flag
 from util.images import ImageSource, Subset
 from util.limits import copy_rate, decode_rates, layer_shapes, matrix_rate, show_limits, stopwatch
-from util.logger import StepReport, say
+from util.logger import StepReport, prepare_folder, say
 from util.made_images import jpegs_like_imagenet, make_jpegs, make_tiny_files
 from util.many_files import measure_files
 from util.masking import count_visible
@@ -522,6 +522,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse(argv)
     if args.what in ("jpegs", "files") and args.made is None and args.data_path is None:
         raise BadInput(f"{args.what} needs --made DIR, a new folder for {args.count:,} files")
+    for name in ("json", "plot"):  # now, not after the measurements
+        path = getattr(args, name)
+        if path is not None and Path(path).is_dir():
+            raise BadInput(f"--{name} {path} is a folder; name a file")
+        if path is not None:
+            prepare_folder(Path(path).parent)
     if args.what == "jpegs":
         make_jpegs(Path(args.made), args.count)
         say(f"{args.count:,} files  --data_path {args.made}")

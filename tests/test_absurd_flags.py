@@ -152,6 +152,21 @@ def test_out_of_memory_is_one_line(error: Exception, capsys: pytest.CaptureFixtu
         command(fail)(RuntimeError("another fault"))
 
 
+@pytest.mark.parametrize("flag", ["json", "plot"])
+def test_a_benchmark_knows_first_that_it_cannot_write(
+    flag: str, tmp_path: Path, run_main, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import main_benchmark
+
+    def measured(*rest: object) -> None:
+        raise AssertionError("measured before the file was looked at")
+
+    monkeypatch.setitem(main_benchmark.BENCHMARKS, "step", measured)
+    for place, expected in ((tmp_path, "is a folder"), ("/proc/x/y.json", "cannot write")):
+        code, _, err = run_main("main_benchmark", ["step", f"--{flag}={place}"])
+        assert code == 2 and expected in err
+
+
 # ---- Devices -----------------------------------------------------------------------------------
 
 

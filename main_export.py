@@ -24,6 +24,7 @@ from models_vit import VisionTransformer
 from util.assumed import assumptions
 from util.checkpoint import load_file, local_file, write_signed
 from util.config import FlagParser, add_heads_flag, number, size_pair
+from util.console import print_text
 from util.convert_names import EPS, config_of, to_mmseg, to_transformers
 from util.errors import BadInput, command, needs
 from util.export import (
@@ -194,10 +195,10 @@ def write_segmenter(
         again, _ = segmenter_of(load_file(temporary), str(path))
         expected, found = model.eval()(images), again.eval()(images)
         line = check_same(expected, found, BOUND, "the new file")
-    print(f"{args.checkpoint}: segmenter to {args.to}")
-    print(f"verified  {line}\nwritten   {path}")
+    print_text(f"{args.checkpoint}: segmenter to {args.to}")
+    print_text(f"verified  {line}\nwritten   {path}")
     if args.to == "mmseg":
-        print(mmseg_config(model))
+        print_text(mmseg_config(model))
 
 
 def read_source(args: argparse.Namespace) -> Source:
@@ -634,17 +635,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     read = check_reading(source, args.checkpoint) if args.input_size is None else None
     path = Path(args.output)
     lines = TARGETS[args.to](source, path, args)
-    print(f"{args.checkpoint}: {source.part} to {args.to}")
-    print("\n".join(f"lost      {what}" for what in source.lost) or "lost      nothing")
+    print_text(f"{args.checkpoint}: {source.part} to {args.to}")
+    print_text("\n".join(f"lost      {what}" for what in source.lost) or "lost      nothing")
     if read is not None:
-        print(f"read      {read}")
-    print(f"verified  {lines[0]}")
-    print(f"written   {path}")
+        print_text(f"read      {read}")
+    print_text(f"verified  {lines[0]}")
+    print_text(f"written   {path}")
     data = source.state.get("data", {})
     if "mean" in data and "std" in data:
-        print(f"images    0..1, then less mean {data['mean']}, over deviation {data['std']}")
+        print_text(f"images    0..1, then less mean {data['mean']}, over deviation {data['std']}")
     if len(lines) > 1:
-        print(lines[1])
+        print_text(lines[1])
 
 
 if __name__ == "__main__":

@@ -58,6 +58,7 @@ from util.config import (
     run_options,
     settings_of,
 )
+from util.console import print_text
 from util.convert import read_encoder
 from util.cost import classifier_layers, cost_of
 from util.datasets import DATASETS, build_dataset
@@ -245,7 +246,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse(argv)
     if args.list_models:
-        print("\n".join(models_zoo.list_classifiers()))
+        print_text("\n".join(models_zoo.list_classifiers()))
         return
     resolve_tune(args)
     check_settings(vars(args))
@@ -253,7 +254,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.dry_run:
         count, speaks = processes_of(args.dry_run_processes, Path(args.output_dir))
         if speaks:
-            print(describe(plan_run(args, count, warnings)), flush=True)
+            print_text(describe(plan_run(args, count, warnings)))
         return
     with processes(args.device, Path(args.output_dir)) as procs:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32

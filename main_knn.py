@@ -20,6 +20,7 @@ import models_zoo
 from util.advice import check_settings, say_warnings, warn_of_flags
 from util.assumed import ASSUMED, assumptions, set_statistics
 from util.config import FlagParser, add_data_flags, add_dry_run_flags, add_heads_flag, number
+from util.console import print_text
 from util.cost import classifier_layers, cost_of
 from util.datasets import DATASETS, SPLITS, build_dataset
 from util.dist import Processes, processes
@@ -308,7 +309,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.dry_run:
         count, speaks = processes_of(args.dry_run_processes, Path(args.output_dir))
         if speaks:
-            print(plan_run(args, count), flush=True)
+            print_text(plan_run(args, count))
         return
     with processes(args.device, Path(args.output_dir)) as procs:
         measure(args, procs, warnings)

@@ -56,6 +56,7 @@ from util.config import (
     settings_of,
     size_pair,
 )
+from util.console import print_text
 from util.cost import autoencoder_layers, cost_of
 from util.datasets import DATASETS, build_dataset
 from util.dist import Processes, choose_device, distribute, processes
@@ -354,7 +355,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse(argv)
     if args.list_models:
-        print("\n".join(models_zoo.list_models()))
+        print_text("\n".join(models_zoo.list_models()))
         return
     resolve_method(args)
     check_settings(vars(args))
@@ -362,7 +363,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.dry_run:
         count, speaks = processes_of(args.dry_run_processes, Path(args.output_dir))
         if speaks:
-            print(describe(plan_run(args, count, warnings)), flush=True)
+            print_text(describe(plan_run(args, count, warnings)))
         return
     with processes(args.device, Path(args.output_dir)) as procs:
         pretrain(args, procs, warnings)

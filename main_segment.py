@@ -49,6 +49,7 @@ from util.config import (
     size_pair,
 )
 from util.confusion import Segmentation
+from util.console import print_text
 from util.convert import read_encoder
 from util.cost import cost_of
 from util.cost_upernet import segmenter_layers
@@ -70,7 +71,7 @@ from util.flag_types import MOST_CLASSES, MOST_LSCALE, MOST_SIDE, MOST_WIDTH, ex
 from util.folders import image_files
 from util.label_maps import overlay, save_label_map
 from util.label_values import label_pair, listed
-from util.logger import prepare_folder, say
+from util.logger import prepare_folder, say, write_text
 from util.memory import create_in_memory
 from util.optim import create_adamw, layer_decay_groups
 from util.randomness import EvalSampler, IterationSampler, evenly
@@ -352,7 +353,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse(argv)
     if args.list_models:
-        print("\n".join(models_zoo.list_segmenters()))
+        print_text("\n".join(models_zoo.list_segmenters()))
         return
     if args.eval and args.predict:
         raise BadInput("--eval and --predict are two commands; give one of them")
@@ -362,7 +363,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.dry_run:
         count, speaks = processes_of(args.dry_run_processes, Path(args.output_dir))
         if speaks:
-            print(describe(plan_run(args, count, warnings)), flush=True)
+            print_text(describe(plan_run(args, count, warnings)))
         return
     with processes(args.device, Path(args.output_dir)) as procs:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
@@ -571,7 +572,7 @@ def predict_files(
         save_png(folder / "overlays" / names[index], to_picture(mixed))
     procs.barrier()
     if procs.main:
-        (folder / "classes.txt").write_text("".join(f"{name}\n" for name in source.classes))
+        write_text(folder / "classes.txt", "".join(f"{name}\n" for name in source.classes))
         say(f"{len(source)} images: {folder}/maps (class indices), overlays; classes.txt")
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 from util.config import FlagParser, number
+from util.console import print_text
 from util.dist import STOP_SIGNALS
 from util.errors import EXIT_BAD_INPUT, EXIT_STOPPED, BadInput, RunFailed, Stopped, command, needs
 from util.flag_types import expanded_path, processes_flag
@@ -228,8 +229,8 @@ def run_again(
                     compared, inside = compared + 1, inside + within
                     line += f"; one more run: {show(low)} to {show(high)}, "
                     line += "inside" if within else "OUTSIDE"
-            print(line)
-    print(
+            print_text(line)
+    print_text(
         f"{inside} of {compared} inside their 95 % intervals for one more run"
         if compared
         else "nothing to compare with: the study has fewer than two seeds of this row"

@@ -25,6 +25,7 @@ from util.cell_runs import (
     write_json,
 )
 from util.config import FlagParser, number
+from util.console import print_text
 from util.curves import (
     TOLERANCE,
     WINDOW,
@@ -119,7 +120,7 @@ def say_list(cells: Mapping[str, Cell], wanted: Sequence[str]) -> None:
     for title in wanted:
         cell = cells[title]
         state = "done" if cell.stamp() else "begun" if cell.read(STARTS) else "to do"
-        print(f"{title}  [{state}]\n    {shlex.join(['python', *cell.words(ROOT)])}")
+        print_text(f"{title}  [{state}]\n    {shlex.join(['python', *cell.words(ROOT)])}")
 
 
 def paper_tables(args: argparse.Namespace) -> None:
@@ -128,10 +129,10 @@ def paper_tables(args: argparse.Namespace) -> None:
     tables = [table for path in args.papers for table in read_paper(Path(path), recipes)]
     if args.commands:
         for table in tables:
-            print(f"\n# {table.paper}: {table.title}")
+            print_text(f"\n# {table.paper}: {table.title}")
             for row in table.rows:
                 lines = commands(row, table.metric, recipes)
-                print("\n".join([f"# {row.name}", *(lines or ["# no system of ours"])]))
+                print_text("\n".join([f"# {row.name}", *(lines or ["# no system of ours"])]))
         return
     runs = find_runs([Path(root) for root in args.runs])
     filled = [
@@ -143,7 +144,7 @@ def paper_tables(args: argparse.Namespace) -> None:
     text = papers_markdown(filled)
     write_text(output / "papers.md", text)
     write_text(output / "papers.csv", to_csv(filled))
-    print(text)
+    print_text(text)
     found = {f.folder: f"{t.title}: {r.name}" for t, fs in filled
              for r, f in zip(t.rows, fs, strict=True) if f.folder}  # fmt: skip
     if found:
@@ -161,7 +162,7 @@ def compare_curves(args: argparse.Namespace) -> None:
     """
     run, reference = (read_curve(Path(path)) for path in args.compare)
     found = compare(run, reference, args.tolerance, args.window)
-    print(verdict(run, reference, found))
+    print_text(verdict(run, reference, found))
     if not found.same:
         raise RunFailed(f"{args.compare[0]} does not follow {args.compare[1]}")
 
@@ -244,7 +245,7 @@ def run_plan(
             f"{stop.reason}; {report['done']} of {report['cells']} runs are done, the same command "
             f"goes on from there{more}"
         )
-    print(f"\n{markdown(report)}")
+    print_text(f"\n{markdown(report)}")
     say(f"tables  {output / 'tables.md'}")
     check_metrics(report, plan, cells)
     if failed:

@@ -30,6 +30,7 @@ from engine_pretrain import (
 from util.advice import check_settings, say_warnings, warn_of_flags
 from util.assumed import assumptions
 from util.config import FlagParser, add_heads_flag, number
+from util.console import print_text
 from util.datasets import DATASETS, DEFAULT, build_dataset, place_of
 from util.dist import choose_device
 from util.errors import BadInput, command
@@ -159,15 +160,15 @@ def measure(
             model, loader, masker, mean=mean, std=std, device=device, sum_over_ranks=torch.clone
         )
         result |= flat(table, prefix) | ({"own_mask": masker.words} if prefix else {})
-        print(f"{masker.words} masks{', as the run trained' if prefix else ''}:")
-        print("\n".join(lines_of(table)))
+        print_text(f"{masker.words} masks{', as the run trained' if prefix else ''}:")
+        print_text("\n".join(lines_of(table)))
     folder = Path(args.output_dir)
     prepare_folder(folder)
     set_others_aside(folder, [RESULT], identity)
     write_text(folder / RESULT, json.dumps(result | {MEASURED: identity}, indent=1) + "\n")
     if note := note_of(model):
-        print(note)
-    print(f"result  {folder / RESULT}")
+        print_text(note)
+    print_text(f"result  {folder / RESULT}")
 
 
 @command
@@ -246,9 +247,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     save_png(folder / "grid.png", grid)
     for number_, (name, row) in enumerate(zip(names, rows, strict=True)):
         save_panels(folder / "panels", f"{number_:03d}-{Path(name).stem}", row)
-    print(f"masked {masker.words}")
-    print("\n".join(captions))
-    print(f"grid    {folder / 'grid.png'}\npanels  {folder / 'panels'}")
+    print_text(f"masked {masker.words}")
+    print_text("\n".join(captions))
+    print_text(f"grid    {folder / 'grid.png'}\npanels  {folder / 'panels'}")
 
 
 if __name__ == "__main__":

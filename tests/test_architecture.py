@@ -246,6 +246,19 @@ def extras_where_used(sources: Sources) -> list[str]:
     return found
 
 
+def text_through_console(sources: Sources) -> list[str]:
+    """What is printed may hold escape sequences: util.console (or say, for a run) shows them."""
+    return [
+        f"{path}:{node.lineno}: prints; use util.console.print_text"
+        for path, text in sources.items()
+        if path not in ("util/console.py", "util/logger.py")
+        for node in ast.walk(ast.parse(text, path))
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func)
+        in ("print", "tqdm.write", "sys.stdout.write", "sys.stderr.write")
+    ]
+
+
 RULES: dict[str, Rule] = {
     rule.__name__: rule
     for rule in (
@@ -256,6 +269,7 @@ RULES: dict[str, Rule] = {
         no_bare_except,
         args_stops_at_main,
         extras_where_used,
+        text_through_console,
     )
 }
 
@@ -320,6 +334,8 @@ FAULTS = [
     ("args_stops_at_main", "util/a.py", "args = 1", "util/a.py:1"),
     ("args_stops_at_main", "util/a.py", "for i, args in x: ...", "util/a.py:1"),
     ("args_stops_at_main", "util/a.py", "def f(self, a):\n    self.args = a", "util/a.py:2"),
+    ("text_through_console", "main_a.py", "print(path)", "main_a.py:1"),
+    ("text_through_console", "util/a.py", "sys.stderr.write(name)", "util/a.py:1"),
     ("extras_where_used", "util/a.py", "import skimage", "skimage"),
     ("extras_where_used", "util/a.py", "try:\n    import onnx\nexcept ImportError: ...", "onnx"),
     ("extras_where_used", "main_a.py", "from transformers import ViTMAEModel", "transformers"),

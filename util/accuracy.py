@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -128,12 +129,13 @@ def save_accuracy(
     spare = (f"class {i}" for i in range(len(classes), len(result.confusion)))
     labels = [*classes, *spare]
     write_text(numbers, json.dumps({**result.summary(), **more}, indent=1) + "\n")
-    with confusion.open("w", newline="") as file:
+    as_text: dict[str, Any] = {"newline": "", "encoding": "utf-8", "errors": "backslashreplace"}
+    with confusion.open("w", **as_text) as file:
         table = csv.writer(file)
         table.writerow(["true \\ taken for", *labels])
         for name, row in zip(labels, result.confusion.tolist(), strict=True):
             table.writerow([name, *row])
-    with per_class.open("w", newline="") as file:
+    with per_class.open("w", **as_text) as file:
         table = csv.writer(file)
         table.writerow(["class", "images", "recall", "precision"])
         for name, row in zip(labels, result.per_class(), strict=True):

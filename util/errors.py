@@ -11,6 +11,8 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import ParamSpec, TypeVar
 
+from util.console import print_text
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -77,7 +79,7 @@ def command(main: Callable[P, R]) -> Callable[P, R]:
             return main(*args, **kwargs)
         except (BadInput, RunFailed, Stopped) as error:
             kind = "stopped" if isinstance(error, Stopped) else "error"
-            print(f"{kind}: {error}", file=sys.stderr, flush=True)
+            print_text(f"{kind}: {error}", stream=sys.stderr)
             raise SystemExit(error.exit_code) from None
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):

@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from util.checkpoint import LAST, sync_folder
+from util.console import printable, visible, visible_line
 from util.dist import Processes
 from util.errors import BadInput, RunFailed, Stopped
 from util.step import StepResult
@@ -50,7 +51,8 @@ def prepare_folder(folder: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a small file whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
+    # Of a name that is no UTF-8 the bytes are written out; LANG=C has another encoding.
+    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
     os.replace(temporary, path)
     sync_folder(path.parent)
 
@@ -150,16 +152,23 @@ def progress_bar(total: int, initial: int, show: bool) -> tqdm:
 
 def say(text: str) -> None:
     """A line for the reader, which does not tear the progress bar, and for the process's log."""
-    tqdm.write(text, file=sys.stdout)
+    tqdm.write(printable(text, sys.stdout), file=sys.stdout)
     sys.stdout.flush()
     log.info(text)
+
+
+class _VisibleFormatter(logging.Formatter):
+    """Lines for people, as on the terminal; see `util.console`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
 
 
 @contextmanager
 def rank_log(folder: Path, rank: int) -> Iterator[None]:
     """Keep what this process says, and how it ends, in `log-rank{rank}.txt` of the run folder."""
-    handler = logging.FileHandler(folder / f"log-rank{rank}.txt")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    handler = logging.FileHandler(folder / f"log-rank{rank}.txt", encoding="utf-8")
+    handler.setFormatter(_VisibleFormatter("%(asctime)s %(message)s"))
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     log.propagate = False
@@ -216,7 +225,7 @@ class BadImages:
             new = sorted(self.indices - self.listed)
             self.listed = set(self.indices)
             if self.write:
-                lines = [self.describe(i) for i in sorted(self.indices)]
+                lines = [visible_line(self.describe(i)) for i in sorted(self.indices)]
                 write_text(self.path, "".join(f"{line}\n" for line in lines))
                 for i in new:
                     say(f"another image takes the place of {self.describe(i)}")

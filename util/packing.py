@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from util.console import visible_line
 from util.errors import BadInput, RunFailed
 from util.images import BadImage, ImageSource, decode_image
 from util.listing import Names
@@ -346,7 +347,7 @@ def write_bad(root: Path) -> None:
     lines = [line for path in parts for line in json.loads(path.read_text())["bad"]]
     if lines:
         with written(root / BAD_IMAGES) as file:
-            file.write("".join(f"{line}\n" for line in lines).encode("utf-8", "surrogateescape"))
+            file.write("".join(f"{visible_line(line)}\n" for line in lines).encode())
 
 
 def verify(root: Path) -> int:

@@ -279,7 +279,7 @@ def ade_names(path: Path) -> list[str]:
     names = [f"class {i + 1}" for i in range(ADE_CLASSES)]
     if not path.is_file():
         return names
-    for line in path.read_text(errors="replace").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         columns = line.split("\t")
         number = columns[0].strip()
         if len(columns) > 1 and number.isdecimal() and 1 <= int(number) <= ADE_CLASSES:
@@ -306,7 +306,8 @@ def folder(
     files = list_pairs(*folders, FOLDER_LAYOUT)
     listed = root / CLASSES_FILE
     if listed.is_file():
-        names = [line.strip() for line in listed.read_text().splitlines() if line.strip()]
+        text = listed.read_text(encoding="utf-8", errors="surrogateescape")
+        names = [line.strip() for line in text.splitlines() if line.strip()]
         if num_classes not in (None, len(names)):
             raise BadInput(f"--nb_classes {num_classes}, but {listed} names {len(names)} classes")
     else:

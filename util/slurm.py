@@ -33,6 +33,7 @@ from submitit.local.local import LOCAL_REQUEUE_RETURN_CODE
 
 from util.advice import check_settings
 from util.config import number
+from util.console import print_text
 from util.errors import EXIT_STOPPED, BadInput, RunFailed, Stopped
 from util.flag_types import MOST_TASKS, expanded_path
 from util.logger import prepare_folder
@@ -139,7 +140,7 @@ class Training:
             os.environ |= local_places(here, self.port)
         restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         if restarts and here.global_rank == 0:
-            print(f"job {here.job_id} starts again, restart {restarts}", flush=True)
+            print_text(f"job {here.job_id} starts again, restart {restarts}")
         main = importlib.import_module(self.module).main
         try:
             # Without its wrapper, which makes exit codes of errors: submitit would miss them.
@@ -179,14 +180,14 @@ def leave(here: submitit.JobEnvironment, stopped: Stopped) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     first = here.global_rank == 0
     if first:
-        print(f"stopped: {stopped}", flush=True)
+        print_text(f"stopped: {stopped}")
     again = stopped.signal in (signal.SIGUSR1, signal.SIGUSR2)
     if here.name() == "local":
         raise SystemExit(LOCAL_REQUEUE_RETURN_CODE if again else EXIT_STOPPED)
     if first:
         job = here.raw_job_id
         if not again and not being_preempted(job):
-            print(f"job {job} was told to end; Slurm decides whether it comes back", flush=True)
+            print_text(f"job {job} was told to end; Slurm decides whether it comes back")
             raise SystemExit(EXIT_STOPPED)
         requeue(job)
     time.sleep(KILLED_WITHIN)
@@ -219,7 +220,7 @@ def requeue(job: str) -> None:
             f"the checkpoint is written, but job {job} cannot be queued again: "
             f"{answer.stderr.strip()}; submit the same command, with the same --job_dir, to go on"
         )
-    print(f"requeued job {job}; it goes on from the checkpoint when Slurm starts it", flush=True)
+    print_text(f"requeued job {job}; it goes on from the checkpoint when Slurm starts it")
 
 
 def ask(*command: str) -> subprocess.CompletedProcess[str]:
@@ -287,7 +288,7 @@ def submit(main: ModuleType, argv: Sequence[str] | None) -> None:
                 planned.append(f"--dry_run_processes={job.nodes * tasks_of(job)}")
             planned.append(f"--output_dir={run_folder}")
             main.main.__wrapped__(planned)
-            print()
+            print_text()
         describe(training, code, executor)
         return
 
@@ -437,7 +438,7 @@ def check_cluster(job: argparse.Namespace) -> None:
     """
     if shutil.which("sbatch") is None or shutil.which("srun") is None:
         if job.dry_run:
-            print("not checked against a cluster: no sbatch and srun on the PATH")
+            print_text("not checked against a cluster: no sbatch and srun on the PATH")
             return
         raise BadInput(
             "no sbatch and srun on the PATH: submit from a machine of the cluster that has them, "
@@ -447,7 +448,7 @@ def check_cluster(job: argparse.Namespace) -> None:
     if answer.returncode:
         reason = f"Slurm does not answer: {' '.join(answer.stderr.split())}"
         if job.dry_run:
-            print(f"not checked against the cluster: {reason}")
+            print_text(f"not checked against the cluster: {reason}")
             return
         raise BadInput(reason)
     rows = [line.split("|") for line in answer.stdout.split()]
@@ -486,17 +487,17 @@ def gpus_of(resources: str) -> int:
 
 def describe(training: Training, code: Path, executor: Any) -> None:
     """What would be submitted."""
-    print("dry run: nothing is submitted, nothing is written")
-    print(f"command  {training.module}.py {shlex.join(training.argv)}")
-    print(f"in       {training.folder}")
-    print(f"code     {code}")
-    print(f"folder   {executor.folder}")
+    print_text("dry run: nothing is submitted, nothing is written")
+    print_text(f"command  {training.module}.py {shlex.join(training.argv)}")
+    print_text(f"in       {training.folder}")
+    print_text(f"code     {code}")
+    print_text(f"folder   {executor.folder}")
     for name, value in sorted(executor.parameters.items()):
-        print(f"  {name}: {value}")
+        print_text(f"  {name}: {value}")
     if isinstance(executor, submitit.SlurmExecutor):
         # Methods that submitit keeps to itself: it has no public way to see the file first.
         command = executor._submitit_command_str
-        print(f"\n{executor._make_submission_file_text(command, uid='dry-run')}", end="")
+        print_text(f"\n{executor._make_submission_file_text(command, uid='dry-run')}", end="")
 
 
 def tell(
@@ -505,15 +506,17 @@ def tell(
     """Number, places, and what to type next."""
     number_of, paths = submitted.job_id, submitted.paths
     per_task = "a GPU" if job.ngpus else "CPUs only"
-    print(
+    print_text(
         f"job      {number_of}: {job.nodes} node{'s' * (job.nodes > 1)} x {tasks_of(job)} "
         f"task{'s' * (tasks_of(job) > 1)}, {per_task} each; at most {job.timeout} minutes at a time"
     )
-    print(f"run      {run_folder}")
-    print(f"code     {code}")
-    print(f"log      {paths.stdout}\nerrors   {paths.stderr}")
-    print(f"follow   tail -F {shlex.quote(str(paths.stdout))} {shlex.quote(str(paths.stderr))}")
+    print_text(f"run      {run_folder}")
+    print_text(f"code     {code}")
+    print_text(f"log      {paths.stdout}\nerrors   {paths.stderr}")
+    print_text(
+        f"follow   tail -F {shlex.quote(str(paths.stdout))} {shlex.quote(str(paths.stderr))}"
+    )
     if job.local:
-        print(f"state    ps -p {number_of}\ncancel   kill {number_of}", flush=True)
+        print_text(f"state    ps -p {number_of}\ncancel   kill {number_of}")
     else:
-        print(f"state    squeue -j {number_of}\ncancel   scancel {number_of}", flush=True)
+        print_text(f"state    squeue -j {number_of}\ncancel   scancel {number_of}")

@@ -11,6 +11,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from util.console import visible
 from util.errors import BadInput
 from util.metrics import mask_pixels
 from util.patches import Pair
@@ -191,7 +192,7 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 def _legible(text: str) -> str:
     """The text in characters that the font has; one that has no plain spelling becomes "?"."""
     plain = ""
-    for char in text.translate(SPELLING):
+    for char in visible(text).translate(SPELLING):
         if char.isascii() or char in IN_FONT:
             plain += char
         elif not unicodedata.combining(char):

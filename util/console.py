@@ -1,0 +1,48 @@
+"""Text for people: printed so that nothing in it can command the terminal or fail to be encoded.
+
+File names, class names and decoders' messages come from outside. They may hold escape sequences,
+and bytes that are no UTF-8, which Python keeps as lone surrogates.
+"""
+
+import re
+import sys
+from typing import TextIO
+
+# Control characters (C0 without tab and newline, DEL, C1), line separators, marks that reverse the
+# direction of writing, and surrogates.
+_UNSAFE = "\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff"
+_IN_TEXT = re.compile(f"[{_UNSAFE}]")
+_IN_LINE = re.compile(f"[{_UNSAFE}\t\n]")
+_ESCAPED_BYTE = 0xDC00  # surrogateescape: byte b is U+DC00 + b
+
+
+def visible(text: str) -> str:
+    """A text of several lines with its control characters written out: ESC as \\x1b.
+
+    A byte of a file name that is no UTF-8 becomes \\xNN as well. Other characters stay.
+    """
+    return _IN_TEXT.sub(_written_out, text)
+
+
+def visible_line(text: str) -> str:
+    """`visible` for a line of a list, which a name with a newline in it must not break."""
+    return _IN_LINE.sub(_written_out, text)
+
+
+def _written_out(match: re.Match[str]) -> str:
+    code = ord(match.group())
+    if _ESCAPED_BYTE + 0x80 <= code <= _ESCAPED_BYTE + 0xFF:
+        code -= _ESCAPED_BYTE
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+
+
+def printable(text: str, stream: TextIO) -> str:
+    """`visible`, with \\uNNNN for what the stream's encoding lacks (LANG=C)."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return visible(text).encode(encoding, "backslashreplace").decode(encoding)
+
+
+def print_text(text: str = "", *, stream: TextIO | None = None, end: str = "\n") -> None:
+    """Print a text for people and flush; the default stream is standard output."""
+    stream = sys.stdout if stream is None else stream
+    print(printable(text, stream), file=stream, end=end, flush=True)

@@ -766,7 +766,7 @@ FAULTS: dict[str, Callable[[], Exception | None]] = {
 def test_a_download_that_breaks_leaves_nothing(
     fault: str, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("util.checkpoint.urlopen", lambda *_, **__: Response(FAULTS[fault]()))
+    monkeypatch.setattr("util.fetch.urlopen", lambda *_, **__: Response(FAULTS[fault]()))
     with pytest.raises(BadInput, match=r"example\.org/mae/weights\.pth"):
         local_file(ADDRESS)
     assert [p for p in cache.rglob("*") if p.is_file()] == []
@@ -778,7 +778,7 @@ def test_a_refused_download_is_asked_for_again(
     def refuse(*_: Any, **__: Any) -> None:
         raise urllib.error.HTTPError(ADDRESS, 404, "Not Found", email.message.Message(), None)
 
-    monkeypatch.setattr("util.checkpoint.urlopen", refuse)
+    monkeypatch.setattr("util.fetch.urlopen", refuse)
     with pytest.raises(BadInput, match=r"example\.org/mae/weights\.pth: HTTP Error 404: Not Found"):
         local_file(ADDRESS)
 

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any, BinaryIO
-from urllib.request import urlopen
 
 import torch
 
 from util.errors import BadInput, needs
+from util.fetch import download
 
 MAGIC = b"mmae-sha256:"
 COMMENT = len(MAGIC) + 64
@@ -218,24 +218,10 @@ def local_file(path: str) -> Path:
             root.mkdir(parents=True, exist_ok=True)
             download(path, temporary)
             temporary.replace(root / name)
-        except (OSError, HTTPException) as error:
+        except (OSError, HTTPException, ValueError) as error:  # the last of odd addresses
             temporary.unlink(missing_ok=True)
             raise BadInput(f"cannot fetch {path}: {error}") from error
     return root / name
-
-
-def download(address: str, to: Path) -> None:
-    """Fetch a file.
-
-    Raises:
-        OSError, HTTPException: it could not be fetched whole.
-    """
-    with urlopen(address, timeout=60) as response, to.open("wb") as file:
-        shutil.copyfileobj(response, file)
-        expected, size = response.info().get("Content-Length"), file.tell()
-    # http.client reads a body that ends too early in silence.
-    if expected is not None and size != int(expected):
-        raise OSError(f"only {size} of {expected} bytes came")
 
 
 def refusal(error: Exception) -> str:

@@ -5,6 +5,7 @@ import hashlib
 import os
 import pickle
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -583,6 +584,21 @@ def test_read_idx_names_a_broken_file(tmp_path, case):
     with pytest.raises(BadInput) as caught:
         read_idx(path, ndim=3)
     assert str(path) in str(caught.value)
+
+
+def test_read_idx_unpacks_no_bomb(tmp_path):
+    path = tmp_path / "bomb.gz"
+    path.write_bytes(gzip.compress(idx_bytes(np.zeros(10)) + bytes(1 << 26), 9))
+    tracemalloc.start()
+    try:
+        with pytest.raises(BadInput, match="holds more bytes, but its sizes"):
+            read_idx(path, ndim=1)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 22
+    finally:
+        tracemalloc.stop()
+    path.write_bytes(gzip.compress(bytes([0, 0, 8, 3]) + b"\xff" * 12))
+    with pytest.raises(BadInput, match="4294967295 x 4294967295 x 4294967295 bytes; at most"):
+        read_idx(path, ndim=3)
 
 
 def test_read_idx_names_a_missing_file(tmp_path):

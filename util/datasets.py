@@ -6,6 +6,7 @@ A new data set is one builder and one line in `DATASETS`. Keep long listings in 
 
 import difflib
 import gzip
+import math
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -108,6 +109,9 @@ def find_idx(folder: Path, name: str) -> Path:
     return folder / name if (folder / name).is_file() else folder / f"{name}.gz"
 
 
+MOST_IDX = 2**30  # bytes; the largest set of the family, EMNIST, holds 638 million
+
+
 def read_idx(path: Path, ndim: int) -> np.ndarray:
     """Read an idx file of bytes (the MNIST family's format), gzipped where its name ends in .gz.
 
@@ -118,20 +122,30 @@ def read_idx(path: Path, ndim: int) -> np.ndarray:
         BadInput: missing, truncated, corrupt, too long, or of another type or shape.
     """
     opener: Callable = gzip.open if path.suffix == ".gz" else open
+    start = 4 + 4 * ndim
     try:
         with opener(path, "rb") as file:
-            data = file.read()
+            head = file.read(start)
+            # Magic: two zero bytes, 8 for unsigned bytes, the number of dimensions; then
+            # big-endian sizes.
+            if head[:4] != bytes([0, 0, 8, ndim]) or len(head) < start:
+                raise BadInput(
+                    f"{path} is no idx file of bytes in {ndim} dimensions (first {head[:4]!r})"
+                )
+            shape = tuple(int(n) for n in np.frombuffer(head, ">u4", count=ndim, offset=4))
+            expected = math.prod(shape)
+            if expected > MOST_IDX:
+                raise BadInput(
+                    f"{path} says that it holds {' x '.join(map(str, shape))} bytes; at most "
+                    f"{MOST_IDX:,} are read"
+                )
+            data = file.read(expected + 1)  # no more: of a gzip file a few MB may become GB
     except (OSError, EOFError, zlib.error) as error:
         raise BadInput(f"cannot read {path}: {error}; fetch the file again") from error
-    start = 4 + 4 * ndim
-    # Magic: two zero bytes, 8 for unsigned bytes, the number of dimensions; then big-endian sizes.
-    if data[:4] != bytes([0, 0, 8, ndim]) or len(data) < start:
-        raise BadInput(f"{path} is no idx file of bytes in {ndim} dimensions (first {data[:4]!r})")
-    shape = tuple(int(n) for n in np.frombuffer(data, ">u4", count=ndim, offset=4))
-    expected = start + int(np.prod(shape, dtype=np.int64))
     if len(data) != expected:
-        raise BadInput(f"{path} holds {len(data)} bytes, but its sizes {shape} need {expected}")
-    return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
+        found = start + len(data) if len(data) < expected else "more"
+        raise BadInput(f"{path} holds {found} bytes, but its sizes {shape} need {start + expected}")
+    return np.frombuffer(data, np.uint8).reshape(shape)
 
 
 SYNTHETIC_LENGTH = {"train": 256, "val": 64}

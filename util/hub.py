@@ -15,6 +15,8 @@ from util.images import (
     ImageSource,
     PathLike,
     decode_image,
+    faults_of,
+    open_at_once,
     read_image,
 )
 from util.jpeg import decode_pixels, read_pixels
@@ -67,8 +69,11 @@ class HubSource(ImageSource):
 
     def encoded(self, index: int) -> tuple[bytes, int]:
         content = self.data[index][self.column]
-        data = content["bytes"]
-        return Path(content["path"]).read_bytes() if data is None else data, int(self.labels[index])
+        data, path = content["bytes"], content["path"]
+        if data is None:
+            with faults_of(path), open_at_once(path) as file:
+                data = file.read()
+        return data, int(self.labels[index])
 
 
 def hugging_face(split: str, place: PathLike) -> ImageSource:

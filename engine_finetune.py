@@ -15,6 +15,7 @@ from util.accuracy import Accuracy, AccuracyMeter
 from util.dist import Processes
 from util.errors import RunFailed
 from util.images import ImageSource
+from util.loading import say_conversions
 from util.logger import StepReport, say
 from util.randomness import EvalSampler, seed_of, seeded
 from util.replace import refuse_bad
@@ -145,6 +146,7 @@ def evaluate(
         meter.update(model(normalize(images, mean, std)), labels)
         bad += batch["bad"].flatten().tolist()
     refuse_bad(bad, gather)
+    say_conversions(loader, gather)
     return meter.total(sum_over_ranks)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from util.confusion import ConfusionMeter, Segmentation
 from util.errors import BadInput, RunFailed
 from util.label_maps import IGNORE
+from util.loading import say_conversions
 from util.logger import StepReport
 from util.randomness import seed_of, seeded
 from util.replace import refuse_bad
@@ -273,6 +274,7 @@ def evaluate(
         meter.update(classes.masked_fill(no_class, 0), label)
         bad += batch["bad"].flatten().tolist()
     refuse_bad(bad, gather)
+    say_conversions(loader, gather)
     if pixels := int(sum_over_ranks(broken)):
         raise RunFailed(f"the logits of {pixels} pixels are not finite numbers")
     meter.reduce(sum_over_ranks)

@@ -172,7 +172,7 @@ def read_segmenter(args: argparse.Namespace) -> tuple[UperNet, dict[str, Any]] |
         raise BadInput("--input_size resizes encoders (--part encoder); a segmenter takes any size")
     model, rest = segmenter_of(state, args.checkpoint, args.model, args.num_heads)
     for line in assumptions(rest, args.checkpoint):
-        print(line)
+        print_text(line)
     return model, rest
 
 
@@ -247,7 +247,7 @@ def read_source(args: argparse.Namespace) -> Source:
         # How a model was trained does not belong to its weights.
         arguments |= {"drop_path": 0.0}
     for line in assumptions(state, path):
-        print(line)
+        print_text(line)
     lost = losses_of(state, part, other="other" if args.ema else "averaged (--ema)")
     return Source(model.eval(), arguments, state, part, state.get("norm_eps", EPS), lost)
 

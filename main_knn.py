@@ -30,6 +30,7 @@ from util.errors import BadInput, command
 from util.flag_types import MOST_IN_BATCH, expanded_path
 from util.images import ImageSource, Subset
 from util.knn import Bank, neighbours, rank_of, unit, vote
+from util.loading import say_conversions
 from util.logger import prepare_folder, progress_bar, rank_log, say, write_text
 from util.randomness import EvalSampler, evenly
 from util.replace import fault_of
@@ -284,6 +285,7 @@ def extract(
             bank.features[rows], bank.number[rows], bank.label[rows] = unit(features), index, label
             done = rows.stop
             bar.update()
+    say_conversions(loader, procs.gather)
     if not all(procs.gather(labelled)):
         raise BadInput(f"{source.name} has images without a label in {source.split}")
     if not all(procs.gather(finite)):

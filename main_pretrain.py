@@ -72,6 +72,7 @@ from util.dry_run_report import describe
 from util.errors import BadInput, command, needs
 from util.flag_types import MOST_BLOCKS, MOST_CHANNELS, MOST_WIDTH
 from util.images import ImageSource, Subset
+from util.loading import say_conversions
 from util.logger import RunLogger, say
 from util.masking import STANDARD, count_visible
 from util.memory import create_in_memory
@@ -547,6 +548,8 @@ def pretrain(args: argparse.Namespace, procs: Processes, warnings: Sequence[str]
                             )
                             for part in parts
                         ]
+                        for part in parts:
+                            say_conversions(part.loader, procs.gather)
                         report(run.logger, parts, tables, step, epoch)
                     if drawing and procs.main:
                         title = f"{args.model} ({args.method}) after epoch {epoch}, held-out images"

@@ -71,6 +71,7 @@ from util.flag_types import MOST_CLASSES, MOST_LSCALE, MOST_SIDE, MOST_WIDTH, ex
 from util.folders import image_files
 from util.label_maps import overlay, save_label_map
 from util.label_values import label_pair, listed
+from util.loading import say_conversions
 from util.logger import prepare_folder, say, write_text
 from util.memory import create_in_memory
 from util.optim import create_adamw, layer_decay_groups
@@ -570,7 +571,7 @@ def predict_files(
         image = np.asarray(source[index][0])
         mixed = torch.from_numpy(overlay(image, label_map, source.colours)).permute(2, 0, 1)
         save_png(folder / "overlays" / names[index], to_picture(mixed))
-    procs.barrier()
+    say_conversions(loader, procs.gather)
     if procs.main:
         write_text(folder / "classes.txt", "".join(f"{name}\n" for name in source.classes))
         say(f"{len(source)} images: {folder}/maps (class indices), overlays; classes.txt")

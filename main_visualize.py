@@ -31,12 +31,14 @@ from util.advice import check_settings, say_warnings, warn_of_flags
 from util.assumed import assumptions
 from util.config import FlagParser, add_heads_flag, number
 from util.console import print_text
+from util.conversions import describe, take
 from util.datasets import DATASETS, DEFAULT, build_dataset, place_of
 from util.dist import choose_device
 from util.errors import BadInput, command
 from util.flag_types import MOST_WIDTH, expanded_path
 from util.folders import image_files
 from util.images import IMAGENET_MEAN, IMAGENET_STD, read_image
+from util.loading import say_conversions
 from util.logger import prepare_folder, write_text
 from util.masking import ORDERS, STANDARD, STRATEGIES
 from util.metrics import masked_psnr
@@ -159,6 +161,7 @@ def measure(
         table = evaluate(
             model, loader, masker, mean=mean, std=std, device=device, sum_over_ranks=torch.clone
         )
+        say_conversions(loader, lambda found: [found])
         result |= flat(table, prefix) | ({"own_mask": masker.words} if prefix else {})
         print_text(f"{masker.words} masks{', as the run trained' if prefix else ''}:")
         print_text("\n".join(lines_of(table)))
@@ -198,7 +201,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         mean = [sum(IMAGENET_MEAN) / 3] if gray else IMAGENET_MEAN
         std = [sum(IMAGENET_STD) / 3] if gray else IMAGENET_STD
     for line in assumptions(state, args.checkpoint, "ImageNet's mean and deviation"):
-        print(line)
+        print_text(line)
 
     # ------------------------------------------------------------------------------ masks
     given, own = mask_settings(args, state)
@@ -216,6 +219,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     masker = masker_of(own | given, model)
 
     # ----------------------------------------------------------------------------- images
+    take()  # what other readers noted is not these images'
     names, images = gather_images(args, model)
     draws = [
         masker.strategy.draw(model.grid, generator_of(args.seed, "mask", 0, i, 0))
@@ -248,7 +252,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for number_, (name, row) in enumerate(zip(names, rows, strict=True)):
         save_panels(folder / "panels", f"{number_:03d}-{Path(name).stem}", row)
     print_text(f"masked {masker.words}")
-    print_text("\n".join(captions))
+    print_text("\n".join([*describe(take()), *captions]))
     print_text(f"grid    {folder / 'grid.png'}\npanels  {folder / 'panels'}")
 
 

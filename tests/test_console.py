@@ -12,6 +12,7 @@ from launch import ROOT
 from PIL import Image
 
 from util.console import print_text, visible, visible_line
+from util.conversions import Tally
 from util.errors import EXIT_BAD_INPUT
 from util.logger import BadImages, rank_log, say
 
@@ -61,7 +62,12 @@ def test_what_a_run_says_and_logs_is_visible(tmp_path, capsys):
 def test_names_that_are_no_utf8_are_listed_among_bad_images(tmp_path, capsys):
     names = [NO_UTF8, "two\nlines", CLEAR]
     bad = BadImages(
-        tmp_path / "bad.txt", lambda i: f"{names[i]}: cut", 9, lambda x: [x], write=True
+        tmp_path / "bad.txt",
+        lambda i: f"{names[i]}: cut",
+        9,
+        lambda x: [x],
+        tally=Tally(),
+        write=True,
     )
     bad.note(range(3))
     assert bad.agree() == 3

@@ -3,19 +3,34 @@
 import errno
 import os
 import pickle
+import tracemalloc
 import warnings
+import zlib
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from odd_files import GRAYS, bad_files, encoded, good_files, odd_files, quarters
+from odd_files import (
+    GRAYS,
+    bad_files,
+    chunk,
+    encoded,
+    good_files,
+    odd_files,
+    png,
+    png_rows,
+    quarters,
+    tiff,
+)
 from PIL import Image, ImageFile
 
 import util.images as images
 from util.datasets import build_dataset
 from util.errors import BadInput
-from util.images import BadImage, read_image
+from util.images import MOST_BYTES, BadImage, read_image
+from util.jpeg import read_pixels
 from util.transforms import PretrainTransform
 
 GOOD, BAD = good_files(), bad_files()
@@ -78,7 +93,41 @@ def test_a_float_image_without_a_range_is_no_error(tmp_path, value, level):
     assert (np.asarray(read_image(tmp_path / "flat.tif", 1)) == level).all()
 
 
+def test_a_photograph_of_a_hundred_megapixels_is_read(tmp_path):
+    data = png((10_000, 10_001), 1, 0, (b"\0" + b"\xff" * 1250) * 10_001)
+    (tmp_path / "large.png").write_bytes(data)
+    image = read_image(tmp_path / "large.png", 1)
+    assert image.size == (10_000, 10_001) and image.getextrema() == (255, 255)
+
+
 # --- Bad files ---
+
+
+def test_bombs_inside_an_image_are_refused_or_left_packed(tmp_path):
+    """Texts and profiles of a hundred MB in a few KB, and a tile larger than its picture."""
+    pixels = png_rows(np.zeros((4, 4), np.uint8))
+    zeros = zlib.compress(bytes(100 << 20), 9)
+    path = tmp_path / "x.png"
+    for kind, head in ((b"zTXt", b"k\0\0"), (b"iCCP", b"k\0\0"), (b"iTXt", b"k\0\1\0\0\0")):
+        path.write_bytes(png((4, 4), 8, 0, pixels, chunk(kind, head + zeros)))
+        tracemalloc.start()
+        with suppress(BadImage):
+            assert read_image(path, 1).size == (4, 4)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 24, kind
+        tracemalloc.stop()
+    tile = {322: 65_520, 323: 65_520, 324: 8, 325: 16}
+    (tmp_path / "x.tif").write_bytes(tiff((4, 4), bytes(16), tile))
+    with pytest.raises(BadImage, match="exceeds limit"):
+        read_image(tmp_path / "x.tif", 1)
+
+
+def test_a_file_too_large_to_read_is_bad(tmp_path):
+    path = tmp_path / "x.jpg"
+    path.write_bytes(b"\xff\xd8\xff")
+    os.truncate(path, MOST_BYTES + 1)  # sparse
+    for read in (read_image, read_pixels):
+        with pytest.raises(BadImage, match="exceeds limit"):
+            read(path, 3)
 
 
 @pytest.mark.parametrize("name", BAD)

@@ -146,17 +146,6 @@ def test_colours_are_those_of_pascal_voc() -> None:
     assert overlay(gray, label, palette(2))[0, 0].tolist() == [114, 50, 50]
 
 
-def test_a_fault_in_a_loading_process_is_one_message() -> None:
-    """torch hands over `Caught BadPair in ...` with the traceback around the message."""
-    text = "Caught BadPair in DataLoader worker process 0.\nOriginal Traceback:\n"
-    assert str(BadPair(f"{text}util.label_maps.BadPair: the mask m.png is bad\n")) == (
-        "the mask m.png is bad"
-    )
-    assert str(pickle.loads(pickle.dumps(BadPair("the mask m.png is bad")))) == (
-        "the mask m.png is bad"
-    )
-
-
 # ---- Pairs of files ----------------------------------------------------------------------------
 
 

@@ -9,11 +9,13 @@ from contextlib import contextmanager
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageCms, ImageFile, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from util.conversions import Conversion, note
 from util.errors import BadInput
+from util.pixels import opaque, refuse_bands, stored_deep
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -214,7 +216,13 @@ FILE_FAULTS = {
     None, errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ELOOP,
     errno.ENAMETOOLONG, errno.ENXIO, errno.EIO,
 }  # fmt: skip
-BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # TIFF 6.0, section 8
+TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+TILE_WIDTH, TILE_LENGTH = 322, 323  # TIFF 6.0, section 15
+# An image of more is refused before it is decoded: a file of a few MB could hold 100 times as many.
+# 4 bytes each while it is decoded; Pillow raises at the same number.
+MOST_PIXELS = 2 * 89_478_485
+# Files are read whole into memory; 8 bytes a pixel (RGBA of 16 bits, uncompressed) fit.
+MOST_BYTES = 8 * MOST_PIXELS
 ORIENTATION = 0x0112  # of EXIF, and what brings it upright
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
@@ -239,23 +247,27 @@ class BadImage(BadInput):
         return f"cannot read the image {self.path}: {self.reason}; replace the file or remove it"
 
 
-def read_image(path: PathLike, channels: int) -> Image.Image:
+def read_image(path: PathLike, channels: int, *, paired: bool = False) -> Image.Image:
     """Decode one file to mode L or RGB, as a viewer shows it.
 
     That is: of several frames or pages the first; turned upright by its EXIF orientation; what is
     transparent on white; 16 bits scaled to 8, and 32 bits or floats, which have no white of
-    their own, from their darkest to their brightest value (floats within 0..1 as they are).
-    Embedded colour profiles are not applied, as in every ImageNet pipeline.
+    their own, from their darkest to their brightest value (floats within 0..1 as they are). Each
+    `Conversion` among these is noted. Embedded colour profiles are not applied, as in every
+    ImageNet pipeline.
 
     JPEG has no checksums: damage inside a file that still has its end decodes to a wrong picture.
 
+    Args:
+        paired: a label map belongs to it, so that being turned is noted as well.
+
     Raises:
-        BadImage: missing, unreadable, no image in `FORMATS`, truncated, damaged, or larger than
-            `PIL.Image.MAX_IMAGE_PIXELS`.
+        BadImage: missing, unreadable, no image in `FORMATS`, truncated, damaged, of more than
+            `MOST_PIXELS`, or with bands beside its colours that are no alpha.
         OSError: the machine could not read it (too many open files, a lost mount, ...).
     """
     with faults_of(path), open_at_once(path) as file:
-        return _decode(file).convert(MODES[channels])
+        return _decode(file, path, paired).convert(MODES[channels])
 
 
 def decode_image(
@@ -263,7 +275,7 @@ def decode_image(
 ) -> Image.Image:
     """`read_image` of a file's contents; name is the file's, for the message."""
     with faults_of(name):
-        return _decode(io.BytesIO(data)).convert(MODES[channels])
+        return _decode(io.BytesIO(data), name).convert(MODES[channels])
 
 
 def read_stored(path: PathLike) -> Image.Image:
@@ -277,6 +289,8 @@ def read_stored(path: PathLike) -> Image.Image:
         image = _open(file)
         tiles = getattr(image, "tile", [])  # of an image that is not loaded yet
         stretched = {"L;2": 85, "L;4": 17}.get(tiles[0][3] if tiles else "", 1)
+        if getattr(image, "is_animated", False):
+            note([Conversion.FIRST_FRAME], os.fspath(path))
         image.load()
         return image if stretched == 1 else image.point(lambda level: level // stretched)
 
@@ -287,7 +301,8 @@ def faults_of(path: PathLike) -> Iterator[None]:
     ImageFile.LOAD_TRUNCATED_IMAGES = False  # a library that set it would have us train on gray
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            # `_open` has a bound of its own, below which Pillow already warns.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             # Of metadata that do not matter here, once per image and worker.
             warnings.simplefilter("ignore", UserWarning)
             yield
@@ -300,21 +315,33 @@ def faults_of(path: PathLike) -> Iterator[None]:
 
 
 def open_at_once(path: PathLike) -> BinaryIO:
-    """Open to read; without the flag, opening a named pipe waits for its writer, for ever."""
+    """Open to read; without the flag, opening a named pipe waits for its writer, for ever.
+
+    Raises:
+        ValueError: it holds more than `MOST_BYTES`.
+        OSError: it cannot be opened.
+    """
     return open(path, "rb", opener=_without_waiting)
 
 
 def _without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    handle = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    if (size := os.fstat(handle).st_size) > MOST_BYTES:
+        os.close(handle)
+        raise ValueError(f"a file of {size:,} bytes exceeds limit of {MOST_BYTES:,}")
+    return handle
 
 
-def _decode(file: BinaryIO) -> Image.Image:
+def _decode(file: BinaryIO, name: PathLike, paired: bool = False) -> Image.Image:
     """The picture in a file, upright and opaque, in a mode that converts to L and RGB.
 
-    Raises whatever Pillow does.
+    What was done to it is noted under its name. Raises whatever Pillow does.
     """
     image = _open(file)
+    refuse_bands(image)
     pixels_at = file.tell()
+    # Before it is loaded: some readers look for the second frame then, and forget the first.
+    several, deep = getattr(image, "is_animated", False), stored_deep(image)
     image.load()
     if image.format == "JPEG":
         # Where a crash or a broken copy left zeros, the decoder may find pixels in them.
@@ -323,7 +350,10 @@ def _decode(file: BinaryIO) -> Image.Image:
             raise ValueError("no end-of-image marker: its tail was never written")
     # Not ImageOps.exif_transpose: it also rewrites the other tags, and stumbles over broken ones.
     turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
-    image = _opaque(image)
+    image, done = opaque(image, deep)
+    done |= {Conversion.FIRST_FRAME} if several else set()
+    done |= {Conversion.TURNED_PAIR} if paired and turn is not None else set()
+    note(done, os.fspath(name))
     return image if turn is None else image.transpose(turn)
 
 
@@ -336,7 +366,13 @@ def _open(file: BinaryIO) -> Image.Image:
         file.seek(0)
         start = file.read(16)
         found = f"no image of a known kind, its first bytes are {start!r}"
+        if start[:4] in TIFF_STARTS:
+            found = "a TIFF of bands or bits that cannot be read; save it as RGB or gray of 8 bits"
         raise ValueError(found if start else "the file is empty") from None
+    tags = getattr(image, "tag_v2", {})
+    tile = int(tags.get(TILE_WIDTH, 0)) * int(tags.get(TILE_LENGTH, 0))
+    if (pixels := max(image.width * image.height, tile)) > MOST_PIXELS:
+        raise ValueError(f"an image of {pixels:,} pixels exceeds limit of {MOST_PIXELS:,}")
     if image.format == "PNG":
         image.verify()  # Pillow's decoder leaves the checksums of the pixels unread
         file.seek(0)
@@ -344,38 +380,3 @@ def _open(file: BinaryIO) -> Image.Image:
         if image.mode == "P" and image.palette is None:
             raise ValueError("a palette image without a palette")
     return image
-
-
-def _opaque(image: Image.Image) -> Image.Image:
-    """The same in a mode that converts to L and RGB, with white where it was transparent."""
-    if image.mode[0] in "IF":
-        return _eight_bits(image)
-    if image.mode == "LAB":
-        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-        return ImageCms.buildTransform(lab, srgb, "LAB", "RGB").apply(image)
-    if image.mode[-1] in "Aa" or "transparency" in image.info:
-        image = image.convert("LA") if image.mode == "La" else image
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image
-
-
-@np.errstate(invalid="ignore")  # NaN and infinity
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """Gray of modes I;16, I and F to mode L."""
-    values = np.asarray(image).astype(np.float64)
-    tags = getattr(image, "tag_v2", {})
-    if image.mode != "F" and (image.mode != "I" or image.format in ("PNG", "PPM")):
-        low, high = 0.0, 2.0 ** tags.get(BITS_PER_SAMPLE, (16,))[0] - 1
-    else:
-        finite = values[np.isfinite(values)]
-        low, high = finite.min(initial=np.inf), finite.max(initial=-np.inf)
-        if image.mode == "F" and low >= 0 and high <= 1:
-            low, high = 0.0, 1.0
-    if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:
-        low, high = high, low
-    share = (values - low) / ((high - low) or 1.0)
-    levels = np.round(255 * np.clip(np.nan_to_num(share, nan=0.0), 0, 1)).astype(np.uint8)
-    if "transparency" in image.info:
-        levels[values == image.info["transparency"]] = 255
-    return Image.fromarray(levels)

@@ -5,7 +5,6 @@ resampling then has its vectorised code for three bytes per pixel at hand.
 """
 
 import struct
-import sys
 import warnings
 from dataclasses import dataclass
 
@@ -15,7 +14,14 @@ from PIL import Image
 from torch import Tensor
 
 from util.errors import BadInput
-from util.images import PathLike, decode_image, faults_of, open_at_once, read_image
+from util.images import (
+    MOST_PIXELS,
+    PathLike,
+    decode_image,
+    faults_of,
+    open_at_once,
+    read_image,
+)
 
 Data = bytes | bytearray | memoryview
 
@@ -72,8 +78,7 @@ def decode_pixels(data: Data, name: PathLike, channels: int) -> Tensor:
         name: the file's, for the message.
     """
     header = plain_header(data)
-    limit = Image.MAX_IMAGE_PIXELS or sys.maxsize
-    if header and header.pixels <= limit and channels >= header.components:
+    if header and header.pixels <= MOST_PIXELS and channels >= header.components:
         try:
             image = decode_jpeg(data, channels)
         except RuntimeError:

@@ -19,14 +19,7 @@ OVERLAY_SHARE = 0.5
 
 
 class BadPair(BadInput):
-    """An image and a label map that cannot be learnt from; the message names the file.
-
-    A loading process hands an exception over as text with its traceback around it; people get the
-    message alone.
-    """
-
-    def __init__(self, text: str) -> None:
-        super().__init__(text.rstrip().rsplit(f"{type(self).__name__}: ", 1)[-1])
+    """An image and a label map that cannot be learnt from; the message names the file."""
 
 
 def read_label_map(path: PathLike) -> np.ndarray:

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from util.checkpoint import LAST, sync_folder
 from util.console import printable, visible, visible_line
+from util.conversions import Tally
 from util.dist import Processes
 from util.errors import BadInput, RunFailed, Stopped
 from util.step import StepResult
@@ -193,6 +194,7 @@ class BadImages:
         describe: index to path and fault.
         limit: more bad images than this end the run.
         gather: a thing of every process, for all of them.
+        tally: the conversions of those that could.
         write: True in the main process.
     """
 
@@ -203,10 +205,11 @@ class BadImages:
         limit: int,
         gather: Callable[[Any], list[Any]],
         *,
+        tally: Tally,
         write: bool,
     ) -> None:
         self.path, self.describe, self.limit = path, describe, limit
-        self.gather, self.write = gather, write
+        self.gather, self.write, self.tally = gather, write, tally
         self.indices: set[int] = set()
         self.listed: set[int] = set()
 
@@ -217,9 +220,14 @@ class BadImages:
     def agree(self) -> int:
         """Unite the lists of all processes, write them, return how many. A collective.
 
+        Kinds of conversions that were not met before are said.
+
         Raises:
             RunFailed: more than the limit, on every process.
         """
+        for line in self.tally.news(self.gather):
+            if self.write:
+                say(line)
         self.indices = set().union(*self.gather(self.indices))
         if self.indices != self.listed:
             new = sorted(self.indices - self.listed)

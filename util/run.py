@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from util import checkpoint as ckpt
+from util.conversions import tally_of
 from util.dist import Agreement, Processes, peers_lost
 from util.errors import Stopped
 from util.logger import (
@@ -113,6 +114,7 @@ class Run:
             lambda i: f"{source.file_name(i)}: {fault_of(source, i)}",
             max_bad_images,
             procs.gather,
+            tally=tally_of(source),
             write=procs.main,
         )
         self.step_log = StepLog(

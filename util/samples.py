@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
+from torch.utils.data import Dataset, Sampler, default_collate, get_worker_info
 
+from util.loading import Loader
 from util.masking import MaskStrategy
 from util.randomness import Key, seed_of, seeded, seeds_of
 from util.replace import Source, bad_slots, decode
@@ -199,7 +200,7 @@ def build_loader(
     num_workers: int,
     pin_memory: bool,
     prefetch_factor: int = 2,
-) -> DataLoader:
+) -> Loader:
     """The loader of every job: batches of the keys that the sampler yields.
 
     Args:
@@ -210,14 +211,14 @@ def build_loader(
     leaving = torch.zeros(1, dtype=torch.uint8).share_memory_()
     # Before multiprocessing ends its children by SIGTERM and waits for them.
     multiprocessing.util.Finalize(None, leaving.fill_, args=(1,), exitpriority=100)
-    return DataLoader(
+    return Loader(
         samples,
+        collate,
         batch_sampler=sampler,
         num_workers=num_workers,
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
         prefetch_factor=prefetch_factor if num_workers else None,
-        collate_fn=collate,
         worker_init_fn=partial(_init_worker, leaving),
         # Its own generator: the loader's base seed must not advance torch's global one.
         generator=torch.Generator().manual_seed(0),

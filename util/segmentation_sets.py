@@ -108,7 +108,7 @@ class PairSource(SegmentationSource):
         return len(self.image_files)
 
     def __getitem__(self, index: int) -> Pair:
-        image = read_image(self.file_name(index), 3)
+        image = read_image(self.file_name(index), 3, paired=True)
         path = os.path.join(self.masks, self.mask_files[index])
         values = read_label_map(path)
         if self.meanings is not None:

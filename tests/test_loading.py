@@ -1,0 +1,122 @@
+"""What a loading process meets reaches the user as one line, in every command."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from launch import TINY, launch, wait
+from PIL import Image
+from test_segment import NEW, SMALL
+from torch.utils.data import Dataset
+
+from util.errors import EXIT_BAD_INPUT, EXIT_FAILED, BadInput, RunFailed
+from util.images import BadImage
+from util.label_maps import BadPair
+from util.loading import Loader
+from util.samples import build_loader
+
+FAULTS = {
+    "input": (BadInput("no such mask; mend it"), BadInput, "^no such mask; mend it$"),
+    "run": (RunFailed("it diverged"), RunFailed, "^it diverged$"),
+    "pair": (BadPair("the mask m.png is bad"), BadPair, "^the mask m.png is bad$"),
+    "image": (BadImage("a.jpg", "cut"), BadImage, "^cannot read the image a.jpg: cut"),
+    "machine": (
+        OSError(116, os.strerror(116), "a.jpg"), RunFailed, "^reading the data failed.*a.jpg.*same"
+    ),
+}  # fmt: skip
+
+
+class Failing(Dataset):
+    """Numbers, of which one raises or kills its process."""
+
+    def __init__(self, fault: Exception | None) -> None:
+        self.fault = fault
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> dict:
+        if index == 5:
+            if self.fault is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            else:
+                raise self.fault
+        return {"image": torch.zeros(1, 2, 2), "index": index}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_an_error_for_people_arrives_as_itself(fault, workers):
+    raised, kind, message = FAULTS[fault]
+    batches = [[0, 1], [2, 3], [4, 5], [6, 7]]
+    loader = build_loader(Failing(raised), batches, num_workers=workers, pin_memory=False)
+    seen = []
+    with pytest.raises(kind, match=message) as caught:
+        seen += [batch["index"].tolist() for batch in loader]
+    assert type(caught.value) is kind and "Traceback" not in str(caught.value)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_so_do_those_of_single_items(workers):
+    loader = Loader(Failing(BadInput("odd")), None, batch_size=None, num_workers=workers)
+    taken = []
+    with pytest.raises(BadInput, match=r"^odd$"):
+        taken += [item["index"] for item in loader]
+
+
+def test_a_fault_of_ours_keeps_its_traceback():
+    loader = build_loader(Failing(KeyError("k")), [[5]], num_workers=1, pin_memory=False)
+    with pytest.raises(KeyError, match="Traceback"):
+        list(loader)
+
+
+def test_a_killed_loading_process_fails_the_run():
+    loader = build_loader(Failing(None), [[5]], num_workers=1, pin_memory=False)
+    with pytest.raises(RunFailed, match=r"loading process ended: DataLoader worker .*memory"):
+        list(loader)
+
+
+def pairs(root: Path) -> None:
+    """A segmentation set in which one mask holds a value that is no class."""
+    for split in ("train", "val"):
+        for kind in ("images", "masks"):
+            (root / split / kind).mkdir(parents=True)
+        for i in range(8):
+            Image.new("RGB", (32, 32), (i, 2, 3)).save(root / split / "images" / f"{i}.png")
+            value = 9 if i == 5 else i % 2
+            Image.new("L", (32, 32), value).save(root / split / "masks" / f"{i}.png")
+    (root / "classes.txt").write_text("a\nb\n")
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("world", [1, 2])
+def test_commands_end_in_one_line(tmp_path, world):
+    pairs(tmp_path / "data")
+    flags = [*SMALL, *NEW, f"--data_path={tmp_path / 'data'}", f"--output_dir={tmp_path / 'run'}"]
+    flags += ["--num_workers=1", "--batch_size=4"]
+    codes = wait(launch(flags, tmp_path / "out", world, module="main_segment"))
+    text = "".join(path.read_text() for path in tmp_path.glob("out*"))
+    assert set(codes) <= {EXIT_BAD_INPUT, EXIT_FAILED} and EXIT_BAD_INPUT in codes, text
+    assert "Traceback" not in text and "error: the mask" in text and "holds the value 9" in text
+
+
+@pytest.mark.smoke
+def test_a_run_on_damaged_shards_ends_in_one_line(run_main, tmp_path):
+    for i in range(30):
+        path = tmp_path / "data/train/a" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), (i, 2, 3)).save(path)
+    flags = [f"--data_path={tmp_path / 'data'}", f"--output_dir={tmp_path / 'p'}", "--split=train"]
+    assert run_main("main_pack", [*flags, "--format=raw"])[0] == 0
+    shard = tmp_path / "p/train/shard-00000.bin"
+    shard.write_bytes(b"\1" * shard.stat().st_size)
+    flags = [*TINY, f"--data_path=packed:{tmp_path / 'p'}", f"--output_dir={tmp_path / 'run'}"]
+    flags += ["--dataset=imagefolder", "--num_workers=2"]
+    code, _, err = run_main("main_pretrain", flags)
+    assert code == EXIT_BAD_INPUT and "Traceback" not in err and "DataLoader" not in err
+    assert f"error: {shard} is damaged" in err
+    flags = [f"--data_path=packed:{tmp_path / 'p'}", f"--output_dir={tmp_path / 'q'}"]
+    code, _, err = run_main("main_pack", [*flags, "--split=train", "--num_workers=2"])
+    assert code == EXIT_BAD_INPUT and f"error: {shard} is damaged" in err

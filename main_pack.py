@@ -17,7 +17,8 @@ from util.datasets import DATASETS, SPLITS, build_dataset
 from util.errors import BadInput, command
 from util.flag_types import MOST_SIDE, expanded_path, processes_flag
 from util.logger import say
-from util.packing import BAD_IMAGES, FORMATS, Recipe, pack, verify
+from util.manifest import FORMATS, MANIFEST
+from util.packing import BAD_IMAGES, Recipe, pack, verify
 from util.samples import default_workers
 
 
@@ -79,7 +80,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not there:
             raise BadInput(f"{folder} has no {' or '.join(args.split)} to verify")
         for split in there:
-            say(f"{folder / split}: {verify(folder / split):,} images, every byte as written")
+            images, checked = verify(folder / split)
+            line = f"{folder / split}: {images:,} images, every byte as written"
+            if not checked:
+                line += (
+                    f"; but {MANIFEST} is older and has no checksum, so its statistics and classes "
+                    "are not compared: delete it and run the command that packed again"
+                )
+            say(line)
         return
 
     # ------------------------------------------------------------------------------- pack

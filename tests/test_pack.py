@@ -2,9 +2,11 @@
 
 import errno
 import io
+import json
 import os
 import pickle
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,7 +26,8 @@ from util.datasets import build_dataset
 from util.dist import Agreement, Wish
 from util.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_STOPPED, BadInput
 from util.images import read_image
-from util.packed import PackedSource
+from util.manifest import read_manifest, sealed
+from util.packed import PackedSource, checksum
 from util.packing import Recipe
 
 PER_SHARD = util.packing.FEWEST
@@ -414,3 +417,139 @@ def test_a_packed_set_can_be_packed_again(run_main, packed, tmp_path):
     assert pack(run_main, f"packed:{packed}", target, "--format=keep")[0] == 0
     a, b = (build_dataset("imagefolder", "val", f"packed:{root}") for root in (packed, target))
     assert [a.encoded(i) for i in range(len(a))] == [b.encoded(i) for i in range(len(b))]
+
+
+# --- The index ---
+
+
+@pytest.fixture(scope="module")
+def packed_once(folder, tmp_path_factory) -> Path:
+    """The held-out images, packed."""
+    root = tmp_path_factory.mktemp("once") / "val"
+    described = {"dataset": "imagefolder", "data_path": str(folder), "split": "val"}
+    source = build_dataset("imagefolder", "val", folder)
+    util.packing.pack(
+        source, root, Recipe("jpeg", 24, 90), described, num_workers=0, max_bad_images=0
+    )
+    return root
+
+
+@pytest.fixture
+def split(packed_once, tmp_path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(packed_once, tmp_path / "p/val"))
+
+
+def manifest_flips(content: bytes, count: int) -> list[bytes]:
+    """The index with one bit changed, at so many places."""
+    rng = np.random.default_rng(0)
+    flipped = []
+    for at in rng.choice(8 * len(content), count, replace=False):
+        changed = bytearray(content)
+        changed[at // 8] ^= 1 << (at % 8)
+        flipped.append(bytes(changed))
+    return flipped
+
+
+def test_every_bit_of_the_index_is_refused_or_without_effect(split):
+    path = split / "packed.json"
+    content = path.read_bytes()
+    whole = json.loads(content)
+    refused = 0
+    for changed in manifest_flips(content, 400):
+        path.write_bytes(changed)
+        try:
+            about = read_manifest(split)
+        except BadInput as error:
+            assert str(path) in str(error)
+            refused += 1
+        else:
+            assert about == whole  # a space that became another kind of space
+    assert refused > 390
+
+
+WRONG = {
+    "version": 2, "name": 3, "format": "png", "images": "9", "channels": True, "mean": [0.4, 0.4],
+    "std": [0.0, 0.2, 0.2], "eval_margin": 1, "labelled": None, "classes": ["ape", 2],
+    "settings": {"format": "jpeg"}, "shards": [{"file": "x", "bytes": 1, "sha256": "0"}],
+    "tables": {"records.npy": "0"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", WRONG)
+@pytest.mark.parametrize("checked", [True, False])
+def test_wrong_values_in_the_index_are_refused(split, key, checked):
+    path = split / "packed.json"
+    about = json.loads(path.read_bytes())
+    del about["checksum"]
+    for changed in (about | {key: WRONG[key]}, {k: v for k, v in about.items() if k != key}):
+        path.write_bytes(sealed(changed) if checked else json.dumps(changed).encode())
+        with pytest.raises(BadInput, match=key) as caught:
+            PackedSource(split, "val")
+        assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "5", "{}", "[" * 100_000, '{"version": 1' + "0" * 5000, '{"mean": NaN}', "\xff"],
+)
+def test_what_is_no_index_is_refused(split, text):
+    path = split / "packed.json"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(BadInput, match=r"packed\.json"):
+        PackedSource(split, "val")
+
+
+def test_statistics_cannot_change_unseen(packed, run_main):
+    path = packed / "val/packed.json"
+    content = path.read_text()
+    assert content.count("0.485") == 1
+    path.write_text(content.replace("0.485", "0.985"))
+    code, _, err = run_main("main_pack", [f"--output_dir={packed}", "--verify"])
+    assert code == EXIT_BAD_INPUT and "checksum does not match" in err
+
+
+def test_an_index_without_checksum_opens_and_verify_says_so(packed, folder, run_main):
+    path = packed / "val/packed.json"
+    content = path.read_bytes()
+    about = json.loads(content)
+    del about["checksum"]
+    path.write_text(json.dumps(about, indent=1))
+    assert len(PackedSource(packed / "val", "val")) == IMAGES["val"] + 1
+    code, out, _ = run_main("main_pack", [f"--output_dir={packed}", "--verify"])
+    assert code == 0 and out.count("has no checksum") == 1 and "val: 10 images" in out
+    path.unlink()
+    assert pack(run_main, folder, packed, "--short_side=24")[0] == 0
+    assert path.read_bytes() == content
+
+
+def test_tables_of_another_packing_are_refused(split):
+    root = split
+    about = json.loads((root / "packed.json").read_bytes())
+    records = np.load(root / "records.npy")
+    for field, value in (("shard", 7), ("start", 1 << 40), ("size", -1), ("label", 2)):
+        changed = records.copy()
+        changed[field][3] = value
+        np.save(root / "records.npy", changed)
+        tables = about["tables"] | {"records.npy": checksum(root / "records.npy")}
+        (root / "packed.json").write_bytes(sealed(about | {"tables": tables}))
+        with pytest.raises(BadInput, match="of another packing: image 3"):
+            PackedSource(root, "val")
+
+
+def test_a_damaged_part_is_packed_once_more(packed, folder, run_main):
+    before = files(packed)
+    part = packed / "train/shard-00001.bin.json"
+    content = part.read_bytes()
+    at = content.index(b'"records": [[1, 0, ') + 14
+    part.write_bytes(content[:at] + b"0" + content[at + 1 :])
+    (packed / "train/packed.json").unlink()
+    assert pack(run_main, folder, packed, "--short_side=24")[0] == 0
+    assert files(packed) == before
+
+
+def test_an_odd_packing_json_is_refused(packed, folder, run_main):
+    for text in ("[]", "3", "{", "\0"):
+        (packed / "train/packing.json").write_text(text)
+        code, _, err = pack(run_main, folder, packed, "--short_side=24")
+        assert code == EXIT_BAD_INPUT and "packing.json" in err

@@ -11,7 +11,6 @@ Why not Arrow: a random read through Hugging Face `datasets` took 61 us here, th
 """
 
 import hashlib
-import json
 import zlib
 from functools import lru_cache
 from pathlib import Path
@@ -26,10 +25,17 @@ from util.errors import BadInput
 from util.images import ImageSource, PathLike, as_channels, decode_image
 from util.jpeg import as_pixels, decode_pixels
 from util.listing import Names
+from util.manifest import (
+    AGAIN,
+    MANIFEST,
+    NAME_ENDS,
+    NAMES,
+    RECORDS,
+    TABLES,
+    read_manifest,
+    shard_name,
+)
 
-VERSION = 1
-MANIFEST, RECORDS, NAMES, NAME_ENDS = "packed.json", "records.npy", "names.npy", "name_ends.npy"
-TABLES = (RECORDS, NAMES, NAME_ENDS)
 RECORD = np.dtype(
     [
         ("shard", "<i4"), ("start", "<i8"), ("size", "<i8"), ("crc", "<u4"),
@@ -38,12 +44,6 @@ RECORD = np.dtype(
 )  # fmt: skip
 # Maps that a process keeps open; each holds a file descriptor, of which 1,024 are usual.
 OPEN_SHARDS = 512
-AGAIN = "restore the file, or delete it and run the main_pack.py command again"
-
-
-def shard_name(number: int) -> str:
-    """The file of a shard."""
-    return f"shard-{number:05d}.bin"
 
 
 def checksum(path: Path) -> str:
@@ -85,6 +85,7 @@ class PackedSource(ImageSource):
         self.stored = stored_as(about["settings"])
         self.num_shards = len(about["shards"])
         check_files(root, about)
+        check_tables(root, about)
         self._open()
 
     def _open(self) -> None:
@@ -162,27 +163,6 @@ def stored_as(settings: dict[str, Any]) -> str:
     return f"{settings['format']}{quality}, {f'short side {side}' if side else 'full size'}"
 
 
-def read_manifest(root: Path) -> dict[str, Any]:
-    """What DIR/split/packed.json says.
-
-    Raises:
-        BadInput: it is missing, damaged, or of another version.
-    """
-    path = root / MANIFEST
-    try:
-        about = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise BadInput(
-            f"no {path}: not a packed data set, or its packing has not ended; expected what "
-            "main_pack.py --output_dir DIR writes, and --data_path packed:DIR"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise BadInput(f"cannot read {path}: {error}; {AGAIN}") from error
-    if not isinstance(about, dict) or about.get("version") != VERSION:
-        raise BadInput(f"{path} is not of version {VERSION}, which this code reads; pack it anew")
-    return about
-
-
 def check_files(root: Path, about: dict[str, Any]) -> None:
     """Compare the lengths of all files and the checksums of the tables with the manifest's.
 
@@ -201,6 +181,39 @@ def check_files(root: Path, about: dict[str, Any]) -> None:
             )
         if name in TABLES and checksum(path) != about["tables"][name]:
             raise BadInput(f"{path} is damaged: its checksum is another; {AGAIN}")
+
+
+def check_tables(root: Path, about: dict[str, Any]) -> None:
+    """See that the tables, whose checksums hold, fit the manifest and the shards.
+
+    Raises:
+        BadInput: they do not: they or the manifest are another packing's.
+    """
+    try:
+        records, names, ends = (np.load(root / name, mmap_mode="r") for name in TABLES)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"cannot read the tables of {root}: {error}; {AGAIN}") from error
+    count, classes = about["images"], about["classes"]
+    if records.dtype != RECORD or records.shape != (count,) or ends.shape != (count,):
+        raise BadInput(f"the tables of {root} are not of {count:,} images; {AGAIN}")
+    shard, start, size = (records[name].astype(np.int64) for name in ("shard", "start", "size"))
+    labels, height, width = (records[name] for name in ("label", "height", "width"))
+    lengths = np.array([part["bytes"] for part in about["shards"]], np.int64)
+    known = (shard >= 0) & (shard < len(lengths))
+    room = lengths[np.where(known, shard, 0)]
+    inside = known & (start >= 0) & (size >= 0) & (start <= room) & (size <= room - start)
+    inside &= (height > 0) & (width > 0) & (labels >= -1)
+    if classes:
+        inside &= labels < len(classes)
+    if about["format"] == "raw":
+        inside &= size == height.astype(np.int64) * width * about["channels"]
+    if not inside.all():
+        raise BadInput(
+            f"{root / RECORDS} is of another packing: image {int(np.argmin(inside))} is not in "
+            f"the shards and classes of {MANIFEST}; {AGAIN}"
+        )
+    if names.dtype != np.uint8 or ends[-1] != len(names) or (np.diff(ends, prepend=0) < 0).any():
+        raise BadInput(f"{root / NAME_ENDS} and {NAMES} do not fit each other; {AGAIN}")
 
 
 def packed(split: str, place: PathLike) -> ImageSource:

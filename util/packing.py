@@ -17,28 +17,30 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from util.console import visible_line
+from util.conversions import Conversion, Found, describe, merge, take
 from util.errors import BadInput, RunFailed
 from util.images import BadImage, ImageSource, decode_image
 from util.listing import Names
-from util.logger import progress_bar
-from util.packed import (
+from util.loading import Loader
+from util.logger import progress_bar, say
+from util.manifest import (
+    CHECKSUM,
     MANIFEST,
     NAME_ENDS,
     NAMES,
-    RECORD,
     RECORDS,
     TABLES,
     VERSION,
-    check_files,
-    checksum,
+    opened,
     read_manifest,
+    sealed,
     shard_name,
 )
+from util.packed import RECORD, check_files, check_tables, checksum
 
-FORMATS = ("jpeg", "raw", "keep")
 SETTINGS, BAD_IMAGES = "packing.json", "bad_images.txt"
 # A few hundred shards: few enough to keep them open, enough to lose little when one is cut off.
 SHARDS, FEWEST, MOST = 256, 64, 8192
@@ -135,8 +137,9 @@ def pack(
     with suppress(BadImage):
         recipe(source, 0)  # what no image of this set can be is said before any process starts
     kept = [shard for shard in range(number) if read_part(root, shard) is not None]
-    loader = DataLoader(
+    loader = Loader(
         Shards(source, root, recipe, count),
+        collate=None,
         batch_size=None,
         sampler=sorted(set(range(number)) - set(kept)),
         num_workers=num_workers,
@@ -184,10 +187,13 @@ def claim(root: Path, settings: dict[str, Any]) -> None:
                 file.write(json.dumps(settings, indent=1).encode())
             return
         before = json.loads(found)
+        if not isinstance(before, dict):
+            raise ValueError(f"it holds a {type(before).__name__}, expected an object")
     except (OSError, ValueError) as error:
         if isinstance(error, BadInput):
             raise
-        raise BadInput(f"cannot use {root}: {error}; give another --output_dir") from error
+        what = path if isinstance(error, ValueError) else root
+        raise BadInput(f"cannot use {what}: {error}; give another --output_dir") from error
     changed = [
         f"{key}: was {before.get(key)}, is {settings.get(key)}"
         for key in sorted({*before, *settings})
@@ -238,9 +244,9 @@ def part_file(root: Path, shard: int) -> Path:
 def read_part(root: Path, shard: int) -> dict[str, Any] | None:
     """The part of a shard that is whole, None for others."""
     try:
-        part = json.loads(part_file(root, shard).read_text())
+        part = opened(part_file(root, shard).read_bytes(), must=True)
         whole = (root / shard_name(shard)).stat().st_size == part["bytes"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError):  # one of an older version has no checksum: packed once more
         return None
     return part if whole else None
 
@@ -261,6 +267,7 @@ class Shards(Dataset):
 
     def __getitem__(self, shard: int) -> tuple[int, str]:
         torch.set_num_threads(1)
+        take()  # what was noted before is not this shard's
         records: list[tuple[int, ...]] = []
         names, bad, start = [], [], 0
         digest = hashlib.sha256()
@@ -282,8 +289,9 @@ class Shards(Dataset):
                     start += len(data)
             part = {"bytes": start, "sha256": digest.hexdigest(), "bad": bad}
             part |= {"records": records, "names": names}
+            part["changed"] = {kind.name: found for kind, found in take().items()}
             with written(part_file(self.root, shard)) as file:
-                file.write(json.dumps(part).encode())
+                file.write(sealed(part))
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
@@ -298,14 +306,21 @@ def finish(
     """Join the parts of all shards into the tables, and write the manifest last."""
     records, shards = [], []
     lines: list[str] = []
+    changed: Found = {}
     for shard in range(number):
         part = part_of(root, shard)
+        found = {Conversion[name]: tuple(of) for name, of in part["changed"].items()}
+        merge(changed, found)
         records.append(np.array([tuple(record) for record in part["records"]], RECORD))
         lines += part["names"]
         name = shard_name(shard)
         shards.append({"file": name, "bytes": part["bytes"], "sha256": part["sha256"]})
     if not lines:
-        raise RunFailed(f"none of the {len(source)} images of {source.name} can be decoded")
+        write_bad(root)
+        first = part_of(root, 0)["bad"][0]
+        raise RunFailed(
+            f"none of the {len(source)} images of {source.name} can be decoded; the first: {first}"
+        )
     for path in root.glob(".shard-*"):  # of starts that were killed
         path.unlink(missing_ok=True)
     names = Names.of(relative(lines))
@@ -323,12 +338,14 @@ def finish(
         }  # fmt: skip
         write_bad(root)
         with written(root / MANIFEST) as file:
-            file.write(json.dumps(about, indent=1).encode())
+            file.write(sealed(about, indent=1))
     except OSError as error:
         raise RunFailed(
             f"cannot write to {root}: {error.strerror}; the shards are whole and stay: make room, "
             "and the same command goes on"
         ) from error
+    for line in describe(changed):
+        say(line)
     return about
 
 
@@ -343,21 +360,27 @@ def relative(names: list[str]) -> list[str]:
 
 def write_bad(root: Path) -> None:
     """List the images that were left out so far; no file where there are none."""
-    parts = sorted(root.glob("shard-*.json"))
-    lines = [line for path in parts for line in json.loads(path.read_text())["bad"]]
+    lines: list[str] = []
+    for path in sorted(root.glob("shard-*.json")):
+        with suppress(ValueError):  # damaged, and packed anew when its turn comes
+            lines += opened(path.read_bytes(), must=True)["bad"]
     if lines:
         with written(root / BAD_IMAGES) as file:
             file.write("".join(f"{visible_line(line)}\n" for line in lines).encode())
 
 
-def verify(root: Path) -> int:
-    """Compare every byte of a packed split with its checksums; how many images it holds.
+def verify(root: Path) -> tuple[int, bool]:
+    """Compare every byte of a packed split with its checksums.
+
+    Returns:
+        how many images it holds, and whether its index has a checksum too.
 
     Raises:
         BadInput: with the names of the damaged files.
     """
     about = read_manifest(root)
     check_files(root, about)
+    check_tables(root, about)
     damaged = []
     with progress_bar(len(about["shards"]), 0, show=True) as bar:
         for shard in about["shards"]:
@@ -369,4 +392,4 @@ def verify(root: Path) -> int:
             f"damaged, their checksums are others: {', '.join(damaged)}; delete them and run the "
             "main_pack.py command again"
         )
-    return int(about["images"])
+    return int(about["images"]), CHECKSUM in about

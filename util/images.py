@@ -2,6 +2,7 @@
 
 import errno
 import io
+import logging
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -204,6 +205,8 @@ def as_channels(image: Image.Image, channels: int) -> Image.Image:
 # Pillow goes by the contents of a file and reads some forty formats; an EPS file that is called
 # x.jpg would start Ghostscript. These are what a web browser or a scanner writes.
 Image.init()
+# What it logs is the reason of a `BadImage` too; without a handler each would go to the terminal.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 FORMATS: list[str] = [
     name
     for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")

@@ -13,8 +13,8 @@ from PIL import Image
 
 from util.console import print_text, visible, visible_line
 from util.conversions import Tally
-from util.errors import EXIT_BAD_INPUT
-from util.logger import BadImages, rank_log, say
+from util.errors import EXIT_BAD_INPUT, BadInput
+from util.logger import BadImages, RunLogger, rank_log, say
 
 CLEAR = "\x1b[2J"
 NO_UTF8 = os.fsdecode(b"caf\xe9.jpg")
@@ -129,3 +129,8 @@ def test_a_folder_of_odd_names_works_in_a_terminal_of_ascii(tmp_path, command):
         folder = f"--output_dir={tmp_path / 'k'}"
         done = start("main_knn", checkpoint, data, folder, "--device=cpu", "--k=2")
         assert done.returncode == EXIT_BAD_INPUT and b"br\\xf6ken.png" in done.stderr
+
+
+def test_a_folder_that_tensorboard_cannot_name_is_bad_input(tmp_path):
+    with pytest.raises(BadInput, match=r"TensorBoard cannot write .*--log_dir"):
+        RunLogger(tmp_path / "m.jsonl", tmp_path / os.fsdecode(b"n\xefm"))

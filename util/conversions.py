@@ -46,7 +46,7 @@ _pending: Found = {}
 
 def note(kinds: Iterable[Conversion], name: str) -> None:
     """Remember what decoding an image of that name did, for `take`."""
-    for kind in kinds:
+    for kind in sorted(kinds, key=list(Conversion).index):  # a set has another order each time
         merge(_pending, {kind: (1, name)})
 
 

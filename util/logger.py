@@ -88,6 +88,11 @@ class RunLogger:
         if write and log_dir is not None:
             from torch.utils.tensorboard import SummaryWriter
 
+            if any("\ud800" <= char <= "\udfff" for char in str(log_dir)):  # see util.console
+                raise BadInput(
+                    f"TensorBoard cannot write to {log_dir}, whose name holds bytes that are no "
+                    "UTF-8; give another --log_dir, or rename the folder"
+                )
             # TensorBoard hides events from purge_step on, so the first step not to hide is +1.
             self.writer = SummaryWriter(str(log_dir), purge_step=first_step + 1)
 

@@ -85,7 +85,7 @@ def command(main: Callable[P, R]) -> Callable[P, R]:
             if not is_out_of_memory(error):
                 raise
             reason = str(error).split("\n")[0] or "Python could not allocate"
-            print(f"error: out of memory: {reason}; {SMALLER}", file=sys.stderr, flush=True)
+            print_text(f"error: out of memory: {reason}; {SMALLER}", stream=sys.stderr)
             raise SystemExit(EXIT_FAILED) from None
 
     return wrapped

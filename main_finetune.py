@@ -89,11 +89,13 @@ from util.memory import create_in_memory
 from util.optim import create_adamw, create_lars, layer_decay_groups
 from util.randomness import EpochSampler, evenly
 from util.results import MEASURED, identity_of, set_others_aside
+from util.resume import go_on
 from util.run import Run, due
 from util.samples import LabelledSamples, build_loader, default_workers
 from util.schedule import CosineSchedule, scaled_lr
 from util.shard import Placed, optimizer_parts
 from util.step import OptimizerStep
+from util.timeline import Timeline
 from util.transforms import FinetuneTransform
 from util.weights import load_state
 
@@ -541,6 +543,7 @@ def finetune(args: argparse.Namespace, procs: Processes, warnings: Sequence[str]
     )
     if saved is None:
         course += warn_of_start(args.finetune, args.tune, args.layer_decay)
+    timeline = Timeline(steps_per_epoch, epochs=args.epochs)
     groups = layer_decay_groups(model, args.weight_decay, args.layer_decay)
     optimizer: torch.optim.Optimizer
     if args.tune == "linear":
@@ -568,7 +571,9 @@ def finetune(args: argparse.Namespace, procs: Processes, warnings: Sequence[str]
     }
     best: dict[str, Any] = {"top1": -1.0, "epoch": -1}
     if saved is not None and path is not None:
-        ckpt.check_resume(saved, path, arithmetic, notes, allow_changes=args.allow_changes)
+        timeline = go_on(
+            timeline, saved, path, arithmetic, schedule, notes, allow_changes=args.allow_changes
+        )
         ckpt.load_weights(model, placed.parts(saved["model"]), "the checkpoint")
         if averaged is not None:
             weights = averaged.parts(saved.get("ema", saved["model"]))
@@ -602,8 +607,7 @@ def finetune(args: argparse.Namespace, procs: Processes, warnings: Sequence[str]
         snapshot=snapshot,
         state=saved,
         notes=notes,
-        steps_per_epoch=steps_per_epoch,
-        total_steps=args.epochs * steps_per_epoch,
+        timeline=timeline,
         global_batch=sampler.global_batch,
         **run_options(args),
     )
@@ -626,13 +630,13 @@ def finetune(args: argparse.Namespace, procs: Processes, warnings: Sequence[str]
         for epoch in range(run.first_epoch, args.epochs):
             measuring = measure is not None and due(args.eval_every, epoch, args.epochs)
             if not (run.stage == "measuring" and epoch == run.first_epoch):
-                sampler.start(epoch, step - epoch * steps_per_epoch)
+                sampler.start(epoch, step - timeline.begin(epoch))
                 step = train_one_epoch(
                     trained,
                     loader,
                     optimizer_step,
                     augmentation,
-                    schedule,
+                    lambda step: schedule(timeline.scheduled(step)),
                     mean=source.mean,
                     std=source.std,
                     seed=args.seed,
@@ -668,7 +672,7 @@ def finetune(args: argparse.Namespace, procs: Processes, warnings: Sequence[str]
         # -------------------------------------------------------------------------- close
         if procs.main:
             run.say_results()
-            if best["epoch"] >= 0:
+            if best["epoch"] >= 0 and (folder / BEST).exists():
                 say(f"best        {json.dumps(best)}  {folder / BEST}")
 
 

@@ -78,11 +78,13 @@ from util.masking import STANDARD, count_visible
 from util.memory import create_in_memory
 from util.optim import create_adamw, parameter_groups
 from util.randomness import EpochSampler, EvalSampler, evenly
+from util.resume import go_on
 from util.run import Run, due
 from util.samples import PretrainSamples, build_loader, default_workers
 from util.schedule import CosineSchedule, scaled_lr
 from util.shard import Placed, optimizer_parts
 from util.step import OptimizerStep
+from util.timeline import Timeline
 from util.transforms import EvalTransform, pretrain_transform
 from util.visualize import panels, picture_grid, save_png
 
@@ -445,6 +447,7 @@ def pretrain(args: argparse.Namespace, procs: Processes, warnings: Sequence[str]
         lr=lr,
         min_lr=args.min_lr,
     )
+    timeline = Timeline(steps_per_epoch, epochs=args.epochs)
     optimizer = create_adamw(parameter_groups(model, args.weight_decay), lr, betas=(0.9, 0.95))
     optimizer_step = OptimizerStep(
         trained,
@@ -467,7 +470,9 @@ def pretrain(args: argparse.Namespace, procs: Processes, warnings: Sequence[str]
     state = None
     if path is not None:
         state = ckpt.load_task(path, TASK)
-        ckpt.check_resume(state, path, arithmetic, notes, allow_changes=args.allow_changes)
+        timeline = go_on(
+            timeline, state, path, arithmetic, schedule, notes, allow_changes=args.allow_changes
+        )
         ckpt.load_weights(model, placed.parts(state["model"]), "the checkpoint")
         optimizer.load_state_dict(optimizer_parts(optimizer, state["optimizer"]))
         optimizer_step.scaler.load_state_dict(state["scaler"])
@@ -494,8 +499,7 @@ def pretrain(args: argparse.Namespace, procs: Processes, warnings: Sequence[str]
         snapshot=snapshot,
         state=state,
         notes=notes,
-        steps_per_epoch=steps_per_epoch,
-        total_steps=args.epochs * steps_per_epoch,
+        timeline=timeline,
         global_batch=sampler.global_batch,
         **run_options(args),
     )
@@ -516,13 +520,13 @@ def pretrain(args: argparse.Namespace, procs: Processes, warnings: Sequence[str]
             measuring = bool(parts) and due(args.eval_every, epoch, args.epochs)
             drawing = bool(parts) and due(args.picture_every, epoch, args.epochs)
             if not (run.stage == "measuring" and epoch == run.first_epoch):
-                sampler.start(epoch, step - epoch * steps_per_epoch)
+                sampler.start(epoch, step - timeline.begin(epoch))
                 step = train_one_epoch(
                     trained,
                     loader,
                     optimizer_step,
                     masker,
-                    schedule,
+                    lambda step: schedule(timeline.scheduled(step)),
                     mean=source.mean,
                     std=source.std,
                     jitter=args.pos_offset == "jitter",

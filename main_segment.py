@@ -77,6 +77,7 @@ from util.memory import create_in_memory
 from util.optim import create_adamw, layer_decay_groups
 from util.randomness import EvalSampler, IterationSampler, evenly
 from util.results import MEASURED, identity_of, set_others_aside
+from util.resume import go_on
 from util.run import Run
 from util.samples import build_loader, default_workers
 from util.schedule import PolySchedule, scaled_lr
@@ -95,6 +96,7 @@ from util.segmentation_transforms import (
     SegmentTransform,
 )
 from util.step import OptimizerStep
+from util.timeline import Timeline
 from util.visualize import save_png, to_picture
 from util.weights import load_state
 
@@ -723,6 +725,7 @@ def segment(args: argparse.Namespace, procs: Processes, warnings: Sequence[str])
     )
     if saved is None:
         course += warn_of_start(args.finetune, "full", args.layer_decay)
+    timeline = Timeline(sampler.steps_per_epoch, iterations=args.iterations)
     groups = layer_decay_groups(model, args.weight_decay, args.layer_decay)
     optimizer = create_adamw(groups, lr, betas=(args.betas[0], args.betas[1]))
     optimizer_step = OptimizerStep(
@@ -746,7 +749,10 @@ def segment(args: argparse.Namespace, procs: Processes, warnings: Sequence[str])
     }
     best: dict[str, Any] = {"miou": -1.0, "step": -1}
     if saved is not None and path is not None:
-        ckpt.check_resume(saved, path, arithmetic, notes, allow_changes=args.allow_changes)
+        timeline = go_on(
+            timeline, saved, path, arithmetic, schedule, notes, allow_changes=args.allow_changes
+        )
+        sampler.place(timeline.first, timeline.start)
         ckpt.load_weights(model, saved["model"], "the checkpoint")
         optimizer.load_state_dict(saved["optimizer"])
         optimizer_step.scaler.load_state_dict(saved["scaler"])
@@ -775,8 +781,7 @@ def segment(args: argparse.Namespace, procs: Processes, warnings: Sequence[str])
         snapshot=snapshot,
         state=saved,
         notes=notes,
-        steps_per_epoch=sampler.steps_per_epoch,
-        total_steps=args.iterations,
+        timeline=timeline,
         global_batch=sampler.global_batch,
         **run_options(args),
     )
@@ -814,7 +819,7 @@ def segment(args: argparse.Namespace, procs: Processes, warnings: Sequence[str])
                     first_step=step,
                     after_step=run.after_step,
                 )
-                run.end_epoch((step - 1) // sampler.steps_per_epoch, step)
+                run.end_epoch(timeline.epoch_of(step), step)
                 measuring = measure is not None and is_due(args.eval_every, step, total)
                 numbered = step if is_due(args.save_every, step, total) else None
                 run.save(step, "measuring" if measuring else "done", numbered)
@@ -842,7 +847,7 @@ def segment(args: argparse.Namespace, procs: Processes, warnings: Sequence[str])
         # -------------------------------------------------------------------------- close
         if procs.main:
             run.say_results()
-            if best["step"] >= 0:
+            if best["step"] >= 0 and (folder / BEST).exists():
                 say(f"best        {json.dumps(best)}  {folder / BEST}")
 
 

@@ -330,45 +330,6 @@ def load_task(path: Path, task: str) -> dict[str, Any]:
     return state
 
 
-def check_resume(
-    state: Mapping[str, Any],
-    path: Path,
-    arithmetic: Mapping[str, Any],
-    notes: list[str],
-    *,
-    allow_changes: bool,
-) -> None:
-    """Refuse to go on from a checkpoint of another arithmetic.
-
-    Args:
-        state: its contents, see `load_task`.
-        arithmetic: the settings that change the numbers, of this run.
-        notes: what the reader should know is added.
-        allow_changes: note differences instead of refusing them.
-
-    Raises:
-        BadInput: other settings; with the differences.
-    """
-    changed = "; ".join(differences(state["arithmetic"], arithmetic))
-    if changed and not allow_changes:
-        raise BadInput(
-            f"{path} was trained with other settings, which change the numbers: {changed}; give "
-            "the same ones, or another --output_dir, or --allow_changes"
-        )
-    if changed:
-        notes.append(f"changed since {path.name}: {changed}")
-    notes.append(f"going on from {path}, {state['step']} steps done")
-
-
-def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """What changed between two sets of settings, a line each."""
-    return [
-        f"{name}: was {saved.get(name, 'not set')}, is {current.get(name, 'not set')}"
-        for name in sorted({*saved, *current})
-        if saved.get(name) != current.get(name)
-    ]
-
-
 def checkpoints_of(folder: Path) -> list[Path]:
     """The checkpoints in a run folder, by name; the order of training is inside the files."""
     pattern = re.compile(r"checkpoint-(\d+|last)(-[a-z]+)?\.pth")

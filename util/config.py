@@ -38,6 +38,9 @@ HOUSEKEEPING = {
     "dry_run", "dry_run_images", "dry_run_processes", "dry_run_measure", "images_per_second",
 }  # fmt: skip
 
+# What holds for one start alone: the recipe, and the permission to go on with other settings.
+NOT_KEPT = {"config", "allow_changes"}
+
 # What `--method` presets; each flag of its own overrides.
 METHODS: dict[str, dict[str, Any]] = {
     "mae": {
@@ -68,7 +71,7 @@ def settings_of(settings: argparse.Namespace) -> dict[str, Any]:
     return {
         name: "x".join(map(str, value)) if isinstance(value, tuple) else value
         for name, value in sorted(vars(settings).items())
-        if name != "config"
+        if name not in NOT_KEPT
     }
 
 

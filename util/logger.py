@@ -109,7 +109,7 @@ class RunLogger:
         """One record: a JSON line, and a TensorBoard scalar for each number.
 
         Args:
-            kind: train | epoch | eval.
+            kind: train | epoch | eval | resume.
             step: optimiser steps done.
         """
         if self.file is None:
@@ -385,9 +385,12 @@ class StepLog:
             f"left out on every process; images and rates are in {self.folder}/nonfinite-*.json"
         )
         if self.nan_policy == "stop":
+            again = "goes on from the last checkpoint"
+            if not last_good.exists():
+                again = "starts anew, for there is no checkpoint yet"
             raise RunFailed(
-                f"{text}. The same command goes on from the last checkpoint; lower --blr or set "
-                "--clip_grad, or choose --nan_policy skip"
+                f"{text}. The same command {again}; lower --blr or set --clip_grad, or choose "
+                "--nan_policy skip"
             )
         if self.procs.main:
             say(text)

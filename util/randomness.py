@@ -199,11 +199,15 @@ class EpochSampler(Sampler[list[Key]]):
 class IterationSampler(EpochSampler):
     """The same micro-batches for runs that count steps: from any step to any other, over epochs.
 
-    Step s of the run is step s % steps_per_epoch of epoch s // steps_per_epoch. Arguments and
-    errors are `EpochSampler`'s.
+    Step s of the run is step s % steps_per_epoch of epoch s // steps_per_epoch, unless a resume
+    placed the epochs elsewhere. Arguments and errors are `EpochSampler`'s.
     """
 
-    last_step = 0
+    last_step = first_epoch = origin = 0
+
+    def place(self, epoch: int, step: int) -> None:
+        """An epoch begins after `step` steps of the run, and the next ones follow it."""
+        self.first_epoch, self.origin = epoch, step
 
     def between(self, first_step: int, last_step: int) -> None:
         """The next iteration is steps `first_step` to `last_step` - 1 of the run, from 0."""
@@ -211,10 +215,11 @@ class IterationSampler(EpochSampler):
 
     def __iter__(self) -> Iterator[list[Key]]:
         length = self.steps_per_epoch
-        for epoch in range(self.first_step // length, -(-self.last_step // length)):
-            start = epoch * length
-            first, last = max(self.first_step - start, 0), min(self.last_step - start, length)
-            yield from self.micro_batches(epoch, first, last)
+        begin, end = self.first_step - self.origin, self.last_step - self.origin
+        for number in range(begin // length, -(-end // length)):
+            start = number * length
+            first, last = max(begin - start, 0), min(end - start, length)
+            yield from self.micro_batches(self.first_epoch + number, first, last)
 
     def __len__(self) -> int:
         return (self.last_step - self.first_step) * self.layout[0]

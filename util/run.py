@@ -25,6 +25,8 @@ from util.logger import (
     say,
 )
 from util.replace import NamedSource, fault_of
+from util.resume import VERSION
+from util.timeline import Timeline
 
 FIRST_TASK = "pretrain"
 
@@ -54,7 +56,7 @@ class Run:
         snapshot: what the task adds to a checkpoint; a collective.
         state: the checkpoint to go on from, None: from the start.
         notes: what the reader should know of the resume.
-        steps_per_epoch, total_steps: of the whole run.
+        timeline: epochs and steps of the run.
         global_batch: images per step.
         log_dir: TensorBoard's folder; None: the run folder, or one of the task's own inside it.
         log_every: steps between log lines.
@@ -81,8 +83,7 @@ class Run:
         snapshot: Callable[[], dict[str, Any]],
         state: Mapping[str, Any] | None,
         notes: list[str],
-        steps_per_epoch: int,
-        total_steps: int,
+        timeline: Timeline,
         global_batch: int,
         log_dir: str | None,
         log_every: int,
@@ -93,7 +94,7 @@ class Run:
     ) -> None:
         self.folder, self.procs, self.task, self.keep = folder, procs, task, keep
         self.arithmetic, self.snapshot = dict(arithmetic), snapshot
-        self.steps_per_epoch = steps_per_epoch
+        self.timeline, self.notes = timeline, notes
         self.step, self.first_epoch, self.stage = 0, 0, "training"
         if state is not None:
             self.step, self.stage = state["step"], state["stage"]
@@ -125,15 +126,13 @@ class Run:
             global_batch=global_batch,
             nan_policy=nan_policy,
             bad_images=self.bad_images,
-            bar=progress_bar(total_steps, self.step, show=procs.main),
+            bar=progress_bar(timeline.total, self.step, show=procs.main),
         )
         if state is not None:
             self.step_log.load_state(state["sums"])
             self.bad_images.load(state["bad_images"])
         if procs.main:
             save_settings(folder / named(SETTINGS, task), settings)
-            for note in notes:
-                say(note)
         self.agreement = Agreement(procs, save_minutes)
         self.stopped_by = 0
         self.contexts = ExitStack()
@@ -145,6 +144,11 @@ class Run:
             self.agreement,
         ):
             self.contexts.enter_context(context)
+        if self.procs.main:  # now, for `log-rank0.txt` is open
+            for note in self.notes:
+                say(note)
+        if self.timeline.changes:
+            self.logger.record("resume", self.step, **self.timeline.changes)
         return self
 
     def __exit__(self, *exception: Any) -> bool | None:
@@ -186,13 +190,15 @@ class Run:
         self.bad_images.agree()
         state = {
             "task": self.task,
-            "epoch": (step - 1) // self.steps_per_epoch,
+            "epoch": self.timeline.epoch_of(step),
             "stage": stage,
             "step": step,
             "log_bytes": self.logger.size(),
             "sums": self.step_log.state(),
             "bad_images": sorted(self.bad_images.indices),
+            "timeline": self.timeline.state(),
             "arithmetic": self.arithmetic,
+            "resume_version": VERSION,
             **self.snapshot(),
         }
         if self.procs.main:
@@ -200,10 +206,11 @@ class Run:
         self.step_log.restart_clock()
 
     def say_results(self) -> None:
-        """Name what the run wrote, for the reader."""
+        """Name what the run wrote, for the reader; a start with nothing to do writes little."""
         events = sorted(self.log_dir.glob("events.out.tfevents.*"), key=lambda p: p.stat().st_mtime)
-        say(f"checkpoint  {self.folder / ckpt.LAST}")
-        say(f"metrics     {self.logger.path}")
+        for name, path in (("checkpoint", self.folder / ckpt.LAST), ("metrics", self.logger.path)):
+            if path.exists():
+                say(f"{name:10s}  {path}")
         if events:
             say(f"events      {events[-1]}  (tensorboard --logdir {self.log_dir})")
 

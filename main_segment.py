@@ -746,6 +746,7 @@ def segment(args: argparse.Namespace, procs: Processes, warnings: Sequence[str])
         "processes": procs.world_size,  # drop path is drawn by process and micro-step
         "micro_steps": args.accum_iter,  # BatchNorm's statistics are a micro-step's
         "images": len(source),
+        "stored": source.stored,
     }
     best: dict[str, Any] = {"miou": -1.0, "step": -1}
     if saved is not None and path is not None:

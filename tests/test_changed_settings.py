@@ -23,7 +23,7 @@ from util.dist import Wish
 from util.errors import EXIT_STOPPED
 from util.logger import StepReport
 from util.randomness import EpochSampler
-from util.resume import move
+from util.resume import CHANGES, VERSION, bring_up_to_date, move
 from util.run import Run
 from util.schedule import CosineSchedule
 from util.timeline import Timeline
@@ -115,6 +115,8 @@ def as_before(folder: Path) -> None:
     for path in folder.glob("checkpoint-*.pth"):
         state = load_file(path)
         new = {k: v for k, v in state.items() if k not in ("timeline", "resume_version")}
+        if state["task"] == "segment":
+            del new["arithmetic"]["stored"]
         write_signed(path, new)
 
 
@@ -393,6 +395,26 @@ def test_a_loss_that_is_not_finite_names_a_checkpoint_only_if_there_is_one(
 # ---- What must agree ---------------------------------------------------------------------------
 
 
+def test_block_masks_of_before_are_not_gone_on_with(
+    jobs: dict[str, Job], tmp_path: Path, run_main
+) -> None:
+    job = jobs["pretrain"]
+    argv = [*job.flags, "--mask=block", f"--output_dir={tmp_path}"]
+    stopped_at(job, tmp_path, 14, "--mask=block")
+    assert load_file(tmp_path / LAST)["resume_version"] == VERSION
+    new = (tmp_path / LAST).read_bytes()
+    as_before(tmp_path)
+    code, _, err = run_main("main_pretrain", argv)
+    assert code == 2 and "block masks leaned" in err and "another --output_dir" in err
+    code, out, _ = run_main("main_pretrain", [*argv, "--allow_changes"])
+    assert code == 0 and "block masks leaned" in out
+    assert "block masks leaned" in json.dumps(job.records(tmp_path, "resume"))
+    (tmp_path / LAST).write_bytes(new)
+    for path in tmp_path.glob("checkpoint-[0-9]*.pth"):
+        path.unlink()
+    assert run_main("main_pretrain", argv)[0] == 0
+
+
 @pytest.mark.parametrize("task", ["pretrain", "finetune", "segment"])
 def test_older_checkpoints_go_on_to_the_same_bits(
     task: str, jobs: dict[str, Job], tmp_path: Path
@@ -406,3 +428,32 @@ def test_older_checkpoints_go_on_to_the_same_bits(
     a, b = load_file(one / LAST), load_file(two / LAST)
     assert not [k for k in a["model"] if not torch.equal(a["model"][k], b["model"][k])]
     assert a["timeline"] == b["timeline"] and a["arithmetic"] == b["arithmetic"]
+
+
+def test_settings_that_an_older_file_lacks_take_the_value_of_its_run() -> None:
+    old = {"task": "segment", "arithmetic": {"seed": 3}}
+    assert bring_up_to_date(old) == ({"seed": 3, "stored": "as published"}, [])
+    known = {"task": "segment", "arithmetic": {"stored": "packed"}, "resume_version": VERSION}
+    assert bring_up_to_date(known) == ({"stored": "packed"}, [])
+    assert len(CHANGES) == VERSION
+    # The first version's pretraining, which decoded by Pillow.
+    old = {
+        "task": "pretrain",
+        "arithmetic": {"norm_pix_loss": True, "mask": "mixed", "model_args": {"depth": 4}},
+    }
+    settings, faults = bring_up_to_date(old)
+    assert not faults and settings["target"] == "norm_pixels" and settings["decode"] == "pil"
+    assert settings["model_args"] == {
+        "depth": 4, "decoder": "full", "predict_ratio": 1.0, "encoder_mask_tokens": False,
+        "pca_components": None,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("task", ["pretrain", "finetune", "segment"])
+def test_what_every_task_lets_agree(task: str, jobs: dict[str, Job], tmp_path: Path) -> None:
+    stopped_at(jobs[task], tmp_path, 3)
+    settings = load_file(tmp_path / LAST)["arithmetic"]
+    names = {"model_args", "global_batch", "images", "stored", "seed", "precision", "dataset"}
+    if task != "pretrain":  # whose random draws depend on neither
+        names |= {"processes", "micro_steps"}
+    assert names <= settings.keys()

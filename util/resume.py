@@ -30,9 +30,43 @@ class Change:
     fault: Callable[[Arithmetic], str | None] = lambda settings: None
 
 
+def published(settings: Arithmetic) -> Arithmetic:
+    """Before images could be packed they were used as their makers published them."""
+    return {"stored": "as published"}
+
+
+def first_pretraining(settings: Arithmetic) -> Arithmetic:
+    """Before there was a choice of decoders, targets, augmentations and readers of images."""
+    parts = {"decoder": "full", "predict_ratio": 1.0, "encoder_mask_tokens": False}
+    return {
+        **parts,
+        "model_args": parts | {"pca_components": None},
+        "target": "norm_pixels" if settings.get("norm_pix_loss") else "pixels",
+        "pca_components": 96,
+        "pca_patches": 65536,
+        "augment": "random_crop",
+        "decode": "pil",
+        "crops_per_decode": 1,
+    }
+
+
+def block_masks(settings: Arithmetic) -> str | None:
+    """Which runs had masks that leaned."""
+    if settings.get("mask") != "block":
+        return None
+    return (
+        "block masks leaned toward the top before 2026-11-26, and do no longer: the masks would "
+        "change in the middle of the run"
+    )
+
+
 # In the order in which they came. A checkpoint holds how many of them its run had: append, and
 # never take one out.
-CHANGES: tuple[Change, ...] = ()
+CHANGES: tuple[Change, ...] = (
+    Change(("pretrain", "finetune", "segment"), added=published),
+    Change(("pretrain",), added=first_pretraining),
+    Change(("pretrain",), fault=block_masks),
+)
 VERSION = len(CHANGES)
 
 

@@ -55,11 +55,13 @@ class SegmentationSource:
         mean, std: one number per channel, in units of 0..1.
         classes: names of the labels.
         channels: of every image.
+        stored: how the pixels are kept, as `ImageSource`'s; a run does not go on with another.
         colours: of the classes in pictures, uint8 [K, 3].
         notes: what the reader should know of the labels.
     """
 
     channels = 3
+    stored = "as published"
 
     def __init__(
         self, name: str, split: str, mean: Stats, std: Stats, classes: Sequence[str]

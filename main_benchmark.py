@@ -535,7 +535,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     base = Arm(
         model=args.model, batch=args.batch_size, size=side_of(args), mask_ratio=args.mask_ratio
     )
-    texts = vars(args).get("arms") or DEFAULT_ARMS.get(args.what, ["mmae"])
+    texts = getattr(args, "arms", None) or DEFAULT_ARMS.get(args.what, ["mmae"])
     arms = parse_arms(texts, base)
     for arm in arms.values():
         models_zoo.model_arguments(arm.model)

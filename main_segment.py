@@ -705,6 +705,7 @@ def segment(args: argparse.Namespace, procs: Processes, warnings: Sequence[str])
         sampler,
         num_workers=workers,
         pin_memory=args.pin_mem and device.type == "cuda",
+        prefetch_factor=args.prefetch_factor,
     )
     measure = None
     if val_source is not None:

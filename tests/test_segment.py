@@ -15,6 +15,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_segment_data import FAULTS, write_ade20k, write_pairs
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 import main_segment
 from engine_segment import Inference, PixelLoss, evaluate, prepare, resized_argmax
@@ -295,6 +296,21 @@ def test_ended_while_measuring(
     segment(tmp_path, data)
     assert not different(load_file(whole / LAST), load_file(tmp_path / LAST))
     assert records(whole) == records(tmp_path)
+
+
+def test_prefetch_factor_reaches_the_loader(
+    data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+
+    def train(model: nn.Module, loader: DataLoader, *rest: Any, **more: Any) -> None:
+        found.append(loader.prefetch_factor)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(main_segment, "train_iterations", train)
+    with pytest.raises(KeyboardInterrupt):
+        segment(tmp_path, data, "--num_workers=1", "--prefetch_factor=7")
+    assert found == [7]
 
 
 def test_other_numbers_are_refused(data: str, whole: Path, run_main) -> None:

@@ -1,0 +1,98 @@
+"""Every flag of every command is read by what the command does."""
+
+import argparse
+import ast
+import importlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from launch import ROOT
+
+from util.config import FlagParser, add_dry_run_flags, run_options
+from util.slurm import add_job_flags
+
+MAINS = sorted(path.stem for path in ROOT.glob("main_*.py"))
+# What only a dry run calls: a flag that is read there alone does nothing in a run.
+PLANS = ("plan_run", "planned_model", "rate_here")
+# Flags that are for the parser, and those that are accepted and say that they do nothing.
+READ_BY_THE_PARSER, SAID_TO_DO_NOTHING = {"help", "config"}, {"dist_eval"}
+
+
+class Everything:
+    """Settings that have every name."""
+
+    def __getattr__(self, name: str) -> Any:
+        return None
+
+
+def names_of(add: Any) -> set[str]:
+    """The flags that a function adds to a parser."""
+    parser = argparse.ArgumentParser(add_help=False)
+    add(parser)
+    return {action.dest for action in parser._actions}
+
+
+def nodes(tree: ast.AST, without: tuple[str, ...]) -> Iterator[ast.AST]:
+    """All nodes but those inside some functions."""
+    for child in ast.iter_child_nodes(tree):
+        if not (isinstance(child, ast.FunctionDef) and child.name in without):
+            yield child
+            yield from nodes(child, without)
+
+
+def read_names(source: str, settings: str = "args", without: tuple[str, ...] = ()) -> set[str]:
+    """Attributes of a variable that a source reads, `getattr(args, "name")` among them."""
+    found = set()
+    for node in nodes(ast.parse(source), without):
+        if (
+            isinstance(node, ast.Attribute)
+            and isinstance(node.ctx, ast.Load)
+            and ast.unparse(node.value) == settings
+        ):
+            found.add(node.attr)
+        elif (
+            isinstance(node, ast.Call)
+            and ast.unparse(node.func) == "getattr"
+            and ast.unparse(node.args[0]) == settings
+            and isinstance(node.args[1], ast.Constant)
+        ):
+            found.add(node.args[1].value)
+    return found
+
+
+def flags_without_effect(parser: argparse.ArgumentParser, source: str) -> set[str]:
+    """The flags of a command that its source does not read where it runs."""
+    read = read_names(source, without=PLANS)
+    if "run_options(args)" in source:
+        read |= set(run_options(Everything()))  # type: ignore[arg-type]
+    read |= names_of(add_dry_run_flags) & read_names(source)
+    flags = {action.dest for action in parser._actions}
+    return flags - read - READ_BY_THE_PARSER - SAID_TO_DO_NOTHING
+
+
+@pytest.mark.parametrize("main", MAINS)
+def test_every_flag_is_read(main: str) -> None:
+    module = importlib.import_module(main)
+    source = (ROOT / f"{main}.py").read_text()
+    assert flags_without_effect(module.build_parser(), source) == set()
+
+
+def test_every_flag_of_a_job_is_read() -> None:
+    source = (ROOT / "util/slurm.py").read_text()
+    assert names_of(add_job_flags) - read_names(source, "job") == set()
+
+
+def test_a_flag_that_only_the_dry_run_reads_is_found() -> None:
+    parser = FlagParser()
+    parser.add_argument("--used")
+    parser.add_argument("--planned")
+    parser.add_argument("--forgotten")
+    add_dry_run_flags(parser)
+    source = """
+def plan_run(args):
+    return args.planned, args.dry_run_images, args.dry_run_processes, args.dry_run_measure
+def main(args):
+    args.forgotten = args.used or args.dry_run or getattr(args, "images_per_second")
+"""
+    assert flags_without_effect(parser, source) == {"planned", "forgotten"}

@@ -672,8 +672,8 @@ def finetune(args: argparse.Namespace, procs: Processes, warnings: Sequence[str]
         # -------------------------------------------------------------------------- close
         if procs.main:
             run.say_results()
-            if best["epoch"] >= 0 and (folder / BEST).exists():
-                say(f"best        {json.dumps(best)}  {folder / BEST}")
+            if path := run.own(BEST):
+                say(f"best        {json.dumps(best)}  {path}")
 
 
 if __name__ == "__main__":

@@ -451,7 +451,7 @@ def measure(args: argparse.Namespace, procs: Processes, warnings: Sequence[str])
                 say(f"{len(broken)} of {len(train)} training images cannot be decoded, left out:")
                 say("\n".join(f"  {name}" for name in names))
                 if len(broken) > NAMED:
-                    say(f"  and {len(broken) - NAMED} more, see {folder / RESULT}")
+                    say(f"  and {len(broken) - NAMED} more, which the result will name")
 
         # -------------------------------------------------------------------- neighbours
         classes = len(train.classes)

@@ -849,8 +849,8 @@ def segment(args: argparse.Namespace, procs: Processes, warnings: Sequence[str])
         # -------------------------------------------------------------------------- close
         if procs.main:
             run.say_results()
-            if best["step"] >= 0 and (folder / BEST).exists():
-                say(f"best        {json.dumps(best)}  {folder / BEST}")
+            if path := run.own(BEST):
+                say(f"best        {json.dumps(best)}  {path}")
 
 
 def check_data(sources: Sequence[SegmentationSource], procs: Processes) -> None:

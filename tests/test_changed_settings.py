@@ -382,14 +382,20 @@ def test_a_complete_run_says_so_and_names_what_is_there(
     assert "nothing is left to train" in out
 
 
+@pytest.mark.parametrize("shared", [False, True])
 def test_a_loss_that_is_not_finite_names_a_checkpoint_only_if_there_is_one(
-    jobs: dict[str, Job], tmp_path: Path, run_main
+    shared: bool, jobs: dict[str, Job], tmp_path: Path, run_main
 ) -> None:
-    job = jobs["pretrain"]
+    """Another task's, in a folder that they share, is none."""
+    job = jobs["finetune"]
+    if shared:
+        stopped_at(jobs["pretrain"], tmp_path, 1)
     broken = [*job.flags, "--blr=1e30", "--warmup_epochs=0", f"--output_dir={tmp_path}"]
-    code, _, err = run_main("main_pretrain", broken)
-    assert code == 1 and not (tmp_path / LAST).exists()
+    code, _, err = run_main("main_finetune", broken)
+    assert code == 1 and (tmp_path / LAST).exists() == shared
     assert "the last checkpoint" not in err and "no checkpoint yet" in err
+    dumped = json.loads(next(tmp_path.glob("nonfinite-*.json")).read_text())
+    assert dumped["last_good_checkpoint"] is None
 
 
 # ---- What must agree ---------------------------------------------------------------------------

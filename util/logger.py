@@ -20,7 +20,7 @@ import yaml
 from torch import Tensor
 from tqdm import tqdm
 
-from util.checkpoint import LAST, sync_folder
+from util.checkpoint import sync_folder
 from util.console import printable, visible, visible_line
 from util.conversions import Tally
 from util.dist import Processes
@@ -281,6 +281,7 @@ class StepLog:
     Args:
         logger: takes the log lines.
         folder: run folder, for what is dumped of steps that were not finite.
+        last_good: the checkpoint that the same command would go on from, None: there is none.
         procs: the processes.
         every: steps between log lines.
         global_batch: images per step, for images/s.
@@ -299,10 +300,11 @@ class StepLog:
         global_batch: int,
         nan_policy: str,
         bad_images: BadImages,
+        last_good: Callable[[], Path | None],
         bar: tqdm,
     ) -> None:
         self.logger, self.folder, self.procs, self.bar = logger, folder, procs, bar
-        self.bad_images = bad_images
+        self.bad_images, self.last_good = bad_images, last_good
         self.every, self.global_batch, self.nan_policy = every, global_batch, nan_policy
         # Sums of loss, steps with a finite loss, gradient norm, steps with a finite one, updates
         # left out, faults: since the last log line, and over the epoch.
@@ -367,7 +369,7 @@ class StepLog:
         """Dump the steps that were not finite, and stop if that is the policy."""
         mine = [h for h in history if h.result.broken.item()]
         steps = sorted({s for of in self.procs.gather([h.step for h in mine]) for s in of})
-        last_good = self.folder / LAST
+        last_good = self.last_good()
         for h in mine:
             dump = {
                 "step": h.step,
@@ -376,7 +378,7 @@ class StepLog:
                 "loss": str(h.result.loss.item()),
                 "grad_norm": str(h.result.grad_norm.item()),
                 "indices": [indices.tolist() for indices in h.indices],
-                "last_good_checkpoint": str(last_good) if last_good.exists() else None,
+                "last_good_checkpoint": str(last_good) if last_good else None,
             }
             name = f"nonfinite-step{h.step}-rank{self.procs.rank}.json"
             write_text(self.folder / name, json.dumps(dump, indent=1))
@@ -386,7 +388,7 @@ class StepLog:
         )
         if self.nan_policy == "stop":
             again = "goes on from the last checkpoint"
-            if not last_good.exists():
+            if last_good is None:
                 again = "starts anew, for there is no checkpoint yet"
             raise RunFailed(
                 f"{text}. The same command {again}; lower --blr or set --clip_grad, or choose "

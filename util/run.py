@@ -126,6 +126,7 @@ class Run:
             global_batch=global_batch,
             nan_policy=nan_policy,
             bad_images=self.bad_images,
+            last_good=lambda: self.own(ckpt.LAST),
             bar=progress_bar(timeline.total, self.step, show=procs.main),
         )
         if state is not None:
@@ -205,12 +206,17 @@ class Run:
             ckpt.save_checkpoint(self.folder, state, epoch, self.keep)
         self.step_log.restart_clock()
 
+    def own(self, name: str) -> Path | None:
+        """A checkpoint of the run folder, if it is there and of this task; tasks share folders."""
+        head = ckpt.peek(self.folder / name)
+        return self.folder / name if head is not None and head["task"] == self.task else None
+
     def say_results(self) -> None:
         """Name what the run wrote, for the reader; a start with nothing to do writes little."""
         events = sorted(self.log_dir.glob("events.out.tfevents.*"), key=lambda p: p.stat().st_mtime)
-        for name, path in (("checkpoint", self.folder / ckpt.LAST), ("metrics", self.logger.path)):
-            if path.exists():
-                say(f"{name:10s}  {path}")
+        if last := self.own(ckpt.LAST):
+            say(f"checkpoint  {last}")
+        say(f"metrics     {self.logger.path}")
         if events:
             say(f"events      {events[-1]}  (tensorboard --logdir {self.log_dir})")
 

@@ -28,6 +28,8 @@ from util.run import Run
 from util.schedule import CosineSchedule
 from util.timeline import Timeline
 
+# Whole runs, two or three a test, on a machine that may be busy.
+pytestmark = pytest.mark.timeout(400)
 MACHINE = ("images_per_s", "waiting", "memory_gb")
 
 
@@ -61,10 +63,14 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Job]:
     write_pairs(root, count=16)
     common = ["--log_every=1", "--num_workers=0", "--device=cpu", "--save_every=1"]
     return {
-        "pretrain": Job(main_pretrain, [*TINY, "--train_images=240", "--save_every=1"], "pretrain"),
+        "pretrain": Job(
+            main_pretrain,
+            [*TINY, "--model=mae_vit_micro_patch8", "--train_images=240", "--save_every=1"],
+            "pretrain",
+        ),
         "finetune": Job(
             main_finetune,
-            ["--dataset=synthetic", "--model=vit_micro_patch4", "--input_size=16", "--epochs=3",
+            ["--dataset=synthetic", "--model=vit_micro_patch8", "--input_size=16", "--epochs=3",
              "--train_images=240", "--val_images=8", "--batch_size=24", "--warmup_epochs=1",
              "--eval_every=3", "--drop_path=0.1", *common],
             "finetune",

@@ -461,11 +461,35 @@ def test_settings_that_an_older_file_lacks_take_the_value_of_its_run() -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("task", ["pretrain", "finetune", "segment"])
+# What the first version of each task let agree.
+FIRST = {
+    "pretrain": "avg_order avg_share avg_temperature blr clip_grad crop_scale dataset "
+    "decoder_depth decoder_embed_dim decoder_num_heads epochs global_batch images in_chans "
+    "input_size lr lscale_init mask mask_ratio mean method min_lr model model_args no_flip "
+    "norm_pix_loss patch_size pos_offset precision seed std tf32 warmup_epochs weight_decay",
+    "finetune": "aa betas blr clip_grad color_jitter crop_scale cutmix cutmix_minmax dataset "
+    "drop_path ema_decay epochs finetune global_batch global_pool images in_chans input_size "
+    "layer_decay lr lscale_init mean micro_steps min_lr mixup mixup_mode mixup_prob "
+    "mixup_switch_prob model model_args nb_classes no_flip patch_size pos_resize precision "
+    "processes recount remode reprob seed smoothing std tf32 train_images tune warmup_epochs "
+    "weight_decay",
+    "segment": "aux_channels aux_weight betas blr cat_max_ratio channels clip_grad dataset "
+    "drop_path dropout finetune flip global_batch images inference input_size iterations "
+    "layer_decay loss_mean lr lscale_init mean micro_steps min_lr model model_args multi_scale "
+    "nb_classes no_distortion no_flip patch_size pos_resize precision processes ratio_range "
+    "relative_bias resize scene_size seed std stride tf32 train_images val_images "
+    "warmup_iterations weight_decay window",
+}
+
+
+@pytest.mark.parametrize("task", FIRST)
 def test_what_every_task_lets_agree(task: str, jobs: dict[str, Job], tmp_path: Path) -> None:
+    """And `CHANGES` knows what runs of the first version had of it: a flag of tomorrow's too."""
     stopped_at(jobs[task], tmp_path, 3)
     settings = load_file(tmp_path / LAST)["arithmetic"]
     names = {"model_args", "global_batch", "images", "stored", "seed", "precision", "dataset"}
     if task != "pretrain":  # whose random draws depend on neither
         names |= {"processes", "micro_steps"}
     assert names <= settings.keys()
+    first = {"task": task, "arithmetic": dict.fromkeys(FIRST[task].split())}
+    assert bring_up_to_date(first)[0].keys() == settings.keys()

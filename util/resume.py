@@ -44,6 +44,7 @@ def first_pretraining(settings: Arithmetic) -> Arithmetic:
         "target": "norm_pixels" if settings.get("norm_pix_loss") else "pixels",
         "pca_components": 96,
         "pca_patches": 65536,
+        "train_images": None,
         "augment": "random_crop",
         "decode": "pil",
         "crops_per_decode": 1,
@@ -61,10 +62,11 @@ def block_masks(settings: Arithmetic) -> str | None:
 
 
 # In the order in which they came. A checkpoint holds how many of them its run had: append, and
-# never take one out.
+# never take one out. A new flag that changes numbers needs an entry, or older runs are refused.
 CHANGES: tuple[Change, ...] = (
     Change(("pretrain", "finetune", "segment"), added=published),
     Change(("pretrain",), added=first_pretraining),
+    Change(("finetune",), added=lambda settings: {"val_images": None}),
     Change(("pretrain",), fault=block_masks),
 )
 VERSION = len(CHANGES)
@@ -77,10 +79,12 @@ def bring_up_to_date(state: Mapping[str, Any]) -> tuple[Arithmetic, list[str]]:
         state: contents of a checkpoint. One without a version is older than all `CHANGES`.
     """
     settings, faults = dict(state["arithmetic"]), []
-    for change in CHANGES[state.get("resume_version", 0) :]:
+    for number, change in enumerate(CHANGES):
         if state["task"] in change.tasks:
             settings = fill(settings, change.added(settings))
-            faults += [fault] if (fault := change.fault(settings)) else []
+            fault = change.fault(settings)
+            if fault and number >= state.get("resume_version", 0):
+                faults.append(fault)
     return settings, faults
 
 

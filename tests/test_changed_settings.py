@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from launch import TINY
+from launch import TINY, launch, wait
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_segment_data import write_pairs
 
@@ -332,6 +332,22 @@ def test_what_is_said_of_images_is_what_happens(crops: int, batch_before: int, b
             assert moved.epoch_of(step) == epoch
         if done < before.steps_per_epoch and crops == 1:
             assert not twice
+
+
+@pytest.mark.dist
+def test_on_more_processes_with_the_batch_of_each(jobs: dict[str, Job], tmp_path: Path) -> None:
+    """The usual reason of another global batch; all processes agree on the place."""
+    job = jobs["pretrain"]
+    stopped_at(job, tmp_path, 14)
+    flags = [*job.flags, f"--output_dir={tmp_path}", "--allow_changes"]
+    out = tmp_path / "out"
+    assert wait(launch(flags, out, 2), 300) == [0, 0], out.read_text()
+    assert [r["step"] for r in job.records(tmp_path, "train")] == list(range(1, 23))
+    assert [r["epoch"] for r in job.records(tmp_path, "epoch")] == [0, 1, 2]
+    assert len(job.records(tmp_path, "resume")) == 1
+    assert load_file(tmp_path / LAST)["timeline"] == {
+        "steps_per_epoch": 5, "first": 1, "start": 12,
+    }  # fmt: skip
 
 
 # ---- More done than the run has ----------------------------------------------------------------

@@ -10,6 +10,7 @@ import pytest
 from launch import ROOT
 
 from util.config import FlagParser, add_dry_run_flags, run_options
+from util.masking import STANDARD
 from util.slurm import add_job_flags
 
 MAINS = sorted(path.stem for path in ROOT.glob("main_*.py"))
@@ -24,6 +25,14 @@ class Everything:
 
     def __getattr__(self, name: str) -> Any:
         return None
+
+
+# Flags that a source reads by a list of their names: the words that do so, and the names.
+READ_TOGETHER = {
+    "run_options(args)": set(run_options(Everything())),  # type: ignore[arg-type]
+    "masker_of(vars(args), ": set(STANDARD),
+    "getattr(args, name) for name in STANDARD": set(STANDARD),
+}
 
 
 def names_of(add: Any) -> set[str]:
@@ -64,8 +73,8 @@ def read_names(source: str, settings: str = "args", without: tuple[str, ...] = (
 def flags_without_effect(parser: argparse.ArgumentParser, source: str) -> set[str]:
     """The flags of a command that its source does not read where it runs."""
     read = read_names(source, without=PLANS)
-    if "run_options(args)" in source:
-        read |= set(run_options(Everything()))  # type: ignore[arg-type]
+    for words, names in READ_TOGETHER.items():
+        read |= names if words in source else set()
     read |= names_of(add_dry_run_flags) & read_names(source)
     flags = {action.dest for action in parser._actions}
     return flags - read - READ_BY_THE_PARSER - SAID_TO_DO_NOTHING

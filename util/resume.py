@@ -68,6 +68,8 @@ CHANGES: tuple[Change, ...] = (
     Change(("pretrain",), added=first_pretraining),
     Change(("finetune",), added=lambda settings: {"val_images": None}),
     Change(("pretrain",), fault=block_masks),
+    Change(("finetune", "segment"), added=lambda settings: {"num_heads": None}),
+    Change(("segment",), added=lambda settings: {"label_map": None}),
 )
 VERSION = len(CHANGES)
 

@@ -423,20 +423,22 @@ def test_a_loss_that_is_not_finite_names_a_checkpoint_only_if_there_is_one(
 # ---- What must agree ---------------------------------------------------------------------------
 
 
-def test_block_masks_of_before_are_not_gone_on_with(
-    jobs: dict[str, Job], tmp_path: Path, run_main
+@pytest.mark.parametrize("mask", ["block", "mixed"])
+def test_leaning_masks_of_before_are_not_gone_on_with(
+    mask: str, jobs: dict[str, Job], tmp_path: Path, run_main
 ) -> None:
     job = jobs["pretrain"]
-    argv = [*job.flags, "--mask=block", f"--output_dir={tmp_path}"]
-    stopped_at(job, tmp_path, 14, "--mask=block")
+    flags = [f"--mask={mask}", "--avg_temperature=0"]
+    argv = [*job.flags, *flags, f"--output_dir={tmp_path}"]
+    stopped_at(job, tmp_path, 14, *flags)
     assert load_file(tmp_path / LAST)["resume_version"] == VERSION
     new = (tmp_path / LAST).read_bytes()
     as_before(tmp_path)
     code, _, err = run_main("main_pretrain", argv)
-    assert code == 2 and "block masks leaned" in err and "another --output_dir" in err
+    assert code == 2 and "toward the bottom" in err and "another --output_dir" in err
     code, out, _ = run_main("main_pretrain", [*argv, "--allow_changes"])
-    assert code == 0 and "block masks leaned" in out
-    assert "block masks leaned" in json.dumps(job.records(tmp_path, "resume"))
+    assert code == 0 and "toward the bottom" in out
+    assert "toward the bottom" in json.dumps(job.records(tmp_path, "resume"))
     (tmp_path / LAST).write_bytes(new)
     for path in tmp_path.glob("checkpoint-[0-9]*.pth"):
         path.unlink()

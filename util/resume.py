@@ -51,13 +51,18 @@ def first_pretraining(settings: Arithmetic) -> Arithmetic:
     }
 
 
-def block_masks(settings: Arithmetic) -> str | None:
-    """Which runs had masks that leaned."""
-    if settings.get("mask") != "block":
+def leaning_masks(settings: Arithmetic) -> str | None:
+    """Which runs had masks that leaned: equal priorities went by the number of the patch."""
+    mask, strict = settings.get("mask"), settings.get("avg_temperature") == 0
+    if mask == "block":
+        what = "block masks leaned toward the bottom"
+    elif mask in ("average", "mixed") and strict:
+        what = f"{mask} masks with --avg_temperature 0 leaned toward the bottom of flat images"
+    else:
         return None
     return (
-        "block masks leaned toward the top before 2026-11-26, and do no longer: the masks would "
-        "change in the middle of the run"
+        f"{what} before 2026-11-26, and do no longer: the masks would change in the middle of the "
+        "run"
     )
 
 
@@ -67,7 +72,7 @@ CHANGES: tuple[Change, ...] = (
     Change(("pretrain", "finetune", "segment"), added=published),
     Change(("pretrain",), added=first_pretraining),
     Change(("finetune",), added=lambda settings: {"val_images": None}),
-    Change(("pretrain",), fault=block_masks),
+    Change(("pretrain",), fault=leaning_masks),
     Change(("finetune", "segment"), added=lambda settings: {"num_heads": None}),
     Change(("segment",), added=lambda settings: {"label_map": None}),
 )

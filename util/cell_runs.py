@@ -47,10 +47,10 @@ def from_json(name: str, otherwise: str | None = None) -> Callable[[Path], dict[
     """
 
     def read(folder: Path) -> dict[str, Any]:
-        first = folder / name
-        if otherwise is not None and not first.is_file():
-            first = folder / otherwise
-        return json.loads(first.read_text())
+        found = folder / name
+        if otherwise is not None and not found.is_file() and (folder / otherwise).is_file():
+            found = folder / otherwise
+        return json.loads(found.read_text())
 
     return read
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from util.errors import BadInput
+from util.flag_types import SHOWN, shown
 from util.images import BadImage
 from util.label_maps import IGNORE, MOST_CLASSES, BadPair, read_label_map
 from util.listing import Names
@@ -24,10 +25,11 @@ Values = Mapping[int, int]
 def label_pair(text: str) -> str:
     """An argparse type: `255:1` or `255:ignore`, a stored value and its class; as it was given."""
     value, _, meaning = text.partition(":")
-    known = meaning == "ignore" or (meaning.isdecimal() and int(meaning) < MOST_CLASSES)
-    if not (value.isdecimal() and int(value) <= LARGEST and known):
+    short = len(text) <= SHOWN  # Python makes no number of thousands of digits
+    known = short and (meaning == "ignore" or (meaning.isdecimal() and int(meaning) < MOST_CLASSES))
+    if not (known and value.isdecimal() and int(value) <= LARGEST):
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not VALUE:CLASS or VALUE:ignore, such as 255:1 (classes 0 to "
+            f"{shown(text)} is not VALUE:CLASS or VALUE:ignore, such as 255:1 (classes 0 to "
             f"{MOST_CLASSES - 1}; in YAML in quotes)"
         )
     return text

@@ -14,7 +14,7 @@ from PIL import Image
 from util.console import print_text, visible, visible_line
 from util.conversions import Tally
 from util.errors import EXIT_BAD_INPUT, BadInput
-from util.logger import BadImages, RunLogger, rank_log, say
+from util.logger import BadImages, RunLogger, prepare_folder, rank_log, say
 
 CLEAR = "\x1b[2J"
 NO_UTF8 = os.fsdecode(b"caf\xe9.jpg")
@@ -131,6 +131,11 @@ def test_a_folder_of_odd_names_works_in_a_terminal_of_ascii(tmp_path, command):
         assert done.returncode == EXIT_BAD_INPUT and b"br\\xf6ken.png" in done.stderr
 
 
-def test_a_folder_that_tensorboard_cannot_name_is_bad_input(tmp_path):
-    with pytest.raises(BadInput, match=r"TensorBoard cannot write .*--log_dir"):
-        RunLogger(tmp_path / "m.jsonl", tmp_path / os.fsdecode(b"n\xefm"))
+def test_a_folder_of_results_that_torch_cannot_name_is_bad_input(tmp_path):
+    folder = tmp_path / os.fsdecode(b"n\xefm")
+    with pytest.raises(BadInput, match=r"cannot write to folder .*--output_dir or --log_dir"):
+        prepare_folder(folder)
+    assert not folder.exists()
+    with pytest.raises(BadInput, match=r"cannot write to folder .*--output_dir or --log_dir"):
+        RunLogger(tmp_path / "m.jsonl", folder)
+    prepare_folder(tmp_path / "Näme 名前")

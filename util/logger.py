@@ -38,8 +38,9 @@ def prepare_folder(folder: Path) -> None:
     """Make the folder, and find out now rather than after an epoch whether it can be written.
 
     Raises:
-        BadInput: it cannot be made or written.
+        BadInput: it cannot be made or written, or its name read again.
     """
+    refuse_unreadable_name(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".probe.{os.getpid()}"
@@ -47,6 +48,19 @@ def prepare_folder(folder: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise BadInput(f"cannot write to folder {folder}: {error.strerror}") from None
+
+
+def refuse_unreadable_name(folder: Path) -> None:
+    """Refuse a folder of results whose name torch and TensorBoard cannot encode.
+
+    Raises:
+        BadInput: bytes in it are no UTF-8.
+    """
+    if any("\ud800" <= char <= "\udfff" for char in str(folder)):  # see util.console
+        raise BadInput(
+            f"cannot write to folder {folder}: torch and TensorBoard open no name with bytes that "
+            "are no UTF-8; rename it, or give another --output_dir or --log_dir"
+        )
 
 
 def write_text(path: Path, text: str) -> None:
@@ -88,11 +102,7 @@ class RunLogger:
         if write and log_dir is not None:
             from torch.utils.tensorboard import SummaryWriter
 
-            if any("\ud800" <= char <= "\udfff" for char in str(log_dir)):  # see util.console
-                raise BadInput(
-                    f"TensorBoard cannot write to {log_dir}, whose name holds bytes that are no "
-                    "UTF-8; give another --log_dir, or rename the folder"
-                )
+            refuse_unreadable_name(log_dir)
             # TensorBoard hides events from purge_step on, so the first step not to hide is +1.
             self.writer = SummaryWriter(str(log_dir), purge_step=first_step + 1)
 

@@ -412,7 +412,7 @@ def test_a_loss_that_is_not_finite_names_a_checkpoint_only_if_there_is_one(
     job = jobs["finetune"]
     if shared:
         stopped_at(jobs["pretrain"], tmp_path, 1)
-    broken = [*job.flags, "--blr=1e30", "--warmup_epochs=0", f"--output_dir={tmp_path}"]
+    broken = [*job.flags, "--lr=1e6", "--warmup_epochs=0", f"--output_dir={tmp_path}"]
     code, _, err = run_main("main_finetune", broken)
     assert code == 1 and (tmp_path / LAST).exists() == shared
     assert "the last checkpoint" not in err and "no checkpoint yet" in err

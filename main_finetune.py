@@ -76,6 +76,7 @@ from util.dry_run import (
 )
 from util.dry_run_report import describe
 from util.errors import BadInput, command
+from util.files import link
 from util.finetune_flags import (
     FULL,
     LINEAR,
@@ -666,7 +667,7 @@ def finetune(args: argparse.Namespace, procs: Processes, warnings: Sequence[str]
                         more = {**values, "best": best, "epoch": epoch, "dataset": args.dataset}
                         save_accuracy(folder, result, source.classes, more)
                 if better and procs.main:  # killed in between, the run measures and links again
-                    ckpt.link(folder / ckpt.LAST, folder / BEST)
+                    link(folder / ckpt.LAST, folder / BEST)
                 run.save(step, "done")
 
         # -------------------------------------------------------------------------- close

@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -26,12 +26,13 @@ from util.datasets import DATASETS, SPLITS, build_dataset
 from util.dist import Processes, processes
 from util.dry_run import look_at_data, processes_of
 from util.dry_run_report import Features, describe_features
-from util.errors import BadInput, command
+from util.errors import BadInput, CannotWrite, command
+from util.files import create_temporary, sync, sync_folder, write_text, writing
 from util.flag_types import MOST_IN_BATCH, expanded_path
 from util.images import ImageSource, Subset
 from util.knn import Bank, neighbours, rank_of, unit, vote
 from util.loading import say_conversions
-from util.logger import prepare_folder, progress_bar, rank_log, say, write_text
+from util.logger import prepare_folder, progress_bar, rank_log, say
 from util.randomness import EvalSampler, evenly
 from util.replace import fault_of
 from util.results import MEASURED, identity_of, set_others_aside
@@ -162,12 +163,12 @@ class FeatureFiles:
         shape: (N, D) of the features.
 
     Raises:
-        BadInput: the disk is full or the folder not writable.
+        BadInput: the disk has no room or the folder is not writable.
+        CannotWrite: later on.
     """
 
     def __init__(self, folder: Path, split: str, shape: tuple[int, int], procs: Processes) -> None:
         self.paths = [folder / f"{name}-{split}.npy" for name in ("features", "labels")]
-        self.temporary = [path.with_name(f".{path.name}.tmp") for path in self.paths]
         self.procs, self.row_bytes = procs, (4 * shape[1], 8)
         needed = shape[0] * sum(self.row_bytes)
         free = shutil.disk_usage(folder).free
@@ -178,20 +179,29 @@ class FeatureFiles:
                 "another --output_dir, or leave --save_features out"
             )
         try:
+            self.created: list[BinaryIO] = []  # open, and so locked: see `util.files.sweep`
             with procs.main_first():
-                if procs.main:
-                    self._create(shape)
+                names = self._create(shape) if procs.main else []
+            self.temporary = procs.gather(names)[0]
             self.offsets = [np.lib.format.open_memmap(path, "r").offset for path in self.temporary]
             self.files = [path.open("r+b", buffering=0) for path in self.temporary]
         except OSError as error:
             raise BadInput(f"cannot write {self.paths[0]}: {error.strerror}") from error
 
-    def _create(self, shape: tuple[int, int]) -> None:
-        """Files of the right size: zeros, and labels -1."""
-        np.lib.format.open_memmap(self.temporary[0], "w+", np.dtype("<f4"), shape).flush()
-        labels = np.lib.format.open_memmap(self.temporary[1], "w+", np.dtype("<i8"), shape[:1])
-        labels[:] = -1
-        labels.flush()
+    def _create(self, shape: tuple[int, int]) -> list[Path]:
+        """Files of the right size, zeros and labels -1; their temporary names."""
+        names = []
+        for path, dtype, size, fill in zip(
+            self.paths, ("<f4", "<i8"), (shape, shape[:1]), (0, -1), strict=True
+        ):
+            file, temporary = create_temporary(path)
+            self.created.append(file)
+            names.append(temporary)
+            rows = np.lib.format.open_memmap(temporary, "w+", np.dtype(dtype), size)
+            if fill:
+                rows[:] = fill
+            rows.flush()
+        return names
 
     def write(self, index: Tensor, features: Tensor, label: Tensor) -> None:
         """Rows of this process: int64 [B], float32 [B, D], int64 [B]."""
@@ -202,19 +212,23 @@ class FeatureFiles:
                     place = self.offsets[n] + i * self.row_bytes[n]
                     written = os.pwrite(self.files[n].fileno(), row.tobytes(), place)
                 except OSError as error:
-                    raise BadInput(f"cannot write {self.paths[n]}: {error.strerror}") from error
+                    raise CannotWrite(f"cannot write {self.paths[n]}: {error.strerror}") from error
                 if written < self.row_bytes[n]:
-                    raise BadInput(f"cannot write {self.paths[n]}: the disk is full")
+                    raise CannotWrite(f"cannot write {self.paths[n]}: the disk is full")
 
     def close(self) -> None:
         """Give the files their names. A collective."""
-        for file in self.files:
-            os.fsync(file.fileno())
-            file.close()
-        self.procs.barrier()
-        if self.procs.main:
-            for temporary, path in zip(self.temporary, self.paths, strict=True):
-                os.replace(temporary, path)
+        with writing(self.paths[0]):
+            for file in self.files:
+                sync(file.fileno())
+                file.close()
+            self.procs.barrier()
+            if self.procs.main:
+                for temporary, path in zip(self.temporary, self.paths, strict=True):
+                    os.replace(temporary, path)
+                sync_folder(self.paths[0].parent)
+            for file in self.created:
+                file.close()
 
 
 @torch.inference_mode()

@@ -570,8 +570,11 @@ def pretrain(args: argparse.Namespace, procs: Processes, warnings: Sequence[str]
 
 
 def written_at(path: Path) -> float:
-    """When a file was written."""
-    return path.stat().st_mtime
+    """When a file was written; 0 if it is gone meanwhile."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def report(

@@ -67,12 +67,13 @@ from util.dry_run import (
 )
 from util.dry_run_report import describe
 from util.errors import BadInput, command
+from util.files import link, write_text
 from util.flag_types import MOST_CLASSES, MOST_LSCALE, MOST_SIDE, MOST_WIDTH, expanded_path
 from util.folders import image_files
 from util.label_maps import overlay, save_label_map
 from util.label_values import label_pair, listed
 from util.loading import say_conversions
-from util.logger import prepare_folder, say, write_text
+from util.logger import prepare_folder, say
 from util.memory import create_in_memory
 from util.optim import create_adamw, layer_decay_groups
 from util.randomness import EvalSampler, IterationSampler, evenly
@@ -842,7 +843,7 @@ def segment(args: argparse.Namespace, procs: Processes, warnings: Sequence[str])
                     if drawn is not None:
                         run.logger.picture("segmentation", step, drawn)
                 if better and procs.main:  # killed in between, the run measures and links again
-                    ckpt.link(folder / ckpt.LAST, folder / BEST)
+                    link(folder / ckpt.LAST, folder / BEST)
                 run.save(step, "done")
                 stage = "done"
 

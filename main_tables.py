@@ -36,8 +36,9 @@ from util.curves import (
     verdict,
 )
 from util.errors import BadInput, RunFailed, Stopped, command
+from util.files import write_text
 from util.flag_types import expanded_path, processes_flag
-from util.logger import prepare_folder, say, write_text
+from util.logger import prepare_folder, say
 from util.paper_tables import commands, find_runs, look_up, read_paper, to_csv
 from util.paper_tables import markdown as papers_markdown
 from util.plan import STARTS, Cell, Plan, cells_of, check_unchanged, choose, read_plan

@@ -35,11 +35,12 @@ from util.conversions import describe, take
 from util.datasets import DATASETS, DEFAULT, build_dataset, place_of
 from util.dist import choose_device
 from util.errors import BadInput, command
+from util.files import write_text
 from util.flag_types import MOST_WIDTH, expanded_path
 from util.folders import image_files
 from util.images import IMAGENET_MEAN, IMAGENET_STD, read_image
 from util.loading import say_conversions
-from util.logger import prepare_folder, write_text
+from util.logger import prepare_folder
 from util.masking import ORDERS, STANDARD, STRATEGIES
 from util.metrics import masked_psnr
 from util.randomness import EvalSampler, evenly, generator_of

@@ -11,6 +11,7 @@ import torchvision
 from torch.utils.data import DataLoader, Dataset
 
 import util.listing as listing
+from util import files
 from util.errors import BadInput
 from util.folders import FolderSource
 from util.listing import Names, cache_file, list_images
@@ -250,9 +251,9 @@ def test_a_cache_that_cannot_be_written_does_not_matter(root, cache, capsys, mon
     if obstacle == "a file in its place":
         cache.write_text("")
     elif obstacle == "full":
-        monkeypatch.setattr(listing.tempfile, "NamedTemporaryFile", fail)
+        monkeypatch.setattr(files, "create_temporary", fail)
     else:
-        monkeypatch.setattr(listing.os, "replace", fail)
+        monkeypatch.setattr(files.os, "replace", fail)
     expected = torchvision.datasets.ImageFolder(str(root)).samples
     assert samples(root) == expected
     assert "not kept" in capsys.readouterr().out

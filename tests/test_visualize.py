@@ -1,6 +1,7 @@
 """Panels and sheets: the pixels shown are the pixels given, and every text is there, whole."""
 
 import os
+from typing import BinaryIO
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from util import visualize
-from util.errors import BadInput
+from util.errors import CannotWrite
 from util.patches import patchify
 
 
@@ -176,10 +177,10 @@ def test_save_panels_pixel_for_pixel(tmp_path):
 def test_save_png_where_nothing_can_be_written(tmp_path):
     picture = Image.new("RGB", (4, 4))
     (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(BadInput, match=r"cannot write the picture .*file/grid.png"):
+    with pytest.raises(CannotWrite, match=r"cannot write .*file/grid.png"):
         visualize.save_png(tmp_path / "file" / "grid.png", picture)
     (tmp_path / "grid.png").mkdir()
-    with pytest.raises(BadInput, match="cannot write"):
+    with pytest.raises(CannotWrite, match="cannot write"):
         visualize.save_png(tmp_path / "grid.png", picture)
     assert sorted(os.listdir(tmp_path)) == ["file", "grid.png"]
 
@@ -188,13 +189,12 @@ def test_a_failed_write_leaves_the_old_picture(tmp_path, monkeypatch):
     path = visualize.save_png(tmp_path / "grid.png", Image.new("RGB", (4, 4)))
     before = path.read_bytes()
 
-    def full_disk(image: Image.Image, name: os.PathLike, format: str) -> None:
-        with open(name, "wb") as file:
-            file.write(b"half")
+    def full_disk(image: Image.Image, file: BinaryIO, format: str) -> None:
+        file.write(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Image.Image, "save", full_disk)
-    with pytest.raises(BadInput, match="No space left"):
+    with pytest.raises(CannotWrite, match="No space left"):
         visualize.save_png(path, Image.new("RGB", (8, 8)))
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["grid.png"]

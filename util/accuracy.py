@@ -1,17 +1,17 @@
 """Classification measured exactly: sums of counts and of float64 losses over all processes."""
 
 import csv
+import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from util.logger import write_text
+from util.files import write_text
 
 TOP = 5
 
@@ -129,15 +129,17 @@ def save_accuracy(
     spare = (f"class {i}" for i in range(len(classes), len(result.confusion)))
     labels = [*classes, *spare]
     write_text(numbers, json.dumps({**result.summary(), **more}, indent=1) + "\n")
-    as_text: dict[str, Any] = {"newline": "", "encoding": "utf-8", "errors": "backslashreplace"}
-    with confusion.open("w", **as_text) as file:
-        table = csv.writer(file)
-        table.writerow(["true \\ taken for", *labels])
-        for name, row in zip(labels, result.confusion.tolist(), strict=True):
-            table.writerow([name, *row])
-    with per_class.open("w", **as_text) as file:
-        table = csv.writer(file)
-        table.writerow(["class", "images", "recall", "precision"])
-        for name, row in zip(labels, result.per_class(), strict=True):
-            values = [f"{row[key]:.4f}" for key in ("recall", "precision")]
-            table.writerow([name, row["images"], *values])
+    counts = [[name, *row] for name, row in zip(labels, result.confusion.tolist(), strict=True)]
+    write_table(confusion, [["true \\ taken for", *labels], *counts])
+    rows = [
+        [name, row["images"], *(f"{row[key]:.4f}" for key in ("recall", "precision"))]
+        for name, row in zip(labels, result.per_class(), strict=True)
+    ]
+    write_table(per_class, [["class", "images", "recall", "precision"], *rows])
+
+
+def write_table(path: Path, rows: Sequence[Sequence[object]]) -> None:
+    """Write a CSV file, whole or not at all."""
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(rows)
+    write_text(path, text.getvalue())

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from util.logger import say, write_text
+from util.files import write_text
+from util.logger import say
 from util.memory import SETTINGS
 
 PACKAGES = ("torch", "torchvision", "timm", "transformers", "numpy", "pillow", "datasets")

@@ -26,7 +26,8 @@ import torch
 
 from util.dist import STOP_SIGNALS
 from util.errors import EXIT_STOPPED, BadInput, RunFailed, Stopped
-from util.logger import METRICS, prepare_folder, say, write_text
+from util.files import at_start, write_text, writing
+from util.logger import METRICS, prepare_folder, say
 from util.plan import DONE, STARTS, Cell
 
 ROOT = Path(__file__).resolve().parent.parent  # where the mains are
@@ -204,7 +205,8 @@ def only_one(output: Path) -> Iterator[int]:
     Raises:
         BadInput: it is locked, or cannot be.
     """
-    handle = os.open(output / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    with at_start(), writing(output / LOCK):
+        handle = os.open(output / LOCK, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o644)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -216,8 +218,9 @@ def only_one(output: Path) -> Iterator[int]:
             ) from None
         except OSError as error:
             raise BadInput(f"cannot lock {output / LOCK}: {error.strerror}") from None
-        os.truncate(handle, 0)
-        os.write(handle, f"{os.getpid()}\n".encode())
+        with at_start(), writing(output / LOCK):
+            os.truncate(handle, 0)
+            os.write(handle, f"{os.getpid()}\n".encode())
         yield handle
     finally:
         os.close(handle)
@@ -240,9 +243,10 @@ def start(cell: Cell, cells: Mapping[str, Cell], jobs: int, lock: int) -> Child:
         "OMP_WAIT_POLICY": "PASSIVE",
         "THP_MEM_ALLOC_ENABLE": "1",  # large pages, see the Makefile
     }
-    with (cell.folder / LOG).open("ab") as log:
+    with writing(cell.folder / LOG):
+        log = (cell.folder / LOG).open("ab", buffering=0)
         log.write(f"=== {now()} {shlex.join(words)}\n".encode())
-        log.flush()
+    with log:
         # In a session of its own: Ctrl-C reaches us alone, and we stop the child in our way.
         process = subprocess.Popen(
             words,

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from util.errors import BadInput, needs
-from util.logger import METRICS, write_text
+from util.files import write_text
+from util.logger import METRICS
 from util.yaml_files import read_settings
 
 # Relative difference of a stretch up to which two curves are called the same.

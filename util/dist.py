@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from util.errors import BadInput, RunFailed, Stopped
+from util.files import at_start, writing
 from util.memory import keep_freed_memory
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -201,7 +202,8 @@ def processes(device_name: str, folder: Path) -> Iterator[Processes]:
         yield join(place, device)
         return
     if place.rendezvous != "env://":
-        folder.mkdir(parents=True, exist_ok=True)
+        with at_start(), writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
     with peers_lost(place.rank):
         procs = join(place, device)
         try:

@@ -35,6 +35,10 @@ class RunFailed(RuntimeError):
     exit_code = EXIT_FAILED
 
 
+class CannotWrite(RunFailed):
+    """The operating system refuses to write a file: the disk is full, the folder is gone ..."""
+
+
 class Stopped(Exception):
     """The run was asked to stop, has written a checkpoint, and can go on.
 

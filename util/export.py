@@ -4,8 +4,6 @@ All folding is done in float64 and rounded once.
 """
 
 import json
-import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from util.errors import BadInput, needs
+from util.files import build_whole, check_folder, sweep, writing
 from util.weights import CONFIG, FILES, ONNX_KEY
 
 Weights = dict[str, Tensor]
@@ -103,26 +102,20 @@ def check_same(
 
 @contextmanager
 def appearing(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write a file or folder to, which is renamed at the end.
+    """A name to write a file or folder to, which becomes `path` at the end.
 
     After an exception nothing is left, and what was at `path` is as it was.
 
     Raises:
-        BadInput: the disk is full, the folder not writable, or a folder is there already.
+        BadInput: the folder is not writable, or a folder is there already.
+        CannotWrite: the disk is full ...
     """
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    check_folder(path.parent)
+    sweep(path.parent)
+    with writing(path), build_whole(path) as temporary:
         yield temporary
         if temporary.is_dir() and path.exists():
             raise BadInput(f"{path} exists already; choose another --output")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise BadInput(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        temporary.unlink(missing_ok=True)
 
 
 def save_safetensors(path: Path, weights: Mapping[str, Tensor]) -> None:

@@ -7,7 +7,6 @@ import errno
 import hashlib
 import io
 import os
-import tempfile
 import time
 from array import array
 from collections.abc import Iterable, Iterator
@@ -19,6 +18,7 @@ import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from util.errors import BadInput
+from util.files import open_whole, sweep
 from util.images import PathLike
 from util.logger import say
 
@@ -194,17 +194,12 @@ def write_cache(cache: Path, listing: Listing, stamps: dict[str, int]) -> None:
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
     content = buffer.getvalue()
-    temporary = None
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
-        # Not named by process: others with the same number may write to the same home.
-        with tempfile.NamedTemporaryFile(dir=cache.parent, delete=False) as file:
-            temporary = file.name
+        sweep(cache.parent)
+        with open_whole(cache) as file:
             file.write(DIGEST(content).digest() + content)
-        os.replace(temporary, cache)
     except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
         say(
             f"the listing of {len(listing.files):,} images is not kept, cannot write {cache}: "
             f"{error.strerror}; point MMAE_CACHE at a folder that can be written"

@@ -5,13 +5,11 @@ import hashlib
 import io
 import json
 import os
-import tempfile
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +20,7 @@ from torch.utils.data import Dataset
 from util.console import visible_line
 from util.conversions import Conversion, Found, describe, merge, take
 from util.errors import BadInput, RunFailed
+from util.files import open_whole, sweep
 from util.images import BadImage, ImageSource, decode_image
 from util.listing import Names
 from util.loading import Loader
@@ -130,6 +129,7 @@ def pack(
     settings = {**described, **asdict(recipe), "images": len(source), "images_per_shard": count}
     settings |= {"channels": source.channels, "names": names_digest(source), "version": VERSION}
     claim(root, settings)
+    sweep(root)
     if (root / MANIFEST).is_file() and all((root / name).is_file() for name in TABLES):
         about = read_manifest(root)
         if all((root / shard["file"]).is_file() for shard in about["shards"]):
@@ -183,7 +183,7 @@ def claim(root: Path, settings: dict[str, Any]) -> None:
                 raise BadInput(
                     f"{root} holds other files and no {SETTINGS}; give an empty --output_dir"
                 )
-            with written(path) as file:
+            with open_whole(path) as file:
                 file.write(json.dumps(settings, indent=1).encode())
             return
         before = json.loads(found)
@@ -217,23 +217,6 @@ def check_bad(root: Path, bad: int, limit: int) -> None:
 
 
 # ---- Shards ------------------------------------------------------------------------------------
-
-
-@contextmanager
-def written(path: Path) -> Iterator[BinaryIO]:
-    """A file that appears under its name once it is whole and on the disk."""
-    # Not named by process: several machines may write to one folder.
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with open(handle, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def part_file(root: Path, shard: int) -> Path:
@@ -274,7 +257,7 @@ class Shards(Dataset):
         path = self.root / shard_name(shard)
         first = shard * self.count
         try:
-            with written(path) as file:
+            with open_whole(path) as file:
                 for index in range(first, min(first + self.count, len(self.source))):
                     try:
                         data, label, height, width = self.recipe(self.source, index)
@@ -290,7 +273,7 @@ class Shards(Dataset):
             part = {"bytes": start, "sha256": digest.hexdigest(), "bad": bad}
             part |= {"records": records, "names": names}
             part["changed"] = {kind.name: found for kind, found in take().items()}
-            with written(part_file(self.root, shard)) as file:
+            with open_whole(part_file(self.root, shard)) as file:
                 file.write(sealed(part))
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -321,13 +304,11 @@ def finish(
         raise RunFailed(
             f"none of the {len(source)} images of {source.name} can be decoded; the first: {first}"
         )
-    for path in root.glob(".shard-*"):  # of starts that were killed
-        path.unlink(missing_ok=True)
     names = Names.of(relative(lines))
     tables = {RECORDS: np.concatenate(records), NAMES: names.data, NAME_ENDS: names.ends}
     try:
         for name, table in tables.items():
-            with written(root / name) as file:
+            with open_whole(root / name) as file:
                 np.save(file, table, allow_pickle=False)
         about = {
             "version": VERSION, "name": source.name, "format": settings["format"],
@@ -337,7 +318,7 @@ def finish(
             "tables": {name: checksum(root / name) for name in tables},
         }  # fmt: skip
         write_bad(root)
-        with written(root / MANIFEST) as file:
+        with open_whole(root / MANIFEST) as file:
             file.write(sealed(about, indent=1))
     except OSError as error:
         raise RunFailed(
@@ -365,7 +346,7 @@ def write_bad(root: Path) -> None:
         with suppress(ValueError):  # damaged, and packed anew when its turn comes
             lines += opened(path.read_bytes(), must=True)["bad"]
     if lines:
-        with written(root / BAD_IMAGES) as file:
+        with open_whole(root / BAD_IMAGES) as file:
             file.write("".join(f"{visible_line(line)}\n" for line in lines).encode())
 
 

@@ -11,8 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 from util.confusion import Segmentation
+from util.files import write_text
 from util.label_maps import IGNORE, overlay
-from util.logger import write_text
 from util.visualize import picture_grid
 
 LONGEST_PANEL = 384  # pixels; what is larger is reduced in sheets, not in files of its own

@@ -35,6 +35,7 @@ from util.advice import check_settings
 from util.config import number
 from util.console import print_text
 from util.errors import EXIT_STOPPED, BadInput, RunFailed, Stopped
+from util.files import build_whole, sweep
 from util.flag_types import MOST_TASKS, expanded_path
 from util.logger import prepare_folder
 from util.recipes import read_recipe, write_recipe
@@ -340,15 +341,15 @@ def write_code(folder: Path, files: Mapping[str, bytes]) -> None:
     """
     if folder.exists():
         return
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
-        for name, content in files.items():
-            path = temporary / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
-        temporary.rename(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        sweep(folder.parent)
+        with build_whole(folder) as place:
+            for name, content in files.items():
+                path = place / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content)
     except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         if not folder.exists():  # else another submission was faster
             raise BadInput(f"cannot write {folder}: {error.strerror}; check --job_dir") from None
 

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from util.console import visible
-from util.errors import BadInput
+from util.files import open_whole, writing
 from util.metrics import mask_pixels
 from util.patches import Pair
 
@@ -124,25 +124,16 @@ def picture_grid(
 
 
 def save_png(path: str | os.PathLike[str], image: Image.Image) -> Path:
-    """Write a PNG file, making its folder; under a temporary name first, so never half a file.
+    """Write a PNG file, whole or not at all, making its folder.
 
     Raises:
-        BadInput: the file cannot be written there.
+        CannotWrite: the file cannot be written there.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            image.save(temporary, format="PNG")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        reason = error.strerror or error
-        raise BadInput(
-            f"cannot write the picture {path} ({reason}); name a folder that can be written"
-        ) from None
+        with open_whole(path) as file:
+            image.save(file, format="PNG")
     return path
 
 

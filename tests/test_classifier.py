@@ -33,7 +33,8 @@ from models_zoo import (
     load_encoder,
     model_arguments,
 )
-from util.checkpoint import COMMENT, LAST, load_file, local_file, newest, save_checkpoint
+from util.checkpoint import LAST, load_file, local_file, newest, save_checkpoint
+from util.checksums import COMMENT
 from util.errors import BadInput
 from util.patches import patchify
 from util.pos_embed import COORDINATES, sincos_2d, spread

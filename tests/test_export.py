@@ -43,7 +43,7 @@ from models_zoo import (
     load_pretrained,
     model_arguments,
 )
-from util.checkpoint import load_file
+from util.checkpoint import load_file, write_signed
 from util.errors import BadInput
 from util.export import fold_lscale, fold_probe
 
@@ -179,7 +179,7 @@ def test_averaged_weights(tmp_path: Path, export: Export) -> None:
     arguments = model_arguments("vit_micro_patch8") | {"num_classes": CLASSES}
     one, two = (trained(VisionTransformer(**arguments), seed) for seed in (0, 1))
     path = save_finetuned(tmp_path, one, arguments)
-    torch.save(load_file(path) | {"ema": two.state_dict()}, tmp_path / "both.pth")
+    write_signed(tmp_path / "both.pth", load_file(path) | {"ema": two.state_dict()})
     for flags, expected in (([], one), (["--ema"], two)):
         code, out, err = export(tmp_path / "both.pth", "timm", tmp_path / "vit.pth", *flags)
         assert code == 0 and "weights are left out" in out, err
@@ -673,7 +673,7 @@ def test_what_was_there_stays(tmp_path: Path, export: Export) -> None:
     model, checkpoint = classifier(tmp_path, global_pool="cls")
     state = load_file(checkpoint)
     state["model"]["blocks.0.norm1.weight"][0] = float("nan")
-    torch.save(state, tmp_path / "nan.pth")
+    write_signed(tmp_path / "nan.pth", state)
     (tmp_path / "vit.pth").write_text("mine")
     for to in ("timm", "official", "mmseg", "mmae"):
         code, _, err = export(tmp_path / "nan.pth", to, tmp_path / "vit.pth")

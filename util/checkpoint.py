@@ -1,57 +1,28 @@
 """Checkpoints: written whole or not at all, verified before they are believed.
 
 A checkpoint is a plain `torch.save` file of tensors and plain types, and loads with
-`weights_only=True`. Its zip archive ends in a comment that holds the SHA-256 of every byte before
-it, so a file that was cut short, or in which a single bit changed, is known as such; any tool that
-reads torch's files reads these.
+`weights_only=True`. It ends in a checksum (`util.checksums`), so a file that was cut short, or in
+which a single bit changed, is known as such; any tool that reads torch's files reads these.
 """
 
 import argparse
 import hashlib
 import os
 import re
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
-from util.errors import BadInput, needs
+from util.checksums import Signed, check_bytes, kind_of, verify
+from util.errors import BadInput, CannotWrite, needs
 from util.fetch import download
+from util.files import build_whole, link, open_whole, reading, sweep, writing
 
-MAGIC = b"mmae-sha256:"
-COMMENT = len(MAGIC) + 64
 LAST = "checkpoint-last.pth"
-
-
-class _Signed:
-    """A write-only file that replaces the empty comment of the zip written to it by a digest."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file, self.digest, self.held = file, hashlib.sha256(), b""
-
-    def write(self, data: bytes) -> int:
-        """Write all but the last two bytes so far: at the end they are the comment's length."""
-        chunk = self.held + bytes(data)
-        self._put(chunk[:-2])
-        self.held = chunk[-2:]
-        return len(data)
-
-    def _put(self, data: bytes) -> None:
-        self.file.write(data)
-        self.digest.update(data)
-
-    def flush(self) -> None:
-        """Part of the file protocol; the real flush comes with the rename."""
-
-    def sign(self) -> None:
-        """Close the archive: the comment's length, then the comment."""
-        assert self.held == b"\0\0", "torch.save left a zip comment of its own"
-        self._put(COMMENT.to_bytes(2, "little"))
-        self.file.write(MAGIC + self.digest.hexdigest().encode())
 
 
 def save_checkpoint(
@@ -63,26 +34,35 @@ def save_checkpoint(
         keep: numbered checkpoints of this task to keep, the newest; 0: all.
 
     Raises:
-        BadInput: the disk is full or the folder not writable; earlier checkpoints are untouched.
+        CannotWrite: the disk is full, the folder not writable ...; earlier ones are untouched.
 
     Tasks may share a folder: a file of that name that is another task's gets its task into its
     name first, so that no run loses what another one needs to go on.
     """
     path = folder / (LAST if epoch is None else f"checkpoint-{epoch}.pth")
-    for name in {path, folder / LAST}:
-        set_aside(name, state["task"])
-    write_signed(path, state)
-    if epoch is not None:
-        link(path, folder / LAST)
-        if keep:
-            for old in numbered_of(folder, state["task"])[:-keep]:
+    with writing(path):
+        for name in {path, folder / LAST}:
+            set_aside(name, state["task"])
+        write_signed(path, state)
+        if epoch is not None:
+            link(path, folder / LAST)
+            for old in numbered_of(folder, state["task"])[:-keep] if keep else []:
                 old.unlink()
     return path
 
 
 def set_aside(path: Path, task: str) -> None:
-    """Rename a checkpoint of another task: `checkpoint-5.pth` to `checkpoint-5-pretrain.pth`."""
-    if path.exists() and (head := peek(path)) is not None and head["task"] != task:
+    """Rename what a checkpoint must not take the place of.
+
+    One of another task: `checkpoint-5.pth` to `checkpoint-5-pretrain.pth`. A folder, which no file
+    can replace: to `checkpoint-5.pth.aside`.
+
+    Raises:
+        OSError: it cannot be renamed.
+    """
+    if path.is_dir() and not path.is_symlink():
+        path.rename(path.with_name(f"{path.name}.aside"))
+    elif path.exists() and (head := peek(path)) is not None and head["task"] != task:
         path.replace(path.with_name(f"{path.stem}-{head['task']}{path.suffix}"))
 
 
@@ -95,38 +75,58 @@ def numbered_of(folder: Path, task: str) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
+def renew_last(folder: Path, task: str) -> bool:
+    """Let `checkpoint-last.pth` be the newest one of a task, if that is a numbered one.
+
+    A run that was killed after it wrote the one name and before the other goes on from the first.
+
+    Returns:
+        whether the folder holds a readable checkpoint of the task.
+
+    Raises:
+        CannotWrite: see `link`.
+    """
+    path = newest(folder, task).path
+    if path is not None and LAST[:-4] not in path.name:
+        with writing(folder / LAST):
+            set_aside(folder / LAST, task)
+            link(path, folder / LAST)
+    return path is not None
+
+
 def peek(path: Path) -> dict[str, Any] | None:
     """A checkpoint of ours without its tensors being read; None if it cannot be opened."""
     try:
+        if not path.is_file():  # opening a named pipe would wait for its writer
+            return None
         # Memory-mapped: only the small pickle is read.
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return state if isinstance(state, dict) and {"task", "step"} <= state.keys() else None
+        return state if is_ours(state) else None
     except Exception:  # whatever is wrong with it, `verify` puts it into words
         return None
 
 
+def is_ours(state: object) -> bool:
+    """Whether the contents of a file are those of a checkpoint of this program."""
+    return isinstance(state, dict) and {"task", "step"} <= state.keys()
+
+
 def write_signed(path: Path, state: Mapping[str, Any]) -> None:
-    """Write to a temporary name, flush to the disk, rename: the old file stays until then.
+    """Write a checkpoint whole or not at all, with its checksum.
 
     Raises:
-        BadInput: the disk is full or the folder not writable; what was there before is untouched.
+        CannotWrite: the disk is full, the folder not writable ...; what was there is untouched.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
-            signed = _Signed(file)
+        with open_whole(path) as file:
+            signed = Signed(file)
             torch.save(dict(state), signed)  # type: ignore[arg-type]  # write and flush suffice
             signed.sign()
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
         reason = os_error_of(error)
-        temporary.unlink(missing_ok=True)
         if reason is None:
             raise
-        raise BadInput(
+        raise CannotWrite(
             f"cannot write {path}: {reason.strerror}; earlier checkpoints are untouched, free some "
             "space or choose another --output_dir"
         ) from error
@@ -139,50 +139,21 @@ def os_error_of(error: BaseException | None) -> OSError | None:
     return error
 
 
-def sync_folder(folder: Path) -> None:
-    """Make a rename in it survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def verify(path: Path) -> str | None:
-    """None if the file's own checksum holds, else what is wrong; a foreign file has none."""
-    digest, size = hashlib.sha256(), path.stat().st_size
-    with path.open("rb") as file:
-        left = size - COMMENT
-        while left > 0:
-            chunk = file.read(min(left, 1 << 22))
-            if not chunk:
-                return "it became shorter while it was read"
-            digest.update(chunk)
-            left -= len(chunk)
-        comment = file.read()
-    if not comment.startswith(MAGIC):
-        return "it has no checksum of ours at its end (cut short, or not written by this program)"
-    if comment[len(MAGIC) :] != digest.hexdigest().encode():
-        return "its checksum does not match (a damaged file)"
-    return None
-
-
 def load_file(path: str | Path) -> dict[str, Any]:
     """Read a file of weights safely: tensors and plain types, and the Namespace of official files.
 
-    An https URL is fetched first, see `local_file`; `.safetensors` files are read as such. Ours are
-    verified by their checksum; foreign files, which have none, by torch's own reading.
+    An https URL is fetched first, see `local_file`; `.safetensors` files are read as such. Whatever
+    checksums the file has are compared first, see `check_bytes`.
 
     Raises:
         BadInput: missing, damaged, or holding anything that would run code.
     """
     path = local_file(str(path))
-    if not path.is_file():
-        raise BadInput(f"checkpoint {path} does not exist or is not a file")
-    with path.open("rb") as file:
-        file.seek(max(path.stat().st_size - COMMENT, 0))
-        ours = file.read(len(MAGIC)) == MAGIC
-    if ours and (fault := verify(path)):
+    with reading(path):
+        if not path.is_file():
+            raise BadInput(f"checkpoint {path} {kind_of(path)}; expected a file")
+        signed, fault = check_bytes(path)
+    if fault:
         raise BadInput(f"checkpoint {path} is not readable: {fault}")
     try:
         if path.suffix == ".safetensors":
@@ -195,6 +166,12 @@ def load_file(path: str | Path) -> dict[str, Any]:
         raise BadInput(f"checkpoint {path} is not readable: {refusal(error)}") from error
     if not isinstance(state, dict):
         raise BadInput(f"checkpoint {path} holds a {type(state).__name__}, expected a dictionary")
+    if is_ours(state) and not signed:
+        raise BadInput(
+            f"checkpoint {path} holds a run of this program, but its end has no checksum of ours: "
+            "it was damaged, or written anew by another program; take another checkpoint, or for "
+            "its weights alone a file of main_export.py"
+        )
     return state
 
 
@@ -213,13 +190,12 @@ def local_file(path: str) -> Path:
     # The address is part of the name: two files may both be called checkpoint-last.pth.
     name = f"{hashlib.sha256(path.encode()).hexdigest()[:12]}-{rest.split('?')[0].split('/')[-1]}"
     if not (root / name).exists():
-        temporary = root / f".{name}.{os.getpid()}.tmp"
         try:
             root.mkdir(parents=True, exist_ok=True)
-            download(path, temporary)
-            temporary.replace(root / name)
+            sweep(root)
+            with build_whole(root / name) as place:
+                download(path, place)
         except (OSError, HTTPException, ValueError) as error:  # the last of odd addresses
-            temporary.unlink(missing_ok=True)
             raise BadInput(f"cannot fetch {path}: {error}") from error
     return root / name
 
@@ -232,22 +208,6 @@ def refusal(error: Exception) -> str:
         what = f" ({unsafe.group(0)[:160]})" if unsafe else ""
         return f"it holds more than tensors and plain types{what}, and could run code"
     return f"{type(error).__name__}: {text[:160]}"
-
-
-def link(source: Path, name: Path) -> None:
-    """A second name for a file on disk: a hard link, or a copy where there are no links."""
-    temporary = name.with_name(f".{name.name}.{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        try:
-            os.link(source, temporary)
-        except OSError:
-            shutil.copyfile(source, temporary)
-        os.replace(temporary, name)
-        sync_folder(name.parent)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise BadInput(f"cannot write {name}: {error.strerror}") from error
 
 
 @dataclass(frozen=True)
@@ -265,7 +225,9 @@ def newest(folder: Path, task: str) -> Found:
     is how the published commands work. Checksums are verified from the newest down until one holds.
     """
     candidates, skipped = [], []
-    for path in checkpoints_of(folder):
+    with reading(folder):
+        paths = checkpoints_of(folder)
+    for path in paths:
         head = peek(path)
         if head is None:
             skipped.append(f"{path.name}: {verify(path) or 'not a checkpoint of this program'}")
@@ -331,9 +293,14 @@ def load_task(path: Path, task: str) -> dict[str, Any]:
 
 
 def checkpoints_of(folder: Path) -> list[Path]:
-    """The checkpoints in a run folder, by name; the order of training is inside the files."""
+    """The checkpoints in a run folder, by name; the order of training is inside the files.
+
+    Raises:
+        OSError: the folder cannot be listed.
+    """
     pattern = re.compile(r"checkpoint-(\d+|last)(-[a-z]+)?\.pth")
-    return sorted(p for p in folder.glob("checkpoint-*.pth") if pattern.fullmatch(p.name))
+    names = os.listdir(folder) if folder.is_dir() else []
+    return sorted(folder / name for name in names if pattern.fullmatch(name))
 
 
 def load_weights(model: torch.nn.Module, weights: Mapping[str, Any], source: str) -> None:

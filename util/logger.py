@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,11 +20,12 @@ import yaml
 from torch import Tensor
 from tqdm import tqdm
 
-from util.checkpoint import sync_folder
 from util.console import printable, visible, visible_line
 from util.conversions import Tally
 from util.dist import Processes
 from util.errors import BadInput, RunFailed, Stopped
+from util.events import EventFile
+from util.files import AppendedFile, at_start, check_folder, sweep, write_text, writing
 from util.step import StepResult
 
 METRICS = "metrics.jsonl"
@@ -35,19 +36,14 @@ log = logging.getLogger("mmae")
 
 
 def prepare_folder(folder: Path) -> None:
-    """Make the folder, and find out now rather than after an epoch whether it can be written.
+    """Make the folder of a command's output, and remove what killed writers left in it.
 
     Raises:
         BadInput: it cannot be made or written, or its name read again.
     """
     refuse_unreadable_name(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe.{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise BadInput(f"cannot write to folder {folder}: {error.strerror}") from None
+    check_folder(folder)
+    sweep(folder)
 
 
 def refuse_unreadable_name(folder: Path) -> None:
@@ -61,15 +57,6 @@ def refuse_unreadable_name(folder: Path) -> None:
             f"cannot write to folder {folder}: torch and TensorBoard open no name with bytes that "
             "are no UTF-8; rename it, or give another --output_dir or --log_dir"
         )
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    # Of a name that is no UTF-8 the bytes are written out; LANG=C has another encoding.
-    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
-    os.replace(temporary, path)
-    sync_folder(path.parent)
 
 
 class RunLogger:
@@ -94,26 +81,43 @@ class RunLogger:
         write: bool = True,
     ) -> None:
         self.path = path
-        self.file: TextIO | None = None
-        self.writer = None
+        self.file: AppendedFile | None = None
+        self.events: EventFile | None = None
         if write:
-            self._drop_after(keep_bytes)
-            self.file = self.path.open("a")
+            with writing(path):
+                self._drop_after(keep_bytes, first_step)
+                self.file = AppendedFile(path)
         if write and log_dir is not None:
-            from torch.utils.tensorboard import SummaryWriter
-
             refuse_unreadable_name(log_dir)
-            # TensorBoard hides events from purge_step on, so the first step not to hide is +1.
-            self.writer = SummaryWriter(str(log_dir), purge_step=first_step + 1)
+            with writing(log_dir):
+                # TensorBoard hides events from purge_step on, so the first step not to hide is +1.
+                self.events = EventFile(log_dir, purge_step=first_step + 1)
 
-    def _drop_after(self, keep_bytes: int) -> None:
-        """Cut off what was recorded after the checkpoint that the run goes on from."""
-        if self.path.exists() and self.path.stat().st_size > keep_bytes:
-            os.truncate(self.path, keep_bytes)
+    def _drop_after(self, keep_bytes: int, first_step: int) -> None:
+        """Cut off what was recorded after the checkpoint that the run goes on from.
+
+        Says so if records of before are missing; the file then ends with its last whole line.
+        """
+        size = self.path.stat().st_size if self.path.exists() else 0
+        content = b""
+        if size:
+            with self.path.open("rb") as file:
+                content = file.read(keep_bytes)
+        whole = content.rfind(b"\n") + 1
+        if whole < size:
+            os.truncate(self.path, whole)
+        if whole < keep_bytes:
+            say(
+                f"{self.path} is shorter than when the checkpoint was written ({whole:,} of "
+                f"{keep_bytes:,} bytes): records up to step {first_step} are missing at its end"
+            )
 
     def size(self) -> int:
         """Bytes of records so far; a checkpoint remembers it. 0 in processes that do not write."""
-        return self.path.stat().st_size if self.file is not None else 0
+        if self.file is None:
+            return 0
+        with writing(self.path):
+            return self.file.size()
 
     def record(self, kind: str, step: int, **values: Any) -> None:
         """One record: a JSON line, and a TensorBoard scalar for each number.
@@ -121,6 +125,9 @@ class RunLogger:
         Args:
             kind: train | epoch | eval | resume.
             step: optimiser steps done.
+
+        Raises:
+            CannotWrite: the JSON line cannot be written. Without TensorBoard's file a run goes on.
         """
         if self.file is None:
             return
@@ -129,23 +136,40 @@ class RunLogger:
             k: str(v) if isinstance(v, float) and not math.isfinite(v) else v
             for k, v in values.items()
         }
-        self.file.write(json.dumps({"kind": kind, "step": step, **safe}) + "\n")
-        self.file.flush()
-        for name, value in values.items():
-            if self.writer is not None and isinstance(value, int | float):
-                self.writer.add_scalar(f"{kind}/{name}", value, step)
+        with writing(self.path):
+            self.file.write((json.dumps({"kind": kind, "step": step, **safe}) + "\n").encode())
+        with self._events() as events:
+            for name, value in values.items():
+                if events is not None and isinstance(value, int | float):
+                    events.scalar(f"{kind}/{name}", value, step)
 
     def picture(self, name: str, step: int, image: np.ndarray) -> None:
         """A picture for TensorBoard: uint8 [H, W, 3]."""
-        if self.writer is not None:
-            self.writer.add_image(name, image, step, dataformats="HWC")
+        with self._events() as events:
+            if events is not None:
+                events.picture(name, image, step)
+
+    @contextmanager
+    def _events(self) -> Iterator[EventFile | None]:
+        """TensorBoard's file, until it fails: that is said once."""
+        try:
+            yield self.events
+        except OSError as error:
+            assert self.events is not None
+            path, self.events = self.events.path, None
+            say(
+                f"cannot write {path}: {error.strerror}; going on without TensorBoard, all "
+                f"records are in {self.path}"
+            )
 
     def close(self) -> None:
-        """Flush and close."""
+        """Close the files; also when the run has failed."""
         if self.file is not None:
-            self.file.close()
-        if self.writer is not None:
-            self.writer.close()
+            with writing(self.path):
+                self.file.close()
+        with self._events() as events:
+            if events is not None:
+                events.close()
 
 
 def save_settings(path: Path, settings: dict[str, Any]) -> None:
@@ -180,10 +204,41 @@ class _VisibleFormatter(logging.Formatter):
         return visible(super().format(record))
 
 
+class RankLog(logging.FileHandler):
+    """A process's log file. If it cannot be written, that is said once, and the run goes on."""
+
+    failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # logging's name
+        """Say once what failed, where logging would print a traceback for each line."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self.failed:
+            self.failed = True
+            reason = f"cannot write {self.baseFilename}: {error.strerror}; going on without it"
+            print(reason, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Close it; lines that never got to the disk are given up, and were said to be."""
+        try:
+            super().close()
+        except OSError as error:
+            if not self.failed:
+                print(f"cannot write {self.baseFilename}: {error.strerror}", file=sys.stderr)
+
+
 @contextmanager
 def rank_log(folder: Path, rank: int) -> Iterator[None]:
-    """Keep what this process says, and how it ends, in `log-rank{rank}.txt` of the run folder."""
-    handler = logging.FileHandler(folder / f"log-rank{rank}.txt", encoding="utf-8")
+    """Keep what this process says, and how it ends, in `log-rank{rank}.txt` of the run folder.
+
+    Raises:
+        BadInput: it cannot be opened.
+    """
+    path = folder / f"log-rank{rank}.txt"
+    with at_start(), writing(path):
+        AppendedFile(path).close()  # refuses what is no file, a named pipe among them
+        handler = RankLog(path, encoding="utf-8")
     handler.setFormatter(_VisibleFormatter("%(asctime)s %(message)s"))
     log.addHandler(handler)
     log.setLevel(logging.INFO)
@@ -381,6 +436,7 @@ class StepLog:
         steps = sorted({s for of in self.procs.gather([h.step for h in mine]) for s in of})
         last_good = self.last_good()
         for h in mine:
+            path = self.folder / f"nonfinite-step{h.step}-rank{self.procs.rank}.json"
             dump = {
                 "step": h.step,
                 "rank": self.procs.rank,
@@ -390,8 +446,7 @@ class StepLog:
                 "indices": [indices.tolist() for indices in h.indices],
                 "last_good_checkpoint": str(last_good) if last_good else None,
             }
-            name = f"nonfinite-step{h.step}-rank{self.procs.rank}.json"
-            write_text(self.folder / name, json.dumps(dump, indent=1))
+            write_text(path, json.dumps(dump, indent=1))
         text = (
             f"loss or gradient was not finite in step {', '.join(map(str, steps))}; the update was "
             f"left out on every process; images and rates are in {self.folder}/nonfinite-*.json"

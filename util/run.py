@@ -10,6 +10,7 @@ from util import checkpoint as ckpt
 from util.conversions import tally_of
 from util.dist import Agreement, Processes, peers_lost
 from util.errors import Stopped
+from util.files import at_start, sweep
 from util.logger import (
     BAD_IMAGES,
     METRICS,
@@ -71,6 +72,7 @@ class Run:
         stage: how far that epoch is: training, measuring (trained and recorded) or done.
     """
 
+    @at_start()
     def __init__(
         self,
         folder: Path,
@@ -102,12 +104,17 @@ class Run:
             self.first_epoch = state["epoch"] + (self.stage == "done")
         procs.barrier()  # every process has read its checkpoint before anything is written
         prepare_folder(folder)
+        if procs.main:
+            for place in (folder, folder / "pictures"):
+                sweep(place, owned=True)
+        # Begun from another folder's checkpoint, the records of this one are all its own.
+        own = state is not None and procs.main and ckpt.renew_last(folder, task)
         self.log_dir = Path(log_dir or (folder if task == FIRST_TASK else folder / task))
         self.logger = RunLogger(
             folder / named(METRICS, task),
             self.log_dir,
             self.step,
-            keep_bytes=state["log_bytes"] if state else 0,
+            keep_bytes=state["log_bytes"] if state and own else 0,
             write=procs.main,
         )
         self.bad_images = BadImages(
@@ -139,6 +146,7 @@ class Run:
         self.contexts = ExitStack()
 
     def __enter__(self) -> "Run":
+        self.contexts.callback(self.logger.close)
         for context in (
             rank_log(self.folder, self.procs.rank),
             peers_lost(self.procs.rank),
@@ -154,7 +162,6 @@ class Run:
 
     def __exit__(self, *exception: Any) -> bool | None:
         if exception[0] is None:
-            self.logger.close()
             self.step_log.bar.close()
         return self.contexts.__exit__(*exception)
 
@@ -213,12 +220,11 @@ class Run:
 
     def say_results(self) -> None:
         """Name what the run wrote, for the reader; a start with nothing to do writes little."""
-        events = sorted(self.log_dir.glob("events.out.tfevents.*"), key=lambda p: p.stat().st_mtime)
         if last := self.own(ckpt.LAST):
             say(f"checkpoint  {last}")
         say(f"metrics     {self.logger.path}")
-        if events:
-            say(f"events      {events[-1]}  (tensorboard --logdir {self.log_dir})")
+        if self.logger.events is not None:
+            say(f"events      {self.logger.events.path}  (tensorboard --logdir {self.log_dir})")
 
 
 def due(every: int, epoch: int, epochs: int) -> bool:

@@ -565,16 +565,17 @@ def pretrain(args: argparse.Namespace, procs: Processes, warnings: Sequence[str]
         # -------------------------------------------------------------------------- close
         if procs.main:
             run.say_results()
-            if pictures := sorted((folder / "pictures").glob("epoch-*.png"), key=written_at):
-                say(f"pictures    {pictures[-1]}")
+            if (picture := last_picture(folder / "pictures")) is not None:
+                say(f"pictures    {picture}")
 
 
-def written_at(path: Path) -> float:
-    """When a file was written; 0 if it is gone meanwhile."""
+def last_picture(folder: Path) -> Path | None:
+    """The picture that was written last, if it can be seen."""
     try:
-        return path.stat().st_mtime
+        found = folder.glob("epoch-*.png")
+        return max(found, key=lambda path: path.stat().st_mtime, default=None)
     except OSError:
-        return 0.0
+        return None
 
 
 def report(

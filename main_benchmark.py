@@ -10,6 +10,11 @@ python main_benchmark.py files --made DIR --count 1280000     start and memory w
 python main_benchmark.py jpegs --made DIR --count 2000        a folder like ImageNet, to measure
 """
 
+if __name__ == "__main__":  # before the imports that take seconds
+    from util.signals import take_interrupt
+
+    take_interrupt()
+
 import argparse
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack

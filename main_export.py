@@ -4,6 +4,11 @@ python main_export.py --checkpoint RUN/checkpoint-last.pth --to timm --output vi
 python main_export.py --checkpoint FOLDER_OF_TRANSFORMERS --to mmae --output weights.pth
 """
 
+if __name__ == "__main__":  # before the imports that take seconds
+    from util.signals import take_interrupt
+
+    take_interrupt()
+
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field

@@ -9,6 +9,11 @@
 Several processes: torchrun --nproc_per_node 8 main_finetune.py ...
 """
 
+if __name__ == "__main__":  # before the imports that take seconds
+    from util.signals import take_signals
+
+    take_signals()
+
 import argparse
 import json
 from collections.abc import Sequence

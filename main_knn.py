@@ -4,6 +4,11 @@ One process on a CPU or GPU:  python main_knn.py --checkpoint RUN/checkpoint-las
 Several:                      torchrun --nproc_per_node 8 main_knn.py --checkpoint ...
 """
 
+if __name__ == "__main__":  # before the imports that take seconds
+    from util.signals import take_interrupt
+
+    take_interrupt()
+
 import argparse
 import json
 import os

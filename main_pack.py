@@ -8,6 +8,11 @@
 Cut off at any moment, the same command goes on with the shards that are missing.
 """
 
+if __name__ == "__main__":  # before the imports that take seconds
+    from util.signals import take_interrupt
+
+    take_interrupt()
+
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -4,6 +4,11 @@ One process on a CPU or GPU:  python main_pretrain.py --data_path IMAGENET ...
 Several:                      torchrun --nproc_per_node 8 main_pretrain.py ...
 """
 
+if __name__ == "__main__":  # before the imports that take seconds
+    from util.signals import take_signals
+
+    take_signals()
+
 import argparse
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

@@ -8,6 +8,11 @@ Each stage is a plan that main_tables.py runs: the factorial and the screening o
 file says, then what the screening chose, on new seeds. What is done stays done.
 """
 
+if __name__ == "__main__":  # before the imports that take seconds
+    from util.signals import take_interrupt
+
+    take_interrupt()
+
 import json
 import signal
 import subprocess
@@ -20,13 +25,13 @@ import yaml
 
 from util.config import FlagParser, number
 from util.console import print_text
-from util.dist import STOP_SIGNALS
 from util.errors import EXIT_BAD_INPUT, EXIT_STOPPED, BadInput, RunFailed, Stopped, command, needs
 from util.files import write_text
 from util.flag_types import expanded_path, processes_flag
 from util.given import nearest
 from util.logger import prepare_folder, say
 from util.plan import Cell, Plan, cells_of, read_plan
+from util.signals import STOP_SIGNALS
 from util.study import (
     Finished,
     Study,

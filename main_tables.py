@@ -9,6 +9,11 @@ A cell is a run of the plan at one seed. What is done stays done, and the same c
 a stop. The tables are OUTPUT/tables.md and tables.json, written anew whenever a cell is done.
 """
 
+if __name__ == "__main__":  # before the imports that take seconds
+    from util.signals import take_interrupt
+
+    take_interrupt()
+
 import argparse
 import shlex
 from collections.abc import Mapping, Sequence

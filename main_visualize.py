@@ -5,6 +5,11 @@ python main_visualize.py --checkpoint RUN/checkpoint-last.pth --dataset photos
 python main_visualize.py --checkpoint RUN/checkpoint-last.pth --dataset photos --measure
 """
 
+if __name__ == "__main__":  # before the imports that take seconds
+    from util.signals import take_interrupt
+
+    take_interrupt()
+
 import argparse
 import json
 from collections.abc import Mapping, Sequence

@@ -3,6 +3,11 @@
 python submitit_pretrain.py --job_dir JOB_DIR --nodes 1 --ngpus 8 --data_path IMAGENET ...
 """
 
+if __name__ == "__main__":  # before the imports that take seconds
+    from util.signals import take_interrupt
+
+    take_interrupt()
+
 from collections.abc import Sequence
 
 import main_pretrain

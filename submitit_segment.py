@@ -3,6 +3,11 @@
 python submitit_segment.py --job_dir JOB_DIR --nodes 1 --data_path ADEChallengeData2016 ...
 """
 
+if __name__ == "__main__":  # before the imports that take seconds
+    from util.signals import take_interrupt
+
+    take_interrupt()
+
 from collections.abc import Sequence
 
 import main_segment

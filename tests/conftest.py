@@ -19,8 +19,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch  # noqa: E402  # after the environment that it reads
 
-from util.dist import STOP_SIGNALS  # noqa: E402
 from util.images import Subset  # noqa: E402
+from util.signals import STOP_SIGNALS  # noqa: E402
 
 torch.set_num_threads(1)
 

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from util.signals import take_signals
+
 ROOT = Path(__file__).resolve().parent.parent
 CONTEXT = multiprocessing.get_context("forkserver")
 # The server imports by PYTHONPATH alone: Python 3.11 does not hand it this process's sys.path.
@@ -36,6 +38,7 @@ def _child(
     os.chdir(ROOT)
     os.environ.update(env)
     torch.set_num_threads(1)
+    take_signals()  # as a file that runs as a command does first
     if prepare is not None:
         prepare()
     __import__(module)

@@ -36,7 +36,7 @@ from util.checkpoint import load_file, save_checkpoint
 from util.config import settings_of
 from util.datasets import build_dataset
 from util.dist import Agreement, Wish
-from util.errors import EXIT_STOPPED, BadInput
+from util.errors import EXIT_INTERRUPTED, EXIT_STOPPED, BadInput
 from util.optim import create_adamw, layer_decay_groups
 from util.pos_embed import sincos_2d
 from util.randomness import evenly, seeded
@@ -379,7 +379,7 @@ def test_ended_while_measuring(ended_at: int, pretrained: str, tmp_path: Path, m
         finetune(one, pretrained, *flags)
     with monkeypatch.context() as patch:
         pretend([*top1[:ended_at], -1, *top1[ended_at:]], patch)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(SystemExit, match=str(EXIT_INTERRUPTED)):
             finetune(two, pretrained, *flags)
         assert load_file(two / LAST)["step"] == 4 * (ended_at + 1)
         finetune(two, pretrained, *flags)

@@ -6,6 +6,7 @@ import resource
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -17,11 +18,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import engine_pretrain
 import main_pretrain
 from models_zoo import create_model
+from util import signals
 from util.checkpoint import LAST, load_file
-from util.dist import STOP_SIGNALS, Agreement, Processes, processes, read_environment
+from util.dist import Agreement, Processes, processes, read_environment
 from util.errors import BadInput
 from util.logger import StepLog
 from util.optim import create_adamw, parameter_groups
+from util.signals import stoppable
 from util.step import OptimizerStep
 
 HERE = Path("/run/folder")
@@ -261,15 +264,17 @@ def test_impossible_ranks(change: dict[str, str]) -> None:
 
 
 @pytest.fixture
-def own_signals() -> Iterator[None]:
-    """A command that has ended ignores the stop signals, this test run should not."""
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    yield
+def as_command() -> Iterator[None]:
+    """This process has the stop signals as a command has them; given back at the end."""
+    before = {number: signal.getsignal(number) for number in stoppable()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(signals, "_start", replace(signals._start, taken=True, phase="over"))
+        yield
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
-@pytest.mark.usefixtures("own_signals")
+@pytest.mark.usefixtures("as_command")
 def test_agreement_of_one_is_immediate() -> None:
     alone = Processes(0, 1, 0, 1, torch.device("cpu"))
     with Agreement(alone) as agreement:

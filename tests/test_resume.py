@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import main_pretrain
 from util.checkpoint import LAST, load_file
 from util.dist import Agreement, Wish
-from util.errors import EXIT_STOPPED
+from util.errors import EXIT_INTERRUPTED, EXIT_STOPPED
 
 # Every random part on: crops, flips, order, Gumbel noise, random masks, jitter.
 FLAGS = [*TINY, "--mask=mixed", "--avg_temperature=1", "--pos_offset=jitter", "--lscale_init=0.1"]
@@ -209,7 +209,7 @@ def test_ended_while_measuring(when: int, tmp_path: Path, monkeypatch) -> None:
         return original(*args, **kwargs)
 
     monkeypatch.setattr(main_pretrain, "evaluate", evaluate)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match=str(EXIT_INTERRUPTED)):
         main_pretrain.main([*flags, f"--output_dir={two}"])
     assert load_file(two / LAST)["step"] == 10 * when
     main_pretrain.main([*flags, f"--output_dir={two}"])

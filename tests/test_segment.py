@@ -24,7 +24,7 @@ from models_segmenters import load_segmenter
 from models_zoo import create_model
 from util.checkpoint import LAST, load_file, save_checkpoint
 from util.dist import Agreement, Wish
-from util.errors import EXIT_STOPPED, RunFailed
+from util.errors import EXIT_INTERRUPTED, EXIT_STOPPED, RunFailed
 from util.images import IMAGENET_MEAN, IMAGENET_STD
 from util.schedule import PolySchedule
 
@@ -290,7 +290,7 @@ def test_ended_while_measuring(
 
     with monkeypatch.context() as patch:
         patch.setattr(main_segment, "evaluate", evaluate)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(SystemExit, match=str(EXIT_INTERRUPTED)):
             segment(tmp_path, data)
     assert load_file(tmp_path / LAST)["step"] == 3
     segment(tmp_path, data)

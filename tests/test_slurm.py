@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import pytest
 import torch
@@ -27,9 +27,10 @@ from launch import ROOT, TINY, launch, records, steps_done, wait
 import submitit_finetune
 import submitit_pretrain
 from util.checkpoint import LAST, load_file
-from util.dist import STOP_SIGNALS
 from util.errors import EXIT_BAD_INPUT, EXIT_STOPPED, RunFailed, Stopped
-from util.slurm import gpus_of, leave, project_files
+from util.signals import STOP_SIGNALS
+from util.slurm import gpus_of, project_files
+from util.task import leave
 
 HERE = Path(__file__).resolve().parent
 # Random parts on; 3 epochs of 10 steps on two processes.
@@ -335,6 +336,44 @@ def test_a_cancelled_job_saves_and_stays_cancelled(disturbed: dict[str, Job]) ->
 @pytest.mark.usefixtures("cluster")
 def test_the_time_limit(disturbed: dict[str, Job], undisturbed: Path) -> None:
     check_went_on(disturbed["time limit"], "SIGUSR2", undisturbed, by_us=True)
+
+
+# Where a job is in its start: reading its pickle, before submitit sets handlers; importing the
+# main; and opening the log, when the processes have met.
+STARTING = ("torch", "main_pretrain", "torch.utils.tensorboard")
+
+
+@pytest.mark.slurm
+@pytest.mark.timeout(400)
+@pytest.mark.usefixtures("cluster")
+def test_a_signal_while_a_job_starts(
+    undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long starting takes, the job is queued again: by hand, and at its time limit."""
+    jobs = {}
+    for n, module in enumerate(STARTING):
+        monkeypatch.setenv("MMAE_TEST_HOLD_IMPORT", module)
+        monkeypatch.setenv("MMAE_TEST_HELD", str(tmp_path / f"held-{n}"))
+        flags = [*ONE_BY_TWO, *FLAGS]
+        if n == 0:
+            flags += ["--timeout=1", "--signal_seconds=10"]
+        jobs[module] = Job(tmp_path / str(n), submit(tmp_path / str(n), flags))
+    for n, job in enumerate(jobs.values()):
+        # The main process alone writes TensorBoard's events; the others are in the loop, and wait.
+        ranks = (0, 1) if n < 2 else (0,)
+        until(
+            lambda n=n, ranks=ranks: all((tmp_path / f"held-{n}.{r}").exists() for r in ranks),
+            lambda job=job: f"{state(job.number)}: {story(job.folder, job.number)}",
+        )
+        if n > 0:
+            run("scancel", "--signal=USR2", job.number)
+    for job in jobs.values():
+        wait_for_end(job.folder, job.number)
+        text = story(job.folder, job.number)
+        assert "stopped: SIGUSR2 before the first step of this start" in text
+        assert f"requeued job {job.number}" in text and "Traceback" not in text
+        assert restarts(job.number) == 1
+        check_same(job.folder, undisturbed)
 
 
 @pytest.mark.slurm
@@ -686,10 +725,15 @@ def test_who_queues_a_job_again(
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     if job is not None:
         (tmp_path / "job").write_text(job)
-    here = SimpleNamespace(global_rank=0, raw_job_id="7", job_id="7", name=lambda: "slurm")
+    for name, value in {
+        "SUBMITIT_EXECUTOR": "slurm",
+        "SLURM_PROCID": "0",
+        "SLURM_JOB_ID": "7",
+    }.items():
+        monkeypatch.setenv(name, value)
     try:
         with pytest.raises(RunFailed if again is None else SystemExit) as ended:
-            leave(here, Stopped("stopped", kind))
+            leave(Stopped("stopped", kind))
         assert signal.getsignal(signal.SIGUSR2) is signal.SIG_IGN
     finally:
         for number, handler in before.items():

@@ -24,11 +24,11 @@ from typing import Any
 
 import torch
 
-from util.dist import STOP_SIGNALS
 from util.errors import EXIT_STOPPED, BadInput, RunFailed, Stopped
 from util.files import at_start, write_text, writing
 from util.logger import METRICS, prepare_folder, say
 from util.plan import DONE, STARTS, Cell
+from util.signals import STOP_SIGNALS
 
 ROOT = Path(__file__).resolve().parent.parent  # where the mains are
 LOG, LOCK = "log.txt", ".lock"

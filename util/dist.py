@@ -20,12 +20,20 @@ from torch.nn.parallel import DistributedDataParallel
 from util.errors import BadInput, RunFailed, Stopped
 from util.files import at_start, writing
 from util.memory import keep_freed_memory
+from util.signals import (
+    StoppedAtStart,
+    asked_at_start,
+    give_back,
+    hand_over,
+    interrupt_at_once,
+    stoppable,
+    write_line,
+)
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # srun sets all of these for each task of a step; a batch script itself has no STEP_NUM_TASKS.
 SLURM = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_JOB_ID", "SLURM_STEP_ID")
 DEVICES = ("cpu", "cuda", "mps")
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 @dataclass(frozen=True)
@@ -75,12 +83,18 @@ class Processes:
         return total
 
     def gather(self, thing: Any) -> list[Any]:
-        """A picklable thing of every process, by rank; waits for all."""
+        """A picklable thing of every process, by rank; waits for all.
+
+        Raises:
+            StoppedAtStart: on all of them, when a stop signal reached one before the step loop.
+        """
         if self.world_size == 1:
             return [thing]
-        things: list[Any] = [None] * self.world_size
-        dist.all_gather_object(things, thing, group=self.control)
-        return things
+        answers: list[Any] = [None] * self.world_size
+        dist.all_gather_object(answers, (thing, asked_at_start()), group=self.control)
+        if stop := max(number for _, number in answers):
+            raise StoppedAtStart(stop)
+        return [answer for answer, _ in answers]
 
     def barrier(self) -> None:
         """Wait for the others."""
@@ -285,6 +299,8 @@ def peers_lost(rank: int) -> Iterator[None]:
     except RuntimeError as error:
         if isinstance(error, RunFailed) or not is_peer_lost(error):
             raise
+        if number := asked_at_start():  # the other one heard of it first
+            raise StoppedAtStart(number) from None
         raise RunFailed(
             f"process {rank}: another process ended in the middle of the run; its own message says "
             f"why, and log-rank*.txt of the run folder ({first_line(error)})"
@@ -336,26 +352,30 @@ class Agreement:
     saved_at: float = field(default_factory=time.monotonic)
     pending: Any = None
     steps: int = 0
+    interrupted: bool = False
     handlers: dict[int, Any] = field(default_factory=dict)
 
     def __enter__(self) -> "Agreement":
-        """Take the stop signals from now on."""
-        self.handlers = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+        """Take the stop signals from now on, and one that came during the start."""
+        self.handlers = {number: signal.signal(number, self._note) for number in stoppable()}
+        self.signal = self.signal or hand_over()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        """Give the signals back, and end the exchange under way (unless a process is lost).
-
-        Those that would kill are ignored from here on: the run has ended, and one that comes late
-        must not turn its exit code into a failure.
-        """
-        for number, handler in self.handlers.items():
-            signal.signal(number, signal.SIG_IGN if handler is signal.SIG_DFL else handler)
+        """Give the signals back, and end the exchange under way (unless a process is lost)."""
+        give_back(self.handlers)
         if kind is None or issubclass(kind, Stopped):
             self._receive()
 
     def _note(self, number: int, frame: Any) -> None:
         self.signal = number
+        if number != signal.SIGINT:
+            return
+        if self.interrupted:
+            interrupt_at_once()
+        self.interrupted = True
+        if self.procs.main:
+            write_line("\nCtrl-C: saves and stops after this step; press again to leave at once")
 
     def after_step(self) -> Wish:
         """What to do now. Every process must call it once after every step."""

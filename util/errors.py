@@ -1,7 +1,7 @@
 """Errors for people, and the exit codes of every command.
 
 0 done; 1 a fault of ours (with a traceback) or a run that failed; 2 bad input, one message; 75
-stopped on a signal with a checkpoint written: the same command goes on from there.
+stopped on a signal with nothing lost: the same command goes on from there; 130 Ctrl-C.
 """
 
 import functools
@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import ParamSpec, TypeVar
 
 from util.console import print_text
+from util.signals import EXIT_INTERRUPTED, EXIT_STOPPED, StoppedAtStart, begin, end
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -20,7 +21,6 @@ SMALLER = "lower --batch_size or the sizes of model and images (--dry_run says w
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
-EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 
 class BadInput(ValueError):
@@ -79,18 +79,26 @@ def command(main: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(main)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        begin()
         try:
             return main(*args, **kwargs)
-        except (BadInput, RunFailed, Stopped) as error:
-            kind = "stopped" if isinstance(error, Stopped) else "error"
-            print_text(f"{kind}: {error}", stream=sys.stderr)
+        except (BadInput, RunFailed) as error:
+            print_text(f"error: {error}", stream=sys.stderr)
             raise SystemExit(error.exit_code) from None
+        except (Stopped, StoppedAtStart) as stopped:
+            print_text(f"stopped: {stopped}", stream=sys.stderr)
+            raise SystemExit(EXIT_STOPPED) from None
+        except KeyboardInterrupt:
+            print_text("stopped: Ctrl-C", stream=sys.stderr)
+            raise SystemExit(EXIT_INTERRUPTED) from None
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
             reason = str(error).split("\n")[0] or "Python could not allocate"
             print_text(f"error: out of memory: {reason}; {SMALLER}", stream=sys.stderr)
             raise SystemExit(EXIT_FAILED) from None
+        finally:
+            end()
 
     return wrapped
 

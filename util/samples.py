@@ -15,6 +15,7 @@ from util.loading import Loader
 from util.masking import MaskStrategy
 from util.randomness import Key, seed_of, seeded, seeds_of
 from util.replace import Source, bad_slots, decode
+from util.signals import STOP_SIGNALS
 
 Pair = tuple[int, int]
 # What is random about a sample, each with a stream of its own.
@@ -150,14 +151,15 @@ def _init_worker(leaving: Tensor, worker: int) -> None:
     # Workers are the parallelism; threads inside them would fight each other for the cores.
     torch.set_num_threads(1)
 
-    # A scheduler signals every process of a job. The training process answers for its workers: one
-    # that died of the signal would take the run down before it reached its checkpoint. Only when
-    # that process leaves, a signal of its own ends them.
+    # A scheduler signals every process of a job, a terminal's Ctrl-C every process of the group.
+    # The training process answers for its workers: one that died of the signal would take the run
+    # down before it reached its checkpoint. Only when that process leaves, a signal of its own
+    # ends them.
     def note(number: int, frame: Any) -> None:
         if leaving.item():
             os._exit(0)
 
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    for number in (*STOP_SIGNALS, signal.SIGINT):
         signal.signal(number, note)
 
 

@@ -13,7 +13,6 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -29,16 +28,17 @@ import submitit
 import torch
 from submitit.core.utils import FailedSubmissionError, JobPaths, UncompletedJobError
 from submitit.helpers import DelayedSubmission
-from submitit.local.local import LOCAL_REQUEUE_RETURN_CODE
 
 from util.advice import check_settings
 from util.config import number
 from util.console import print_text
-from util.errors import EXIT_STOPPED, BadInput, RunFailed, Stopped
+from util.errors import BadInput, RunFailed, Stopped
 from util.files import build_whole, sweep
 from util.flag_types import MOST_TASKS, expanded_path
 from util.logger import prepare_folder
 from util.recipes import read_recipe, write_recipe
+from util.signals import StoppedAtStart, begin, take_signals
+from util.task import ask, leave, leave_at_once
 
 PROJECT = Path(__file__).resolve().parent.parent
 # What a job runs: nothing else of the project is read after the submission.
@@ -49,7 +49,6 @@ MANY = 1_000_000
 MOST_PER_NODE = 4096  # tasks, GPUs or CPUs
 MOST_MINUTES = 10 * 365 * 24 * 60
 MOST_MEMORY = 1_000_000  # GB of a node
-KILLED_WITHIN = 600  # seconds in which Slurm ends a job that it has queued again
 
 
 def add_job_flags(parser: argparse.ArgumentParser) -> None:
@@ -135,6 +134,7 @@ class Training:
             BadInput, RunFailed: what the main raises; submitit takes the job for a failed one.
             SystemExit: stopped. submitit writes nothing, for the job is neither done nor failed.
         """
+        take_signals(leave_at_once)  # submitit has just set handlers of its own
         here = submitit.JobEnvironment()
         os.chdir(self.folder)  # only now: the code was imported from the snapshot
         if here.name() == "local":
@@ -143,11 +143,12 @@ class Training:
         if restarts and here.global_rank == 0:
             print_text(f"job {here.job_id} starts again, restart {restarts}")
         main = importlib.import_module(self.module).main
+        begin()
         try:
             # Without its wrapper, which makes exit codes of errors: submitit would miss them.
             main.__wrapped__([word.replace("%j", here.job_id) for word in self.argv])
-        except Stopped as error:
-            leave(here, error)
+        except (Stopped, StoppedAtStart) as stopped:
+            leave(stopped)
         except (BadInput, RunFailed) as error:
             raise type(error)(str(error)) from None  # the message says it, not where it came from
 
@@ -166,70 +167,6 @@ def local_places(here: submitit.JobEnvironment, port: int) -> dict[str, str]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-
-
-def leave(here: submitit.JobEnvironment, stopped: Stopped) -> None:
-    """End a stopped task; all of them have left the step loop, and the checkpoint is written.
-
-    Raises:
-        SystemExit: always, unless Slurm kills the task first.
-        RunFailed: the job could not be queued again.
-    """
-    # submitit's handlers are back: a signal that is repeated would queue the job a second time.
-    for repeated in (signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(repeated, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    first = here.global_rank == 0
-    if first:
-        print_text(f"stopped: {stopped}")
-    again = stopped.signal in (signal.SIGUSR1, signal.SIGUSR2)
-    if here.name() == "local":
-        raise SystemExit(LOCAL_REQUEUE_RETURN_CODE if again else EXIT_STOPPED)
-    if first:
-        job = here.raw_job_id
-        if not again and not being_preempted(job):
-            print_text(f"job {job} was told to end; Slurm decides whether it comes back")
-            raise SystemExit(EXIT_STOPPED)
-        requeue(job)
-    time.sleep(KILLED_WITHIN)
-    raise SystemExit(EXIT_STOPPED)
-
-
-def being_preempted(job: str) -> bool:
-    """Whether SIGTERM announced a preemption whose time of grace runs.
-
-    A job that ends by itself in that time would not be queued again by Slurm. One that was
-    cancelled or requeued is no longer RUNNING, and must be left alone.
-    """
-    answer = ask("scontrol", "show", "job", "--oneliner", job)
-    state = re.search(r"\bJobState=(\w+)", answer.stdout)
-    preempted = re.search(r"\bPreemptTime=(\S+)", answer.stdout)
-    return bool(
-        state and state.group(1) == "RUNNING" and preempted and preempted.group(1) != "None"
-    )
-
-
-def requeue(job: str) -> None:
-    """Queue the job again, under its number.
-
-    Raises:
-        RunFailed: Slurm would not.
-    """
-    answer = ask("scontrol", "requeue", job)
-    if answer.returncode:
-        raise RunFailed(
-            f"the checkpoint is written, but job {job} cannot be queued again: "
-            f"{answer.stderr.strip()}; submit the same command, with the same --job_dir, to go on"
-        )
-    print_text(f"requeued job {job}; it goes on from the checkpoint when Slurm starts it")
-
-
-def ask(*command: str) -> subprocess.CompletedProcess[str]:
-    """A client command of Slurm; one that is missing or does not answer counts as failed."""
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return subprocess.CompletedProcess(command, 1, "", str(error))
 
 
 # ---- Submission --------------------------------------------------------------------------------
@@ -373,8 +310,9 @@ class _PaperLocal(submitit.LocalExecutor):
 
 def create_executor(job: argparse.Namespace, folder: Path, code: Path, name: str) -> Any:
     """submitit's executor for this job."""
-    # `python -m` imports from its working directory first, and so from the snapshot.
-    python = shlex.join(["env", f"--chdir={code}", sys.executable])
+    # `python -m` imports from its working directory first, and so from the snapshot. submitit adds
+    # what to start, and our module starts it.
+    python = shlex.join(["env", f"--chdir={code}", sys.executable, "-u", "-m", "util.task"])
     if job.local:
         create_local = _PaperLocal if job.dry_run else submitit.LocalExecutor
         local = create_local(folder, max_num_timeout=MANY, python=python)

@@ -2,12 +2,16 @@
 
 In the first start of a job every process stays in step $MMAE_TEST_HOLD until the step loop has
 noted a signal, which so comes in the middle of an epoch, however fast or slow machine and cluster.
+With $MMAE_TEST_HOLD_IMPORT every process stays in the import of that module instead, long before
+the loop. The file $MMAE_TEST_HELD.RANK says that it does.
 """
 
 import os
 import signal
+import sys
 import time
 
+MODULE = os.environ.get("MMAE_TEST_HOLD_IMPORT", "")
 STEP = int(os.environ.get("MMAE_TEST_HOLD", "0"))
 
 
@@ -30,5 +34,21 @@ def hold_in_step() -> None:
     torch.optim.AdamW.step = step
 
 
-if STEP and "SLURM_STEP_ID" in os.environ and os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
+class HeldImport:
+    """A finder of modules that finds none, and never comes back from looking for one."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name == MODULE:
+            rank = os.environ.get("SLURM_PROCID", "0")
+            open(f"{os.environ['MMAE_TEST_HELD']}.{rank}", "w").close()
+            deadline = time.monotonic() + 200
+            while time.monotonic() < deadline:
+                time.sleep(0.05)
+        return None
+
+
+FIRST = os.environ.get("SLURM_RESTART_COUNT", "0") == "0"
+if MODULE and FIRST:
+    sys.meta_path.insert(0, HeldImport())
+elif STEP and FIRST and "SLURM_STEP_ID" in os.environ:
     hold_in_step()

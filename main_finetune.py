@@ -90,6 +90,7 @@ from util.finetune_flags import (
     add_model_flags,
 )
 from util.images import ImageSource, Subset
+from util.lease import Lease, hold_folder
 from util.logger import prepare_folder, say
 from util.memory import create_in_memory
 from util.optim import create_adamw, create_lars, layer_decay_groups
@@ -269,7 +270,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.eval:
             evaluate_checkpoint(args, procs)
         else:
-            finetune(args, procs, warnings)
+            with hold_folder(Path(args.output_dir), procs) as lease:
+                finetune(args, procs, lease, warnings)
 
 
 def planned_model(args: argparse.Namespace, data: Data) -> tuple[Any, dict[str, Any], str]:
@@ -447,7 +449,9 @@ def measured_settings(args: argparse.Namespace, model: Any) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names} | {"input_size": list(model.img_size)}
 
 
-def finetune(args: argparse.Namespace, procs: Processes, warnings: Sequence[str]) -> None:
+def finetune(
+    args: argparse.Namespace, procs: Processes, lease: Lease | None, warnings: Sequence[str]
+) -> None:
     """The run, from top to bottom."""
     # ------------------------------------------------------------------ run and processes
     device, folder = procs.device, Path(args.output_dir)
@@ -606,6 +610,7 @@ def finetune(args: argparse.Namespace, procs: Processes, warnings: Sequence[str]
     run = Run(
         folder,
         procs,
+        lease=lease,
         task=TASK,
         source=source,
         settings=settings,

@@ -77,6 +77,7 @@ from util.dry_run_report import describe
 from util.errors import BadInput, command, needs
 from util.flag_types import MOST_BLOCKS, MOST_CHANNELS, MOST_WIDTH
 from util.images import ImageSource, Subset
+from util.lease import Lease, hold_folder
 from util.loading import say_conversions
 from util.logger import RunLogger, say
 from util.masking import STANDARD, count_visible
@@ -373,11 +374,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         if speaks:
             print_text(describe(plan_run(args, count, warnings)))
         return
-    with processes(args.device, Path(args.output_dir)) as procs:
-        pretrain(args, procs, warnings)
+    folder = Path(args.output_dir)
+    with processes(args.device, folder) as procs, hold_folder(folder, procs) as lease:
+        pretrain(args, procs, lease, warnings)
 
 
-def pretrain(args: argparse.Namespace, procs: Processes, warnings: Sequence[str]) -> None:
+def pretrain(
+    args: argparse.Namespace, procs: Processes, lease: Lease | None, warnings: Sequence[str]
+) -> None:
     """The run, from top to bottom."""
     # ------------------------------------------------------------------ run and processes
     device, folder = procs.device, Path(args.output_dir)
@@ -497,6 +501,7 @@ def pretrain(args: argparse.Namespace, procs: Processes, warnings: Sequence[str]
     run = Run(
         folder,
         procs,
+        lease=lease,
         task=TASK,
         source=source,
         settings=settings,

@@ -77,6 +77,7 @@ from util.flag_types import MOST_CLASSES, MOST_LSCALE, MOST_SIDE, MOST_WIDTH, ex
 from util.folders import image_files
 from util.label_maps import overlay, save_label_map
 from util.label_values import label_pair, listed
+from util.lease import Lease, hold_folder
 from util.loading import say_conversions
 from util.logger import prepare_folder, say
 from util.memory import create_in_memory
@@ -379,7 +380,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.eval or args.predict:
             use_checkpoint(args, procs, parser.given)
         else:
-            segment(args, procs, warnings)
+            with hold_folder(Path(args.output_dir), procs) as lease:
+                segment(args, procs, lease, warnings)
 
 
 def peak_lr(args: argparse.Namespace, global_batch: int) -> float:
@@ -651,7 +653,9 @@ def draw(
     return np.asarray(picture)
 
 
-def segment(args: argparse.Namespace, procs: Processes, warnings: Sequence[str]) -> None:
+def segment(
+    args: argparse.Namespace, procs: Processes, lease: Lease | None, warnings: Sequence[str]
+) -> None:
     """The run, from top to bottom."""
     # ------------------------------------------------------------------ run and processes
     device, folder = procs.device, Path(args.output_dir)
@@ -782,6 +786,7 @@ def segment(args: argparse.Namespace, procs: Processes, warnings: Sequence[str])
     run = Run(
         folder,
         procs,
+        lease=lease,
         task=TASK,
         source=source,
         settings=settings,

@@ -18,6 +18,7 @@ from util import signals
 from util.checkpoint import LAST, load_file
 from util.dist import Agreement
 from util.errors import EXIT_INTERRUPTED, EXIT_STOPPED
+from util.lease import NAME
 from util.signals import STOP_SIGNALS
 
 HERE = Path(__file__).resolve().parent
@@ -157,8 +158,9 @@ def held(tmp_path: Path) -> Iterator[Callable]:
 def test_a_signal_in_the_start_of_one_process(
     kind: signal.Signals, held: Callable, tmp_path: Path
 ) -> None:
-    """It leaves at once."""
+    """It leaves at once, and gives the lease up."""
     children = held(1)
+    assert (tmp_path / "run" / NAME).exists()
     os.kill(children[0].pid, kind)
     assert wait(children, 60) == [EXIT_STOPPED]
     text = (tmp_path / "out").read_text()

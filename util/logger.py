@@ -69,6 +69,7 @@ class RunLogger:
         keep_bytes: of records written when the checkpoint was. Later ones are from a run that got
             further than its last checkpoint: they are dropped, so each step stands once.
         write: False in all processes but the main one, whose logger then does nothing.
+        before_write: called before each record.
     """
 
     def __init__(
@@ -79,7 +80,9 @@ class RunLogger:
         *,
         keep_bytes: int = 0,
         write: bool = True,
+        before_write: Callable[[], None] = lambda: None,
     ) -> None:
+        self.before_write = before_write
         self.path = path
         self.file: AppendedFile | None = None
         self.events: EventFile | None = None
@@ -131,6 +134,7 @@ class RunLogger:
         """
         if self.file is None:
             return
+        self.before_write()
         # JSON has no NaN; a reader of the log must see that the value was not a number.
         safe = {
             k: str(v) if isinstance(v, float) and not math.isfinite(v) else v

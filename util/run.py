@@ -11,6 +11,7 @@ from util.conversions import tally_of
 from util.dist import Agreement, Processes, peers_lost
 from util.errors import Stopped
 from util.files import at_start, sweep
+from util.lease import Lease
 from util.logger import (
     BAD_IMAGES,
     METRICS,
@@ -50,6 +51,7 @@ class Run:
     Args:
         folder: run folder.
         procs: the processes.
+        lease: on the folder, in the main process; it is checked before anything is written.
         task: what the checkpoints call it.
         source: training images, for the names of bad ones.
         settings: resolved flags, for the run folder.
@@ -78,6 +80,7 @@ class Run:
         folder: Path,
         procs: Processes,
         *,
+        lease: Lease | None,
         task: str,
         source: NamedSource,
         settings: dict[str, Any],
@@ -95,6 +98,8 @@ class Run:
         keep: int,
     ) -> None:
         self.folder, self.procs, self.task, self.keep = folder, procs, task, keep
+        self.log_every = log_every
+        self.check_lease = lease.check if lease is not None else lambda: None
         self.arithmetic, self.snapshot = dict(arithmetic), snapshot
         self.timeline, self.notes = timeline, notes
         self.step, self.first_epoch, self.stage = 0, 0, "training"
@@ -103,6 +108,7 @@ class Run:
             # Stopped at the last step of an epoch, what is due after it is still to be done.
             self.first_epoch = state["epoch"] + (self.stage == "done")
         procs.barrier()  # every process has read its checkpoint before anything is written
+        self.check_lease()
         prepare_folder(folder)
         if procs.main:
             for place in (folder, folder / "pictures"):
@@ -116,6 +122,7 @@ class Run:
             self.step,
             keep_bytes=state["log_bytes"] if state and own else 0,
             write=procs.main,
+            before_write=self.check_lease,
         )
         self.bad_images = BadImages(
             folder / named(BAD_IMAGES, task),
@@ -167,6 +174,8 @@ class Run:
 
     def after_step(self, report: StepReport) -> bool:
         """Log the step; save, and say whether to stop, where all processes agreed to."""
+        if report.step % self.log_every == 0:
+            self.check_lease()
         self.step_log(report)
         wish = self.agreement.after_step()
         if wish.save or wish.stop:
@@ -195,6 +204,7 @@ class Run:
             stage: of the epoch, see the class.
             epoch: also write the numbered checkpoint of this epoch.
         """
+        self.check_lease()
         self.bad_images.agree()
         state = {
             "task": self.task,

@@ -24,7 +24,6 @@ from util.cell_runs import (
     MAINS,
     StopRequest,
     now,
-    only_one,
     run_cells,
     surroundings,
     write_json,
@@ -43,6 +42,7 @@ from util.curves import (
 from util.errors import BadInput, RunFailed, Stopped, command
 from util.files import write_text
 from util.flag_types import expanded_path, processes_flag
+from util.lease import Lease, acquire
 from util.logger import prepare_folder, say
 from util.paper_tables import commands, find_runs, look_up, read_paper, to_csv
 from util.paper_tables import markdown as papers_markdown
@@ -209,8 +209,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         say_list(cells, wanted)
         return
     prepare_folder(output)
-    with only_one(output) as lock, StopRequest() as stop:
-        run_plan(args, plan, cells, wanted, output, lock, stop)
+    with acquire(output) as lease, StopRequest() as stop:
+        run_plan(args, plan, cells, wanted, output, lease, stop)
 
 
 def run_plan(
@@ -219,13 +219,14 @@ def run_plan(
     cells: Mapping[str, Cell],
     wanted: Sequence[str],
     output: Path,
-    lock: int,
+    lease: Lease,
     stop: StopRequest,
 ) -> None:
     """Check, run, and write the tables, with the output folder to ourselves."""
     check_unchanged(cells)
 
     def write_tables() -> dict[str, Any]:
+        lease.check()
         report = fill_tables(plan, cells)
         write_json(output / "tables.json", report)
         write_text(output / "tables.md", markdown(report))
@@ -240,7 +241,7 @@ def run_plan(
         return "".join(f", {name} {show(metrics[name])}" for name in shown)
 
     # ------------------------------------------------------------------------------- runs
-    failed = run_cells(cells, wanted, args.jobs, lock, stop, after_each)
+    failed = run_cells(cells, wanted, args.jobs, stop, after_each)
 
     # ----------------------------------------------------------------------------- tables
     report = write_tables()

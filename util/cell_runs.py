@@ -3,7 +3,6 @@
 Of `main_tables.py`: what is done stays done, what was stopped goes on, no child outlives us.
 """
 
-import fcntl
 import importlib.metadata
 import json
 import os
@@ -15,8 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -24,14 +22,14 @@ from typing import Any
 
 import torch
 
-from util.errors import EXIT_STOPPED, BadInput, RunFailed, Stopped
-from util.files import at_start, write_text, writing
+from util.errors import EXIT_STOPPED, RunFailed, Stopped
+from util.files import write_text, writing
 from util.logger import METRICS, prepare_folder, say
 from util.plan import DONE, STARTS, Cell
 from util.signals import STOP_SIGNALS
 
 ROOT = Path(__file__).resolve().parent.parent  # where the mains are
-LOG, LOCK = "log.txt", ".lock"
+LOG = "log.txt"
 # Seconds between looks at the children, and between notes of their time.
 POLL, HEARTBEAT = 0.1, 30.0
 SIGNALS = (*STOP_SIGNALS, signal.SIGINT, signal.SIGHUP)
@@ -195,38 +193,7 @@ class StopRequest:
         self.times += 1
 
 
-@contextmanager
-def only_one(output: Path) -> Iterator[int]:
-    """Lock the output folder; the children inherit the lock and hold it as long as they live.
-
-    So neither a second start nor children that outlived a killed first one can write to a folder
-    at the same time.
-
-    Raises:
-        BadInput: it is locked, or cannot be.
-    """
-    with at_start(), writing(output / LOCK):
-        handle = os.open(output / LOCK, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o644)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.read(handle, 100).decode(errors="replace").strip()
-            raise BadInput(
-                f"{output} is in use by another main_tables (process {holder}) or by runs that it "
-                "left behind when it was killed; wait for them, or stop them"
-            ) from None
-        except OSError as error:
-            raise BadInput(f"cannot lock {output / LOCK}: {error.strerror}") from None
-        with at_start(), writing(output / LOCK):
-            os.truncate(handle, 0)
-            os.write(handle, f"{os.getpid()}\n".encode())
-        yield handle
-    finally:
-        os.close(handle)
-
-
-def start(cell: Cell, cells: Mapping[str, Cell], jobs: int, lock: int) -> Child:
+def start(cell: Cell, cells: Mapping[str, Cell], jobs: int) -> Child:
     """Start a cell's command, its output appended to its log."""
     prepare_folder(cell.folder)
     before = cell.read(STARTS) or {"starts": []}
@@ -256,7 +223,6 @@ def start(cell: Cell, cells: Mapping[str, Cell], jobs: int, lock: int) -> Child:
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            pass_fds=(lock,),
         )
     return Child(cell, process, record)
 
@@ -339,7 +305,6 @@ def run_cells(
     cells: Mapping[str, Cell],
     wanted: Sequence[str],
     jobs: int,
-    lock: int,
     stop: StopRequest,
     after_each: Callable[[Cell, dict[str, float]], str],
 ) -> dict[str, str]:
@@ -347,7 +312,6 @@ def run_cells(
 
     Args:
         wanted: titles, those that they need among them.
-        lock: handle that the children inherit.
         stop: once asked, the children are stopped and no other is started.
         after_each: called when a cell is done; what to tell of it.
 
@@ -362,7 +326,7 @@ def run_cells(
         while True:
             while not stop.times and len(running) < jobs and (title := progress.next(cells)):
                 say(f"[{len(done)}/{len(cells)}] {title} starts")
-                running.append(start(cells[title], cells, jobs, lock))
+                running.append(start(cells[title], cells, jobs))
             if not running:
                 return progress.failed
             time.sleep(POLL)

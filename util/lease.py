@@ -219,6 +219,12 @@ class Lease:
             "written. The run's last checkpoint is what the owner goes on from"
         )
 
+    def __enter__(self) -> "Lease":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.release()
+
     def release(self) -> None:
         """Give the lease up, if it is still ours."""
         if self.over.is_set():

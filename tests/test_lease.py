@@ -142,6 +142,12 @@ def test_a_lease_that_cannot_be_read_counts_by_its_age(
     taken.append(acquire(tmp_path))
 
 
+def test_a_link_to_nothing_is_said(tmp_path: Path) -> None:
+    (tmp_path / NAME).symlink_to(tmp_path / "nowhere")
+    with pytest.raises(BadInput, match="is a link to nothing; remove it"):
+        acquire(tmp_path)
+
+
 def test_a_file_system_without_links(
     tmp_path: Path, taken: list[Lease], monkeypatch: pytest.MonkeyPatch
 ) -> None:

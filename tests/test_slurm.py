@@ -146,9 +146,13 @@ def until(done: Callable[[], object], what: Callable[[], str], seconds: float = 
         time.sleep(0.2)
 
 
-def wait_until_held(folder: Path, job: str, step: int = HOLD) -> None:
-    """Until the job's first start has logged the step before the one that it stays in."""
-    until(lambda: steps_done(folder) >= step - 1, lambda: f"{state(job)}: {story(folder, job)}")
+def wait_until_held(folder: Path, job: str, step: int = HOLD, seconds: float = 100) -> None:
+    """Until the job has logged the step before the one that it stays in."""
+    until(
+        lambda: steps_done(folder) >= step - 1,
+        lambda: f"{state(job)}: {story(folder, job)}",
+        seconds,
+    )
 
 
 def wait_for_end(folder: Path, job: str, expected: str = "COMPLETED", seconds: float = 100) -> None:
@@ -232,8 +236,9 @@ def disturbed(
         folder = tmp_path_factory.mktemp("limit")
         flags = [*ONE_BY_TWO, *FLAGS, "--timeout=1", "--signal_seconds=10"]
         jobs["time limit"] = Job(folder, submit(folder, flags))
-        # Alone until it is in its loop: it has 45 seconds to get there.
-        wait_until_held(folder, jobs["time limit"].number)
+        # Alone until it is in its loop: where it does not get there in 45 seconds it is queued
+        # again, and tries again.
+        wait_until_held(folder, jobs["time limit"].number, seconds=250)
 
         for name in ("by hand", "cancelled"):
             folder = tmp_path_factory.mktemp(name.replace(" ", "-"))
@@ -291,14 +296,14 @@ def submit_script(folder: Path) -> str:
 
 
 @pytest.mark.slurm
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.usefixtures("cluster")
 def test_a_signal_by_hand(disturbed: dict[str, Job], undisturbed: Path) -> None:
     check_went_on(disturbed["by hand"], "SIGUSR2", undisturbed, by_us=True)
 
 
 @pytest.mark.slurm
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.usefixtures("cluster")
 def test_requeue_by_an_operator_after_the_project_was_edited(
     disturbed: dict[str, Job], undisturbed: Path
@@ -308,7 +313,7 @@ def test_requeue_by_an_operator_after_the_project_was_edited(
 
 
 @pytest.mark.slurm
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.usefixtures("cluster")
 def test_srun_without_submitit(disturbed: dict[str, Job], undisturbed: Path) -> None:
     folder, job = disturbed["srun"].folder, disturbed["srun"].number
@@ -320,7 +325,7 @@ def test_srun_without_submitit(disturbed: dict[str, Job], undisturbed: Path) -> 
 
 
 @pytest.mark.slurm
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.usefixtures("cluster")
 def test_a_cancelled_job_saves_and_stays_cancelled(disturbed: dict[str, Job]) -> None:
     folder, job = disturbed["cancelled"].folder, disturbed["cancelled"].number
@@ -332,7 +337,7 @@ def test_a_cancelled_job_saves_and_stays_cancelled(disturbed: dict[str, Job]) ->
 
 
 @pytest.mark.slurm
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.usefixtures("cluster")
 def test_the_time_limit(disturbed: dict[str, Job], undisturbed: Path) -> None:
     check_went_on(disturbed["time limit"], "SIGUSR2", undisturbed, by_us=True)
@@ -427,7 +432,7 @@ def test_a_killed_task_ends_the_job_and_the_same_command_goes_on(
 
 
 @pytest.mark.slurm
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.usefixtures("cluster")
 def test_a_node_that_dies(
     undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -259,7 +259,9 @@ def acquire(folder: Path, environment: Mapping[str, str] = os.environ) -> Lease:
             os.utime(own)
             now, found = own.stat().st_mtime, read_lease(path)
             if found is None:
-                continue
+                if path.is_symlink():
+                    raise BadInput(f"{path} is a link to nothing; remove it")
+                continue  # given up in between
             who = found.owner or "an owner whose name cannot be read"
             if reason := reason_to_take(found, me, now):
                 if move_aside(path, found, folder / f"{NAME}-{me.token}.old"):

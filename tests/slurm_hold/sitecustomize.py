@@ -1,7 +1,8 @@
 """Python reads this as it starts in test_slurm's jobs, which have its folder on PYTHONPATH.
 
-In the first start of a job every process stays in step $MMAE_TEST_HOLD until the step loop has
-noted a signal, which so comes in the middle of an epoch, however fast or slow machine and cluster.
+In the first start of a job that gets so far every process stays in step $MMAE_TEST_HOLD until the
+step loop has noted a signal, which so comes in the middle of an epoch, however fast or slow machine
+and cluster.
 With $MMAE_TEST_HOLD_IMPORT every process stays in the import of that module instead, long before
 the loop. The file $MMAE_TEST_HELD.RANK says that it does.
 """
@@ -15,7 +16,7 @@ MODULE = os.environ.get("MMAE_TEST_HOLD_IMPORT", "")
 STEP = int(os.environ.get("MMAE_TEST_HOLD", "0"))
 
 
-def hold_in_step() -> None:
+def hold_in_step(mark: str) -> None:
     import torch
 
     original, steps = torch.optim.AdamW.step, [0]
@@ -23,6 +24,7 @@ def hold_in_step() -> None:
     def step(self, *args, **kwargs):
         steps[0] += 1
         if steps[0] == STEP:
+            open(mark, "w").close()
             loop = getattr(
                 signal.getsignal(signal.SIGUSR2), "__self__", None
             )  # util.dist.Agreement
@@ -47,8 +49,9 @@ class HeldImport:
         return None
 
 
-FIRST = os.environ.get("SLURM_RESTART_COUNT", "0") == "0"
-if MODULE and FIRST:
+if MODULE and os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
     sys.meta_path.insert(0, HeldImport())
-elif STEP and FIRST and "SLURM_STEP_ID" in os.environ:
-    hold_in_step()
+elif STEP and "SLURM_STEP_ID" in os.environ:
+    cluster, job = os.path.dirname(os.environ["SLURM_CONF"]), os.environ["SLURM_JOB_ID"]
+    if not os.path.exists(f"{cluster}/held-{job}"):
+        hold_in_step(f"{cluster}/held-{job}")

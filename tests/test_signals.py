@@ -11,12 +11,13 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from launch import ROOT, TINY, launch, records, wait, wait_for_step
 
 import main_pretrain
 from util import signals
 from util.checkpoint import LAST, load_file
-from util.dist import Agreement
+from util.dist import Agreement, Processes
 from util.errors import EXIT_INTERRUPTED, EXIT_STOPPED
 from util.lease import NAME
 from util.signals import STOP_SIGNALS
@@ -308,3 +309,18 @@ def test_ctrl_c_twice_ends_at_once(tmp_path: Path) -> None:
     assert wait(children) == [EXIT_INTERRUPTED]
     assert "Traceback" not in (tmp_path / "out").read_text()
     assert not (folder / LAST).exists()
+
+
+def test_the_loop_takes_over_whatever_came_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also a signal in the instant between its handlers and the end of the start."""
+    start = signals._Start(taken=True, phase="running", asked=signal.SIGTERM)
+    monkeypatch.setattr(signals, "_start", start)
+    agreement = Agreement(Processes(0, 1, 0, 1, torch.device("cpu")), signal=signal.SIGUSR1)
+    before = {number: signal.getsignal(number) for number in ALL}
+    try:
+        with agreement:
+            assert start.over.is_set() and start.phase == "over"
+            assert agreement.after_step().stop == signal.SIGUSR1
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

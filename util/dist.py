@@ -358,7 +358,8 @@ class Agreement:
     def __enter__(self) -> "Agreement":
         """Take the stop signals from now on, and one that came during the start."""
         self.handlers = {number: signal.signal(number, self._note) for number in stoppable()}
-        self.signal = self.signal or hand_over()
+        earlier = hand_over()
+        self.signal = self.signal or earlier
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:

@@ -32,7 +32,7 @@ def leave(stopped: Stopped | StoppedAtStart) -> None:
         RunFailed: the job could not be queued again.
     """
     if threading.current_thread() is threading.main_thread():
-        # submitit's handlers are back: a signal that is repeated would queue the job a second time.
+        # One that is repeated must not queue the job a second time; SIGTERM ends the waiting below.
         for repeated in (signal.SIGUSR1, signal.SIGUSR2):
             signal.signal(repeated, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -56,7 +56,7 @@ FINETUNE = [
 def run(*command: str | Path, check: bool = True, **options) -> str:
     """Output of a command, which must succeed."""
     words = [str(word) for word in command]
-    answer = subprocess.run(words, capture_output=True, text=True, timeout=60, **options)
+    answer = subprocess.run(words, capture_output=True, text=True, timeout=100, **options)
     assert not check or answer.returncode == 0, f"{words}: {answer.stdout}{answer.stderr}"
     return answer.stdout
 

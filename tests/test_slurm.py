@@ -179,7 +179,8 @@ def check_went_on(stopped: "Job", kind: str, other: Path, by_us: bool) -> None:
     text = story(folder, job)
     step = int(re.search(rf"stopped: {kind} after step (\d+), in epoch 1", text).group(1))
     assert 10 < step < 20
-    assert restarts(job) >= 1 and f"job {job} starts again, restart 1" in text
+    # A slow start may itself have been stopped once, before it could say so.
+    assert f"job {job} starts again, restart {restarts(job)}" in text and restarts(job) >= 1
     assert f"{LAST}, {step} steps done" in text
     assert (f"requeued job {job}" in text) == by_us
     assert "triggered an exception" not in text and "Traceback" not in text

@@ -24,6 +24,7 @@ from typing import Any
 
 from util.dist import Processes
 from util.errors import BadInput, RunFailed, Stopped
+from util.files import sweep
 from util.logger import say
 from util.signals import StoppedAtStart, asked_at_start
 
@@ -354,7 +355,7 @@ def move_aside(path: Path, found: Found, aside: Path) -> bool:
     return stale
 
 
-def sweep(folder: Path) -> None:
+def sweep_leases(folder: Path) -> None:
     """Remove the files of starts that were killed while they asked for the lease."""
     with contextlib.suppress(OSError):
         now = (folder / NAME).stat().st_mtime
@@ -381,8 +382,9 @@ def hold_folder(folder: Path, procs: Processes) -> Iterator[Lease | None]:
             try:
                 made = make_folder(folder)
                 lease = acquire(folder)
-                # What owners that were killed have left behind can be swept from here on.
-                sweep(folder)
+                sweep_leases(folder)
+                for place in (folder, folder / "pictures"):  # of owners that were killed
+                    sweep(place, owned=True)
             except (BadInput, Stopped) as error:
                 refused = error
             except StoppedAtStart:

@@ -10,7 +10,7 @@ from util import checkpoint as ckpt
 from util.conversions import tally_of
 from util.dist import Agreement, Processes, peers_lost
 from util.errors import Stopped
-from util.files import at_start, sweep
+from util.files import at_start
 from util.lease import Lease
 from util.logger import (
     BAD_IMAGES,
@@ -110,9 +110,6 @@ class Run:
         procs.barrier()  # every process has read its checkpoint before anything is written
         self.check_lease()
         prepare_folder(folder)
-        if procs.main:
-            for place in (folder, folder / "pictures"):
-                sweep(place, owned=True)
         # Begun from another folder's checkpoint, the records of this one are all its own.
         own = state is not None and procs.main and ckpt.renew_last(folder, task)
         self.log_dir = Path(log_dir or (folder if task == FIRST_TASK else folder / task))

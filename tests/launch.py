@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import time
@@ -37,6 +38,8 @@ def _child(
     os.dup2(handle, 2)
     os.chdir(ROOT)
     os.environ.update(env)
+    # A shell without job control lets what runs in its background ignore Ctrl-C, the tests too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
     take_signals()  # as a file that runs as a command does first
     if prepare is not None:

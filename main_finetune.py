@@ -35,7 +35,7 @@ from engine_finetune import (
 )
 from models_vit import blocks_of
 from util import checkpoint as ckpt
-from util.accuracy import EVAL_FILES, save_accuracy
+from util.accuracy import EVAL_FILES, RUN_FILES, save_accuracy
 from util.advice import (
     Published,
     check_settings,
@@ -81,7 +81,6 @@ from util.dry_run import (
 )
 from util.dry_run_report import describe
 from util.errors import BadInput, command
-from util.files import link
 from util.finetune_flags import (
     FULL,
     LINEAR,
@@ -107,7 +106,6 @@ from util.transforms import FinetuneTransform
 from util.weights import load_state
 
 TASK = "finetune"
-BEST = "checkpoint-best.pth"
 # Beside those of every main: what is only measured.
 HOUSEKEEPING = {"eval", "dist_eval"}
 # The recipes of the README's table, for what is warned of.
@@ -397,10 +395,10 @@ def evaluate_checkpoint(args: argparse.Namespace, procs: Processes) -> None:
     folder = Path(args.output_dir)
     path = args.resume if args.resume not in ("auto", "none") else args.finetune
     if path is None:
-        own = [p for p in (folder / BEST, ckpt.newest(folder, TASK).path) if p and p.exists()]
-        if not own:
+        own = ckpt.best_or_newest(folder, TASK)
+        if own is None:
             raise BadInput(f"{folder} holds no fine-tuned checkpoint; name one with --resume")
-        path = str(own[0])
+        path = str(own)
     with procs.main_first():  # an address is fetched once
         ckpt.local_file(path)
     model, _, state = models_zoo.load_classifier(
@@ -675,15 +673,17 @@ def finetune(
                     say_accuracy(f"epoch {epoch}{', averaged weights' if ema else ''}", result)
                     if epoch == args.epochs - 1:
                         more = {**values, "best": best, "epoch": epoch, "dataset": args.dataset}
+                        more[MEASURED] = {"task": TASK}  # tasks may share a folder
+                        set_others_aside(folder, RUN_FILES, more[MEASURED])
                         save_accuracy(folder, result, source.classes, more)
                 if better and procs.main:  # killed in between, the run measures and links again
-                    link(folder / ckpt.LAST, folder / BEST)
+                    ckpt.keep_best(folder, TASK)
                 run.save(step, "done")
 
         # -------------------------------------------------------------------------- close
         if procs.main:
             run.say_results()
-            if path := run.own(BEST):
+            if path := run.own(ckpt.BEST):
                 say(f"best        {json.dumps(best)}  {path}")
 
 

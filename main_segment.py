@@ -72,7 +72,7 @@ from util.dry_run import (
 )
 from util.dry_run_report import describe
 from util.errors import BadInput, command
-from util.files import link, write_text
+from util.files import write_text
 from util.flag_types import MOST_CLASSES, MOST_LSCALE, MOST_SIDE, MOST_WIDTH, expanded_path
 from util.folders import image_files
 from util.label_maps import overlay, save_label_map
@@ -88,7 +88,7 @@ from util.resume import go_on
 from util.run import Run
 from util.samples import build_loader, default_workers
 from util.schedule import PolySchedule, scaled_lr
-from util.segmentation_results import EVAL_FILES, save_segmentation, sheet
+from util.segmentation_results import EVAL_FILES, RUN_FILES, save_segmentation, sheet
 from util.segmentation_sets import (
     SEGMENTATION_SETS,
     SegmentationSource,
@@ -108,7 +108,6 @@ from util.visualize import save_png, to_picture
 from util.weights import load_state
 
 TASK = "segment"
-BEST = "checkpoint-best.pth"
 EVAL_SEED = 0
 LR = 1e-4
 # The published run, for what is warned of.
@@ -492,10 +491,10 @@ def use_checkpoint(args: argparse.Namespace, procs: Processes, given: Container[
     folder = Path(args.output_dir)
     path = None if args.resume in ("auto", "none") else args.resume
     if path is None:
-        own = [p for p in (folder / BEST, ckpt.newest(folder, TASK).path) if p and p.exists()]
-        if not own:
+        own = ckpt.best_or_newest(folder, TASK)
+        if own is None:
             raise BadInput(f"{folder} holds no segmenter; name a checkpoint with --resume")
-        path = str(own[0])
+        path = str(own)
     with procs.main_first():  # an address is fetched once
         ckpt.local_file(path)
     model, state = models_segmenters.load_segmenter(path, args.model, args.num_heads)
@@ -847,20 +846,22 @@ def segment(
                     title = f"{args.dataset} val after {step:,} iterations"
                     say_result(title, result, len(val_source))
                     more = {"best": best, "step": step, "dataset": args.dataset}
+                    more[MEASURED] = {"task": TASK}  # tasks may share a folder
+                    set_others_aside(folder, RUN_FILES, more[MEASURED])
                     save_segmentation(folder, result, source.classes, more)
                     picture = folder / "pictures" / f"iteration-{step}.png"
                     drawn = draw(args, model, val_source, procs, title, picture)
                     if drawn is not None:
                         run.logger.picture("segmentation", step, drawn)
                 if better and procs.main:  # killed in between, the run measures and links again
-                    link(folder / ckpt.LAST, folder / BEST)
+                    ckpt.keep_best(folder, TASK)
                 run.save(step, "done")
                 stage = "done"
 
         # -------------------------------------------------------------------------- close
         if procs.main:
             run.say_results()
-            if path := run.own(BEST):
+            if path := run.own(ckpt.BEST):
                 say(f"best        {json.dumps(best)}  {path}")
 
 

@@ -18,7 +18,7 @@ from test_segment_data import write_pairs
 import main_finetune
 import main_pretrain
 import main_segment
-from util.checkpoint import LAST, load_file, write_signed
+from util.checkpoint import BEST, LAST, best_or_newest, load_file, write_signed
 from util.dist import Wish
 from util.errors import EXIT_STOPPED
 from util.logger import StepReport
@@ -418,6 +418,19 @@ def test_a_loss_that_is_not_finite_names_a_checkpoint_only_if_there_is_one(
     assert "the last checkpoint" not in err and "no checkpoint yet" in err
     dumped = json.loads(next(tmp_path.glob("nonfinite-*.json")).read_text())
     assert dumped["last_good_checkpoint"] is None
+
+
+def test_tasks_that_share_a_folder_keep_their_results(jobs: dict[str, Job], tmp_path: Path) -> None:
+    jobs["finetune"].start(tmp_path)
+    best = (tmp_path / BEST).read_bytes()
+    tuned = json.loads((tmp_path / "result.json").read_text())
+    jobs["segment"].start(tmp_path, "--eval_every=12")
+    assert load_file(tmp_path / BEST)["task"] == "segment"
+    assert "miou" in json.loads((tmp_path / "result.json").read_text())
+    assert json.loads((tmp_path / "result-1.json").read_text()) == tuned
+    aside = best_or_newest(tmp_path, "finetune")
+    assert aside is not None and aside.read_bytes() == best
+    assert best_or_newest(tmp_path, "segment") == tmp_path / BEST
 
 
 # ---- What must agree ---------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from util.errors import BadInput, CannotWrite, needs
 from util.fetch import download
 from util.files import build_whole, link, open_whole, reading, sweep, writing
 
-LAST = "checkpoint-last.pth"
+LAST, BEST = "checkpoint-last.pth", "checkpoint-best.pth"
 
 
 def save_checkpoint(
@@ -64,6 +64,27 @@ def set_aside(path: Path, task: str) -> None:
         path.rename(path.with_name(f"{path.name}.aside"))
     elif path.exists() and (head := peek(path)) is not None and head["task"] != task:
         path.replace(path.with_name(f"{path.stem}-{head['task']}{path.suffix}"))
+
+
+def keep_best(folder: Path, task: str) -> None:
+    """Let `checkpoint-best.pth` be what `checkpoint-last.pth` is now.
+
+    Raises:
+        CannotWrite: the disk is full or the folder not writable.
+    """
+    with writing(folder / BEST):
+        set_aside(folder / BEST, task)
+    link(folder / LAST, folder / BEST)
+
+
+def best_or_newest(folder: Path, task: str) -> Path | None:
+    """The best checkpoint of a task in a run folder, else its newest; None: there is none."""
+    for name in (BEST, f"{BEST[:-4]}-{task}.pth"):
+        head = peek(folder / name)
+        # One that cannot be read is named too: whoever loads it says why.
+        if (folder / name).exists() and (head is None or head["task"] == task):
+            return folder / name
+    return newest(folder, task).path
 
 
 def numbered_of(folder: Path, task: str) -> list[Path]:

@@ -17,10 +17,10 @@ from launch import ROOT, TINY, launch, records, wait, wait_for_step
 import main_pretrain
 from util import signals
 from util.checkpoint import LAST, load_file
-from util.dist import Agreement, Processes
-from util.errors import EXIT_INTERRUPTED, EXIT_STOPPED
+from util.dist import Agreement, Processes, peers_lost
+from util.errors import EXIT_INTERRUPTED, EXIT_STOPPED, RunFailed
 from util.lease import NAME
-from util.signals import STOP_SIGNALS
+from util.signals import STOP_SIGNALS, StoppedAtStart
 
 HERE = Path(__file__).resolve().parent
 ALL = (*STOP_SIGNALS, signal.SIGINT)
@@ -324,3 +324,14 @@ def test_the_loop_takes_over_whatever_came_before(monkeypatch: pytest.MonkeyPatc
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("leaving", [False, True])
+def test_a_peer_that_the_same_stop_ended_is_no_failure(
+    leaving: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The start is ending, but the loop began before Slurm had ended all of the job's tasks."""
+    start = signals._Start(taken=True, phase="over", seen=signal.SIGUSR2, leaving=leaving)
+    monkeypatch.setattr(signals, "_start", start)
+    with pytest.raises(StoppedAtStart if leaving else RunFailed), peers_lost(0):
+        raise RuntimeError("Connection closed by peer")

@@ -27,6 +27,7 @@ from util.signals import (
     hand_over,
     interrupt_at_once,
     stoppable,
+    why_peers_left,
     write_line,
 )
 
@@ -299,7 +300,7 @@ def peers_lost(rank: int) -> Iterator[None]:
     except RuntimeError as error:
         if isinstance(error, RunFailed) or not is_peer_lost(error):
             raise
-        if number := asked_at_start():  # the other one heard of it first
+        if number := why_peers_left():  # the other one heard of it first
             raise StoppedAtStart(number) from None
         raise RunFailed(
             f"process {rank}: another process ended in the middle of the run; its own message says "

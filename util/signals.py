@@ -70,6 +70,7 @@ class _Start:
         seen: the same of the watching thread, which misses none while others' handlers are set.
         several: other processes take part, and must leave together with this one.
         leave: ends the process.
+        leaving: its thread is at that, whatever the main thread does meanwhile.
         over: set when the loop has taken over.
         wake: file handle that Python writes the number of every signal to.
     """
@@ -80,6 +81,7 @@ class _Start:
     seen: int = 0
     several: bool = False
     leave: Callable[[StoppedAtStart], None] = leave_at_once
+    leaving: bool = False
     over: threading.Event = field(default_factory=threading.Event)
     wake: int = -1
 
@@ -138,6 +140,14 @@ def asked_at_start() -> int:
     return 0 if _start.phase == "over" else _start.asked or _start.seen
 
 
+def why_peers_left() -> int:
+    """Number of the signal by which a start is ending, here and so for the others; 0: none.
+
+    Slurm takes its time to end a job that is queued again, and the loop may begin meanwhile.
+    """
+    return (_start.asked or _start.seen) if _start.leaving else asked_at_start()
+
+
 def hand_over() -> int:
     """The step loop has set its handlers; returns `asked_at_start` as the loop's to act on."""
     asked = asked_at_start()
@@ -193,6 +203,7 @@ def _watch(read: int) -> None:
                 continue
             _start.seen = _start.seen or number
             if not _start.over.wait(PATIENCE):
+                _start.leaving = True
                 _start.leave(StoppedAtStart(number))
     os.close(read)
 

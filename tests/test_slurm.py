@@ -346,7 +346,7 @@ def test_the_time_limit(disturbed: dict[str, Job], undisturbed: Path) -> None:
 
 # Where a job is in its start: reading its pickle, before submitit sets handlers; importing the
 # main; and opening the log, when the processes have met.
-STARTING = ("torch", "main_pretrain", "torch.utils.tensorboard")
+STARTING = ("torch", "main_pretrain", "tensorboard.summary.writer.record_writer")
 
 
 @pytest.mark.slurm

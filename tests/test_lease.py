@@ -76,6 +76,7 @@ def test_a_folder_made_for_nothing_is_removed_again(tmp_path: Path) -> None:
     [
         ({}, 0, False),  # alive
         ({}, 1e6, False),  # alive, if stopped by SIGSTOP: the process counts, not its heartbeat
+        ({"token": "let go"}, 0, True),  # of a run of this process that has ended
         ({"started": 1}, 0, True),  # its number belongs to another process now
         ({"pid": None}, 0, True),  # dead
         ({"host": "another-machine"}, 0, False),
@@ -89,11 +90,14 @@ def test_a_folder_made_for_nothing_is_removed_again(tmp_path: Path) -> None:
     ],
 )
 def test_who_is_taken_for_dead(
-    change: dict, age: float, free: bool, tmp_path: Path, taken: list[Lease], capfd
+    change: dict, age: float, free: bool, tmp_path: Path, taken: list[Lease], capfd, monkeypatch
 ) -> None:
     if "pid" in change and change["pid"] is None:
         change = change | {"pid": dead_process()}
-    write_lease(tmp_path, replace(this_owner({}), **change), age)
+    owner = replace(this_owner({}), **change)
+    if owner.token != "let go":
+        monkeypatch.setattr(leases, "HELD", {owner.token})
+    write_lease(tmp_path, owner, age)
     if not free:
         with pytest.raises(BadInput, match="is in use by process"):
             acquire(tmp_path)

@@ -32,6 +32,8 @@ NAME = ".lease"
 # Seconds: between heartbeats; without one until the owner is taken for dead; that a job which
 # Slurm has started again waits for its former self; between two looks.
 HEARTBEAT, STALE, WAIT, POLL = 10.0, 60.0, 120.0, 1.0
+# Tokens of the leases that this process holds: of several runs in a notebook, one.
+HELD: set[str] = set()
 
 
 @dataclass(frozen=True)
@@ -162,6 +164,8 @@ def reason_to_take(found: Found, me: Owner, now: float) -> str | None:
         if started is None or started not in (-1, owner.started):
             return "it is not running any more"
         if started == owner.started:
+            if owner.pid == me.pid and owner.token not in HELD:
+                return "its run in this process has ended"  # and the file could not be removed
             return None
     age = now - found.beat
     return f"its last heartbeat was {age:.0f} s ago" if age > STALE else None
@@ -231,7 +235,8 @@ class Lease:
         if self.over.is_set():
             return
         self.over.set()
-        with contextlib.suppress(OSError):  # it ends with this process in any case
+        HELD.discard(self.owner.token)
+        with contextlib.suppress(OSError):  # with this process, or `HELD`, it ends in any case
             found = read_lease(self.path)
             if found is not None and found.file == self.file:
                 self.path.unlink()
@@ -251,12 +256,15 @@ def acquire(folder: Path, environment: Mapping[str, str] = os.environ) -> Lease:
     me, path = this_owner(environment), folder / NAME
     own = folder / f"{NAME}-{me.token}.tmp"
     deadline, waiting = time.monotonic() + WAIT, False
+    lease: Lease | None = None
+    HELD.add(me.token)  # before anybody can see it
     try:
         own.write_text(json.dumps(asdict(me)))
         while True:
             if put_in_place(own, path, me):
                 with contextlib.suppress(FileNotFoundError):  # taken for another's, and put back
-                    return Lease(path, me)
+                    lease = Lease(path, me)
+                    return lease
             os.utime(own)
             now, found = own.stat().st_mtime, read_lease(path)
             if found is None:
@@ -285,6 +293,8 @@ def acquire(folder: Path, environment: Mapping[str, str] = os.environ) -> Lease:
     except OSError as error:
         raise BadInput(f"cannot write to folder {folder}: {error.strerror}") from None
     finally:
+        if lease is None:
+            HELD.discard(me.token)
         with contextlib.suppress(OSError):
             own.unlink(missing_ok=True)
 

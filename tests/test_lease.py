@@ -134,7 +134,14 @@ def test_the_clock_is_the_file_system_s(
         acquire(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"host": 3}'])
+# Leases of this machine whose values no owner has: asking the system for such a process fails.
+DAMAGED = [
+    json.dumps(asdict(this_owner({})) | change)
+    for change in ({"pid": 10**30}, {"pid": 0}, {"pid": -1}, {"pid": "7"}, {"started": [1]})
+]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"host": 3}', "[" * 9000, *DAMAGED])
 def test_a_lease_that_cannot_be_read_counts_by_its_age(
     text: str, tmp_path: Path, taken: list[Lease]
 ) -> None:
@@ -144,6 +151,12 @@ def test_a_lease_that_cannot_be_read_counts_by_its_age(
         acquire(tmp_path)
     os.utime(path, (1, 1))
     taken.append(acquire(tmp_path))
+
+
+def test_a_pipe_in_the_place_of_a_lease_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / NAME)
+    with pytest.raises(BadInput, match="an owner whose name cannot be read"):
+        acquire(tmp_path)
 
 
 def test_a_link_to_nothing_is_said(tmp_path: Path) -> None:

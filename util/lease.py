@@ -13,11 +13,12 @@ import json
 import os
 import secrets
 import socket
+import stat
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ NAME = ".lease"
 HEARTBEAT, STALE, WAIT, POLL = 10.0, 60.0, 120.0, 1.0
 # Tokens of the leases that this process holds: of several runs in a notebook, one.
 HELD: set[str] = set()
+# Of a file that can be a lease: bytes, and the process id, an int of 32 bits.
+LONGEST, LARGEST_PID = 10_000, 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -138,15 +141,23 @@ def read_lease(path: Path) -> Found | None:
     """
     try:
         # Opened anew each time: a network file system then asks its server and not its cache.
-        with path.open("rb") as file:
-            status, text = os.fstat(file.fileno()), file.read()
+        # Without waiting, as a named pipe of that name would have it.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            status = os.fstat(file.fileno())
+            text = file.read(LONGEST) if stat.S_ISREG(status.st_mode) else b""
     except FileNotFoundError:
         return None
+    return Found(owner_in(text), status.st_mtime, (status.st_dev, status.st_ino))
+
+
+def owner_in(text: bytes) -> Owner | None:
+    """The owner that the text of a lease names; None: it is damaged."""
     try:
         owner = Owner(**json.loads(text))
-    except (ValueError, TypeError):
-        owner = None
-    return Found(owner, status.st_mtime, (status.st_dev, status.st_ino))
+    except (ValueError, TypeError, RecursionError):
+        return None
+    fits = all(type(getattr(owner, field.name)) is field.type for field in fields(owner))
+    return owner if fits and 0 < owner.pid <= LARGEST_PID else None
 
 
 def reason_to_take(found: Found, me: Owner, now: float) -> str | None:

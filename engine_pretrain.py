@@ -1,5 +1,6 @@
 """Pretraining: one epoch of training, and reconstruction measured on held-out images."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -7,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from util.errors import RunFailed
 from util.logger import StepReport
 from util.masking import MaskStrategy, count_visible, strategy_of
 from util.metrics import (
@@ -211,6 +213,8 @@ def to_gray_levels(patches: Tensor, mean: Stats, std: Stats) -> Tensor:
     return levels.squeeze(-1).transpose(1, 2).reshape(B, M, V)
 
 
+NOT_NUMBERS = "is not finite numbers: its weights have diverged"
+
 STATISTICS_NOTE = (
     "Model of normalised pixels: each hidden patch is shown with its true mean and deviation, "
     "which the model does not predict; the fills beside it are given the same."
@@ -281,6 +285,9 @@ def evaluate(
 
     Returns:
         {"model" | fill's name: {"psnr": dB, "ssim": -1 to 1}}, see `ReconstructionMeter`.
+
+    Raises:
+        RunFailed: the model's reconstruction is not numbers; on every process alike.
     """
     model.eval()
     meter = ReconstructionMeter(["model", *FILLS])
@@ -294,4 +301,7 @@ def evaluate(
             meter.update(name, original, picture, mask, masker.patch_size)
     total = ReconstructionMeter(meter.arms)
     total.merge(sum_over_ranks(meter.state()))
-    return total.result()
+    table = total.result()
+    if math.isnan(table["model"]["psnr"]):
+        raise RunFailed(f"the model's reconstruction of held-out images {NOT_NUMBERS}")
+    return table

@@ -21,6 +21,7 @@ from torch import Tensor
 
 import models_zoo
 from engine_pretrain import (
+    NOT_NUMBERS,
     OWN,
     Masker,
     Stats,
@@ -39,7 +40,7 @@ from util.console import print_text
 from util.conversions import describe, take
 from util.datasets import DATASETS, DEFAULT, build_dataset, place_of
 from util.dist import choose_device
-from util.errors import BadInput, command
+from util.errors import BadInput, RunFailed, command
 from util.files import write_text
 from util.flag_types import MOST_WIDTH, expanded_path
 from util.folders import image_files
@@ -236,6 +237,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # --------------------------------------------------------------------------- pictures
     composites = {"model": reconstruct(model, batch, mask, masker.num_visible, mean, std)}
+    if composites["model"].isnan().any():
+        raise RunFailed(f"the reconstruction of {args.checkpoint} {NOT_NUMBERS}")
     composites |= fills_of(model, batch, mask, mean, std)
     psnr = {
         arm: masked_psnr(batch, picture, mask, model.patch_size)

@@ -16,7 +16,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import main_pretrain
 from engine_pretrain import fills_of, reconstruct
 from models_zoo import create_model, load_pretrained
-from util.checkpoint import load_file
+from util.checkpoint import LAST, load_file, save_checkpoint
+from util.errors import EXIT_FAILED
 from util.images import IMAGENET_MEAN, IMAGENET_STD
 from util.metrics import masked_psnr
 from util.visualize import panels, picture_grid
@@ -46,6 +47,20 @@ def photos(tmp_path: Path) -> Path:
         (image.convert("L") if "gray" in name else image).save(folder / name)
     (folder / "notes.txt").write_text("not an image")
     return folder
+
+
+@pytest.mark.parametrize("flags", [["--images"], ["--measure", "--dataset=digits"]])
+def test_weights_that_diverged_are_no_reconstruction(
+    flags: list[str], run: Path, photos: Path, tmp_path: Path, run_main
+) -> None:
+    state, out = load_file(run / LAST), tmp_path / "out"
+    state["model"]["decoder_pred.bias"].fill_(torch.nan)
+    save_checkpoint(tmp_path, state)
+    images = [str(photos)] if flags == ["--images"] else []
+    argv = [f"--checkpoint={tmp_path / LAST}", f"--output_dir={out}", "--num_images=4"]
+    code, text, err = run_main("main_visualize", [*argv, *flags, *images])
+    assert code == EXIT_FAILED and "is not finite numbers" in err, (text, err)
+    assert not out.exists()
 
 
 def test_files_and_folders_of_images(run: Path, photos: Path, tmp_path: Path, run_main) -> None:

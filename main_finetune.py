@@ -46,7 +46,7 @@ from util.advice import (
     warn_of_shards,
     warn_of_start,
 )
-from util.assumed import assumptions, set_statistics
+from util.assumed import assumptions, check_given, set_statistics
 from util.class_names import check_classes
 from util.config import (
     FlagParser,
@@ -408,6 +408,11 @@ def evaluate_checkpoint(args: argparse.Namespace, procs: Processes) -> None:
         img_size=args.input_size,
         pos_resize=args.pos_resize,
         num_heads=args.num_heads,
+    )
+    check_given(
+        {"nb_classes": args.nb_classes, "in_chans": args.in_chans},
+        {"nb_classes": model.num_classes, "in_chans": model.in_chans},
+        path,
     )
     if procs.main:
         for line in assumptions(state, path, set_statistics(args.mean)):

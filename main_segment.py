@@ -36,7 +36,7 @@ from util.advice import (
     warn_of_flags,
     warn_of_start,
 )
-from util.assumed import ASSUMED, assumptions, set_statistics
+from util.assumed import ASSUMED, assumptions, check_given, set_statistics
 from util.class_names import check_classes
 from util.config import (
     FlagParser,
@@ -498,6 +498,7 @@ def use_checkpoint(args: argparse.Namespace, procs: Processes, given: Container[
     with procs.main_first():  # an address is fetched once
         ckpt.local_file(path)
     model, state = models_segmenters.load_segmenter(path, args.model, args.num_heads)
+    check_given({"nb_classes": args.nb_classes}, {"nb_classes": model.num_classes}, path)
     if procs.main:
         for line in assumptions(state, path, set_statistics(args.mean)):
             say(line)

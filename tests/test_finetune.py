@@ -335,6 +335,16 @@ def test_evaluation_normalises_as_training_did(pretrained: str, tmp_path: Path) 
     assert results[0]["loss"] == results[1]["loss"]
 
 
+@pytest.mark.parametrize("flag", ["nb_classes", "in_chans"])
+def test_evaluation_does_not_overrule_the_checkpoint(
+    flag: str, pretrained: str, tmp_path: Path, run_main
+) -> None:
+    finetune(tmp_path, pretrained, "--epochs=1")
+    argv = ["--eval", f"--resume={tmp_path / LAST}", f"--output_dir={tmp_path}", *SMALL]
+    code, _, err = run_main("main_finetune", [*argv, f"--{flag}=2"])
+    assert code == 2 and f"--{flag} 2, but" in err and "says 3" in err
+
+
 def pretend(top1: Iterable[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Evaluations that find so many of the images right, in turn; `-1` is a run that is ended."""
     original, answers = engine_finetune.evaluate, iter(top1)

@@ -490,6 +490,14 @@ def test_weights_that_are_no_segmenter(data: str, tmp_path: Path, run_main) -> N
     assert code == 2 and "holds no segmenter" in err
 
 
+def test_a_checkpoint_s_classes_are_not_overruled(
+    data: str, whole: Path, tmp_path: Path, run_main
+) -> None:
+    flags = [*SMALL, data, f"--resume={whole / LAST}", f"--output_dir={tmp_path / 'run'}"]
+    code, _, err = run_main("main_segment", [*flags, "--eval", "--nb_classes=1"])
+    assert code == 2 and "--nb_classes 1, but" in err and "says 4" in err
+
+
 # ---- Several processes -------------------------------------------------------------------------
 
 

@@ -45,6 +45,25 @@ def settle_number(
     return number, [f"{what} {number} ({reason}; else --{what} N)"]
 
 
+def check_given(given: Mapping[str, Any], said: Mapping[str, Any], source: str) -> None:
+    """See that flags do not contradict a checkpoint that is used as it is.
+
+    Args:
+        given: by flag's name; None: not given.
+        said: the same of the checkpoint's model.
+        source: the checkpoint, for the message.
+
+    Raises:
+        BadInput: they do.
+    """
+    for what, value in given.items():
+        if value is not None and value != said[what]:
+            raise BadInput(
+                f"--{what} {value}, but {source} says {said[what]}; leave --{what} out to take the "
+                "file's"
+            )
+
+
 def assumptions(
     state: Mapping[str, Any], source: str | None, statistics: str | None = None
 ) -> list[str]:

@@ -12,7 +12,15 @@ from launch import CONTEXT
 from util import files
 from util.checkpoint import LAST, save_checkpoint
 from util.errors import CannotWrite
-from util.files import build_whole, link, open_whole, sweep, temporary_name, write_text
+from util.files import (
+    build_whole,
+    check_folder,
+    link,
+    open_whole,
+    sweep,
+    temporary_name,
+    write_text,
+)
 
 
 def state_of(step: int) -> dict:
@@ -145,6 +153,21 @@ def test_a_living_writers_file_stays_and_a_killed_ones_goes(tmp_path: Path) -> N
         child.join()
     assert sweep(tmp_path) == 2
     assert [p.name for p in tmp_path.iterdir()] == ["ready"]
+
+
+def test_anothers_sweep_leaves_the_probe_of_a_folder(tmp_path: Path, monkeypatch) -> None:
+    """All processes of a run probe and sweep its folder, at about the same time."""
+    unlink, swept = Path.unlink, []
+
+    def late(path: Path, missing_ok: bool = False) -> None:
+        if not swept:  # another process sweeps just before
+            swept.append(path)
+            assert sweep(path.parent) == 0
+        unlink(path, missing_ok=missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", late)
+    check_folder(tmp_path)
+    assert swept and not list(tmp_path.iterdir())
 
 
 def test_without_locks_age_decides(tmp_path: Path, monkeypatch) -> None:

@@ -154,8 +154,8 @@ def check_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file, temporary = create_temporary(folder / "probe")
-        file.close()
-        temporary.unlink()
+        with file:  # locked until its name is gone: the other processes sweep the folder too
+            temporary.unlink()
     except OSError as error:
         raise BadInput(f"cannot write to folder {folder}: {error.strerror}") from None
 

@@ -15,7 +15,10 @@ from launch import TINY, records
 import main_pretrain
 from util.checkpoint import LAST, load_file, newest, save_checkpoint
 from util.checksums import COMMENT
+from util.curves import read_curve
 from util.errors import BadInput
+from util.results import set_others_aside
+from util.weights import read_json
 
 WEIGHTS = {"model": {"a": torch.randn(40, 50, generator=torch.Generator().manual_seed(0))}}
 
@@ -241,3 +244,24 @@ def test_another_folders_checkpoint_says_nothing_of_this_ones_records(
     code, out, _ = run_main("main_pretrain", flags)
     assert code == 0 and "missing" not in out
     assert [r["step"] for r in records(folder, "train")] == [3, 4]
+
+
+# ---- JSON beside weights and runs ---------------------------------------------------------------
+
+# Deeper than Python reads, and a number longer than it reads: no JSONDecodeError.
+ODD_JSON = {"deep": "[" * 100_000, "long": "9" * 5000}
+
+
+@pytest.mark.parametrize("case", ODD_JSON)
+def test_odd_json_is_bad_input(case: str, tmp_path: Path) -> None:
+    for name, read in (("config.json", read_json), ("metrics.jsonl", read_curve)):
+        (tmp_path / name).write_text(ODD_JSON[case])
+        with pytest.raises(BadInput):
+            read(tmp_path / name)
+
+
+@pytest.mark.parametrize("case", ODD_JSON)
+def test_an_odd_earlier_measurement_is_set_aside(case: str, tmp_path: Path) -> None:
+    (tmp_path / "result.json").write_text(ODD_JSON[case])
+    set_others_aside(tmp_path, ["result.json"], {})
+    assert (tmp_path / "result-1.json").read_text() == ODD_JSON[case]

@@ -72,7 +72,7 @@ def read_curve(path: Path) -> Curve:
         records = [json.loads(line) for line in text.splitlines()]
         train = [r for r in records if r["kind"] == "train"]
         steps, losses = [r["step"] for r in train], [float(r["loss"]) for r in train]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise BadInput(f"{file} holds no curve: {error!r}") from None
     if not steps:
         raise BadInput(f"{file} holds no log line of training yet")

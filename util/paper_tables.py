@@ -202,7 +202,7 @@ def _records(path: Path) -> list[dict[str, Any]]:
     lines = path.read_text().splitlines()
     try:
         return [json.loads(line) for line in lines if line.strip()]
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadInput(f"{path} is damaged: {error}") from None
 
 

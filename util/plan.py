@@ -314,7 +314,7 @@ class Cell:
             found = json.loads(path.read_text())
         except FileNotFoundError:
             return None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise BadInput(f"cannot read {path} ({error}); move {self.folder} away") from None
         if not isinstance(found, dict) or "cell" not in found:
             raise BadInput(f"{path} holds no record of ours; move {self.folder} away")

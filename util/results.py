@@ -34,7 +34,7 @@ def set_others_aside(folder: Path, names: Sequence[str], identity: Mapping[str, 
         return
     try:
         held = json.loads(first.read_text())
-    except ValueError:
+    except (ValueError, RecursionError):
         held = None
     # Through JSON, which has no tuples.
     if isinstance(held, dict) and held.get(MEASURED) == json.loads(json.dumps(identity)):

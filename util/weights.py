@@ -96,7 +96,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         found = json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BadInput(f"{path} is not readable: {error}") from error
     if not isinstance(found, dict):
         raise BadInput(f"{path} holds a {type(found).__name__}, expected a mapping")

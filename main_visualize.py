@@ -38,7 +38,7 @@ from util.assumed import assumptions
 from util.config import FlagParser, add_heads_flag, number
 from util.console import print_text
 from util.conversions import describe, take
-from util.datasets import DATASETS, DEFAULT, build_dataset, place_of
+from util.datasets import DATASETS, DEFAULT, build_dataset
 from util.dist import choose_device
 from util.errors import BadInput, RunFailed, command
 from util.files import write_text
@@ -108,11 +108,10 @@ def build_parser() -> FlagParser:
 
 def gather_images(args: argparse.Namespace, model: Any) -> tuple[list[str], list[Tensor]]:
     """Names and uint8 [C, H, W] images at the model's size."""
-    dataset = args.dataset or (DEFAULT if place_of(args.data_path) else None)
-    if bool(args.images) == bool(dataset):
-        raise BadInput("give either --images FILES or --dataset NAME")
-    if dataset:
-        source = build_dataset(dataset, "val", args.data_path, channels=model.in_chans)
+    if bool(args.images) == bool(args.dataset):
+        raise BadInput("give either --images FILES, or --dataset NAME or --data_path DATA")
+    if args.dataset:
+        source = build_dataset(args.dataset, "val", args.data_path, channels=model.in_chans)
         transform = EvalTransform(model.img_size, margin=source.eval_margin)
         indices = evenly(len(source), args.num_images)
         return [source.file_name(i) for i in indices], [transform(source[i][0]) for i in indices]
@@ -152,7 +151,9 @@ def measure(
         identity: what the numbers are of, see `util.results`.
     """
     if not args.dataset:
-        raise BadInput("--measure takes held-out images of a --dataset")
+        raise BadInput(
+            "--measure takes held-out images of a set: --dataset NAME or --data_path DATA"
+        )
     mean, std = stats
     source = build_dataset(
         args.dataset, "val", args.data_path, channels=model.in_chans, mean=mean, std=std
@@ -188,6 +189,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse(argv)
     if not args.checkpoint:
         raise BadInput("--checkpoint is missing: which model is to be shown?")
+    if args.data_path and not args.dataset:
+        args.dataset = DEFAULT
     check_settings(vars(args))
     say_warnings(warn_of_flags(vars(args), parser.given))
     device, folder = choose_device(args.device, 0), Path(args.output_dir)

@@ -277,3 +277,19 @@ def test_bad_input(case: str, run: Path, tmp_path: Path, run_main) -> None:
     code, _, err = run_main("main_visualize", [*flags, f"--output_dir={tmp_path / 'out'}"])
     assert code == 2 and named in err and len(err.strip().splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_data_is_measured_and_shown_without_a_dataset(
+    run: Path, tmp_path: Path, run_main
+) -> None:
+    held_out = tmp_path / "data" / "val" / "a"
+    held_out.mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(0, 255, (20, 20), np.uint8)
+    Image.fromarray(pixels).save(held_out / "x.png")
+    common = [f"--checkpoint={run}/checkpoint-last.pth", f"--data_path={tmp_path / 'data'}"]
+    out = tmp_path / "out"
+    code, _, err = run_main("main_visualize", [*common, f"--output_dir={out}", "--measure"])
+    assert code == 0, err
+    assert json.loads((out / "reconstruction.json").read_text())["images"] == 1
+    code, text, err = run_main("main_visualize", [*common, f"--output_dir={out}"])
+    assert code == 0 and "x.png: model" in text, err

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import main_pretrain
 from util.config import FlagParser
 from util.dist import choose_device
 from util.errors import BadInput, RunFailed, command
@@ -183,3 +184,11 @@ def test_an_apple_gpu_that_is_there_is_taken(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert choose_device("mps", 0).type == "mps"
     assert choose_device("cpu", 0).type == "cpu"
+
+
+@pytest.mark.smoke
+def test_help_says_each_default_that_is_a_value() -> None:
+    text = " ".join(main_pretrain.build_parser().format_help().split())
+    for flag, value in (("MASK_RATIO", 0.75), ("EPOCHS", 400), ("WEIGHT_DECAY", 0.05)):
+        assert f"{flag} (default: {value})" in text
+    assert "default: None" not in text

@@ -34,7 +34,7 @@ class FlagParser(StrictParser):
     given: frozenset[str] = frozenset()
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+        super().__init__(**kwargs)
         self.add_argument(
             "--config",
             type=expanded_path,
@@ -61,6 +61,15 @@ class FlagParser(StrictParser):
             flags = [a for a in unknown if a.startswith("-")] or unknown
             self.error(f"unknown argument {flags[0][:SHOWN]}{self._nearest(flags[0])}")
         return settings
+
+    def format_help(self) -> str:
+        """As argparse's, with each default that is a value, of flags without a help text too."""
+        for action in self._actions:
+            unsaid = action.default is None or isinstance(action.default, bool)
+            text = action.help or ""
+            if not unsaid and action.default != argparse.SUPPRESS and "%(default)" not in text:
+                action.help = f"{text} (default: %(default)s)".lstrip()
+        return super().format_help()
 
     def _nearest(self, flag: str) -> str:
         flags = [f for action in self._actions for f in action.option_strings]

@@ -262,6 +262,11 @@ def test_neither_data_nor_checkpoint_nor_traces(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_that_is_not_there_is_named() -> None:
+    assert pretrain_plan(["--data_path=nowhere"]).data.note == "ImageNet-1K's: nowhere is not there"
+    assert "no --data_path" in pretrain_plan([]).data.note
+
+
 def test_data_that_is_there_is_counted(tmp_path: Path, run_main) -> None:
     from PIL import Image
 

@@ -88,7 +88,8 @@ def look_at_data(
     if given is not None:
         return Data(given, channels, classes, "assumed, as --dry_run_images says", True)
     if dataset == "imagefolder":
-        return Data(found, channels, classes, "ImageNet-1K's: there is no --data_path", True)
+        why = "there is no --data_path" if data_path is None else f"{data_path} is not there"
+        return Data(found, channels, classes, f"ImageNet-1K's: {why}", True)
     return Data(found, channels, classes, "as published; not counted")
 
 

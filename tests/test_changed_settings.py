@@ -20,10 +20,10 @@ import main_pretrain
 import main_segment
 from util.checkpoint import BEST, LAST, best_or_newest, load_file, write_signed
 from util.dist import Wish
-from util.errors import EXIT_STOPPED
+from util.errors import EXIT_STOPPED, BadInput
 from util.logger import StepReport
 from util.randomness import EpochSampler
-from util.resume import CHANGES, VERSION, bring_up_to_date, move
+from util.resume import CHANGES, VERSION, bring_up_to_date, check_length, move
 from util.run import Run
 from util.schedule import CosineSchedule
 from util.timeline import Timeline
@@ -375,6 +375,13 @@ def test_more_steps_done_than_the_run_has_is_refused(
     assert code == 2 and f"{flag} {enough}" in err
     assert not (tmp_path / "new").exists()
     assert {p: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()} == before
+
+
+def test_the_length_that_is_refused_is_not_counted_back_from_a_later_epoch() -> None:
+    # 200 epochs of 6 steps are done; with batches twice as large an epoch has 3.
+    later = Timeline(steps_per_epoch=3, epochs=30, first=200, start=1200)
+    with pytest.raises(BadInput, match=r"whole run of 30 epochs: .*--epochs 200 or more"):
+        check_length(later, {"step": 1200}, Path("x.pth"))
 
 
 def paths_named(text: str, root: Path) -> list[Path]:

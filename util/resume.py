@@ -200,7 +200,9 @@ def check_length(timeline: Timeline, state: Mapping[str, Any], path: Path) -> No
         length, flag = f"{timeline.iterations} iterations", f"--iterations {step}"
     else:
         needed = timeline.epoch_of(step) + 1
-        length, flag = f"{timeline.epochs} epochs, {timeline.total} steps", f"--epochs {needed}"
+        length, flag = f"{timeline.epochs} epochs", f"--epochs {needed}"
+        if timeline.epochs is not None and timeline.first <= timeline.epochs:
+            length += f", {timeline.total} steps"  # else it would count back from epochs beyond
     raise BadInput(
         f"{path} has {step} steps done, more than the whole run of {length}: nothing is left to "
         f"train; give {flag} or more, or another --output_dir"

@@ -218,7 +218,7 @@ COURSE = {
         ({"warmup": 800.0}, "shorten it by --warmup_epochs"),
         ({"lr": 2.5e-2}, "10.4 x the published"),
         ({"lr": 2.5e-2, "images": 50_000}, None),  # small sets have rates of their own
-        ({"global_batch": 512, "lr": 3e-4}, "far below the recipe's 4,096"),
+        ({"global_batch": 512, "lr": 3e-4}, "far below the published recipe's 4,096"),
         ({"global_batch": 800, "lr": 4.7e-4}, None),  # the published command of M-MAE
         ({"min_lr": 2.4e-3}, None),
         ({"min_lr": 2.5e-3}, "the rate rises"),

@@ -128,7 +128,7 @@ def test_plan_of_ade20k_on_8_gpus(run_main) -> None:
         (["--iterations=1500"], "warm-up of 1500 iterations is as long as training"),
         (["--lr=1e-2"], "100 x the published recipe's 0.0016 (that of ViT-B on ADE20K)"),
         (["--dry_run_images=10"], "is larger than the data, 10 images"),
-        (["--batch_size=2"], "far below the recipe's 16"),
+        (["--batch_size=2"], "far below the published recipe's 16"),
     ],
 )
 def test_what_looks_wrong_in_segmentation_is_said(flags: list[str], expected: str) -> None:
@@ -212,7 +212,7 @@ def test_a_huge_model_takes_no_memory() -> None:
         (["--dry_run_images=4000"], "global batch 4,096 is larger than the data, 4,000 images"),
         (["--dry_run_images=8000"], "3,904 of 8,000 images (49%) fill no step"),
         (["--min_lr=1"], "--min_lr 1 is above the peak"),
-        (["--accum_iter=1"], "far below the recipe's 4,096"),
+        (["--accum_iter=1"], "far below the published recipe's 4,096"),
         (["--output_dir=/proc/nowhere"], "checkpoints need"),
     ],
 )

@@ -177,8 +177,8 @@ def warn_of_course(
         found.append(f"--min_lr {min_lr:.3g} is above the peak lr {lr:.3g}: the rate rises")
     if held and global_batch * FAR_BATCH <= published.batch:
         found.append(
-            f"the global batch {global_batch:,} is far below the recipe's {published.batch:,}: "
-            "more processes, or a larger --accum_iter"
+            f"the global batch {global_batch:,} is far below the published recipe's "
+            f"{published.batch:,}: more processes, or a larger --accum_iter"
         )
     return found
 

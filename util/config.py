@@ -157,7 +157,7 @@ def add_data_flags(parser: FlagParser, datasets: Sequence[str]) -> None:
     group.add_argument(
         "--input_size",
         type=size_pair,
-        help="224, or 160x224 (height x width); default: the model's",
+        help="224, or 160x224 (height x width); unset: the model's",
     )
     for name, what in (("--mean", "mean"), ("--std", "deviation")):
         group.add_argument(

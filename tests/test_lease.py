@@ -302,18 +302,28 @@ def test_another_s_new_lease_is_not_taken_for_the_stale_one(
 ) -> None:
     """Two find a dead owner; the slower must not take away what the faster has made."""
     write_lease(tmp_path, replace(this_owner({}), pid=dead_process()))
-    original, faster = leases.move_aside, []
+    original, faster = leases.remove_stale, []
 
-    def move_aside(*rest: object) -> bool:
-        monkeypatch.setattr(leases, "move_aside", original)
+    def remove_stale(*rest: object) -> bool:
+        monkeypatch.setattr(leases, "remove_stale", original)
         faster.append(acquire(tmp_path))
         return original(*rest)
 
-    monkeypatch.setattr(leases, "move_aside", move_aside)
+    monkeypatch.setattr(leases, "remove_stale", remove_stale)
     with pytest.raises(BadInput, match="is in use"):
         acquire(tmp_path)
     faster[0].check()
     faster[0].release()
+
+
+def test_who_was_killed_while_taking_over_is_in_nobody_s_way(
+    tmp_path: Path, taken: list[Lease]
+) -> None:
+    dead = replace(this_owner({}), pid=dead_process())
+    write_lease(tmp_path, dead)
+    (tmp_path / f"{NAME}-takeover").write_text(json.dumps(asdict(dead)))
+    taken.append(acquire(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == [NAME]
 
 
 # ---- Runs --------------------------------------------------------------------------------------

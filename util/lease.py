@@ -5,7 +5,7 @@ the same machine is looked up. One elsewhere is believed to live while its heart
 `STALE` seconds by the clock of the file system, which all machines share, and no local clock.
 
 Nothing depends on file locks, which some network file systems do not have: a lease comes into being
-by a hard link, which fails where the name is taken, and a stale one is moved aside by a rename.
+by a hard link, which fails where the name is taken, and so does the right to remove a stale one.
 """
 
 import contextlib
@@ -31,8 +31,8 @@ from util.signals import StoppedAtStart, asked_at_start
 
 NAME = ".lease"
 # Seconds: between heartbeats; without one until the owner is taken for dead; that a job which
-# Slurm has started again waits for its former self; between two looks.
-HEARTBEAT, STALE, WAIT, POLL = 10.0, 60.0, 120.0, 1.0
+# Slurm has started again waits for its former self; between two looks; for a rival's few calls.
+HEARTBEAT, STALE, WAIT, POLL, BRIEF = 10.0, 60.0, 120.0, 1.0, 0.01
 # Tokens of the leases that this process holds: of several runs in a notebook, one.
 HELD: set[str] = set()
 # Of a file that can be a lease: bytes, and the process id, an int of 32 bits.
@@ -222,9 +222,6 @@ class Lease:
             )
         try:
             found = read_lease(self.path)
-            if found is None:  # somebody may be looking at it, see `move_aside`
-                time.sleep(POLL)
-                found = read_lease(self.path)
         except OSError:
             return  # not known; what is about to be written says what is wrong
         if found is not None and found.file == self.file:
@@ -273,9 +270,8 @@ def acquire(folder: Path, environment: Mapping[str, str] = os.environ) -> Lease:
         own.write_text(json.dumps(asdict(me)))
         while True:
             if put_in_place(own, path, me):
-                with contextlib.suppress(FileNotFoundError):  # taken for another's, and put back
-                    lease = Lease(path, me)
-                    return lease
+                lease = Lease(path, me)
+                return lease
             os.utime(own)
             now, found = own.stat().st_mtime, read_lease(path)
             if found is None:
@@ -284,7 +280,7 @@ def acquire(folder: Path, environment: Mapping[str, str] = os.environ) -> Lease:
                 continue  # given up in between
             who = found.owner or "an owner whose name cannot be read"
             if reason := reason_to_take(found, me, now):
-                if move_aside(path, found, folder / f"{NAME}-{me.token}.old"):
+                if remove_stale(path, found, own, me):
                     say(f"taking over {folder} from {who}: {reason}")
                 continue
             again = me.restart > 0 or (me.job and found.owner and found.owner.job == me.job)
@@ -355,25 +351,33 @@ def write_in_place(path: Path, me: Owner, error: OSError) -> bool:
     return True
 
 
-def move_aside(path: Path, found: Found, aside: Path) -> bool:
-    """Take a stale lease away; of several who try, one does.
+def remove_stale(path: Path, found: Found, own: Path, me: Owner) -> bool:
+    """Remove a stale lease; of several who try, one does.
 
-    If another was faster and its new lease was moved, that is put back.
+    The right to remove one is itself a file, which one alone can make. So nobody takes away the
+    new lease that a faster one has put in the place of the stale one.
+
+    Args:
+        path: of the lease. found: as it was judged.
+        own: this process's file with its name in it, just touched.
 
     Raises:
         OSError: the file system fails.
     """
-    try:
-        os.rename(path, aside)
-    except FileNotFoundError:
+    right = path.with_name(f"{NAME}-takeover")
+    if not put_in_place(own, right, me):
+        other = read_lease(right)
+        if other is not None and reason_to_take(other, me, own.stat().st_mtime):
+            right.unlink(missing_ok=True)  # its maker was killed
+        time.sleep(BRIEF)
         return False
-    stale = read_lease(aside) == found  # the same file, not touched since
-    if not stale:
-        # Where a third has taken the name, the owner of the moved one finds out by `check`.
-        with contextlib.suppress(FileExistsError):
-            os.link(aside, path)
-    aside.unlink(missing_ok=True)
-    return stale
+    try:
+        if read_lease(path) != found:  # another file, or touched since
+            return False
+        path.unlink(missing_ok=True)
+        return True
+    finally:
+        right.unlink(missing_ok=True)
 
 
 def sweep_leases(folder: Path) -> None:

@@ -308,7 +308,7 @@ def test_prefetch_factor_reaches_the_loader(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(main_segment, "train_iterations", train)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match=str(EXIT_INTERRUPTED)):
         segment(tmp_path, data, "--num_workers=1", "--prefetch_factor=7")
     assert found == [7]
 

@@ -213,10 +213,15 @@ def create_temporary(path: Path) -> tuple[BinaryIO, Path]:
     while True:
         temporary = temporary_name(path)
         file = temporary.open("xb")
-        with contextlib.suppress(OSError):  # where there are no locks, age decides
-            fcntl.flock(file.fileno(), fcntl.LOCK_EX)
-        if os.fstat(file.fileno()).st_nlink:
-            return file, temporary
+        try:
+            with contextlib.suppress(OSError):  # where there are no locks, age decides
+                fcntl.flock(file.fileno(), fcntl.LOCK_EX)
+            if os.fstat(file.fileno()).st_nlink:
+                return file, temporary
+        except OSError:
+            file.close()
+            temporary.unlink(missing_ok=True)
+            raise
         file.close()  # swept between the two calls
 
 

@@ -226,6 +226,11 @@ class Lease:
             return  # not known; what is about to be written says what is wrong
         if found is not None and found.file == self.file:
             return
+        if not os.path.exists(self.path.parent):
+            raise RunFailed(
+                f"cannot write to folder {self.path.parent}: No such file or directory; somebody "
+                "removed it during the run"
+            )
         who = f"now has {found.owner}" if found and found.owner else "is gone: somebody removed it"
         raise RunFailed(
             f"{self.path.parent} is no longer this run's: its lease {who}; nothing more is "
@@ -433,8 +438,8 @@ def make_folder(folder: Path) -> list[Path]:
     Raises:
         BadInput: it cannot be made.
     """
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
+        missing = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BadInput(f"cannot write to folder {folder}: {error.strerror}") from None

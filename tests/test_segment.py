@@ -469,7 +469,7 @@ BAD_FLAGS = {
     "one image": ([*NEW, "--batch_size=1"], "--batch_size 2"),
     "no image": ([*NEW, "--predict=nowhere"], "holds no segmenter"),
     "two commands": ([*NEW, "--predict=x", "--eval"], "give one of them"),
-    "ratios": ([*NEW, "--ratio_range", "2", "1"], "smallest and a largest factor"),
+    "ratios": ([*NEW, "--ratio_range", "2", "1"], "MIN is above MAX"),
     "patches": ([*NEW, "--input_size=30"], "multiple of the patch size"),
     "windows": ([*NEW, "--stride=64"], "must be at most --window"),
 }

@@ -5,6 +5,7 @@ time. Records come once in a log interval: here they are written, or fail, where
 """
 
 import os
+import re
 import secrets
 import socket
 import time
@@ -14,6 +15,18 @@ from typing import Any
 import numpy as np
 
 from util.files import AppendedFile
+
+
+def _second(folder: Path) -> int:
+    """The time for a new file's name: now, or one second behind the latest file of the folder.
+
+    TensorBoard reads the files of a folder in the order of their names, and the later one counts
+    where two hold a step. Two starts in one second, or on machines whose clocks differ, would
+    leave that order to chance.
+    """
+    names = [re.match(r"events\.out\.tfevents\.(\d{10})\.", path.name) for path in folder.iterdir()]
+    taken = [int(name[1]) for name in names if name]
+    return min(max([int(time.time()), *(second + 1 for second in taken)]), 10**10 - 1)
 
 
 class EventFile:
@@ -34,8 +47,8 @@ class EventFile:
         self.event = Event
         # The random end: the process may start anew, and another one have its number.
         end = f"{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}"
-        self.path = folder / f"events.out.tfevents.{int(time.time()):010d}.{end}"
         folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / f"events.out.tfevents.{_second(folder):010d}.{end}"
         self.file = AppendedFile(self.path, new=True)
         self.records = RecordWriter(self.file)
         self._write(file_version="brain.Event:2")

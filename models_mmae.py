@@ -8,6 +8,7 @@ Shape legend: B images, L patches, K visible, M masked (L = K + M), N tokens, D 
 of a patch (ph*pw*C).
 """
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -49,6 +50,8 @@ class MaskedAutoencoderViT(nn.Module):
         decoder_embed_dim, decoder_depth, decoder_num_heads: the decoder.
         norm_pix_loss: the target is each patch normalised by its own mean and deviation.
         lscale_init: LScale's gamma at the start; None: no LScale.
+        branch_init: factor on the last weights of every attention and MLP branch at the start.
+            What LScale does to the first step, without its parameters: the study's control.
         pos_offset: none | center | learned | jitter, see `util.pos_embed`.
         decoder: full: MAE's; cross: masked tokens read the encoder's outputs and not each other
             (CrossMAE, see `CrossTrunk`).
@@ -89,6 +92,7 @@ class MaskedAutoencoderViT(nn.Module):
         predict_ratio: float = 1.0,
         encoder_mask_tokens: bool = False,
         pca_components: int | None = None,
+        branch_init: float = 1.0,
     ) -> None:
         super().__init__()
         self.img_size, self.patch_size = pair(img_size), pair(patch_size)
@@ -100,6 +104,8 @@ class MaskedAutoencoderViT(nn.Module):
         if depth < 1 or not mlp_ratio > 0:
             raise BadInput(f"depth {depth} and mlp_ratio {mlp_ratio} must be positive")
         check_lscale(lscale_init)
+        if not (math.isfinite(branch_init) and branch_init >= 0):
+            raise BadInput(f"branch_init must be a number from 0 on, not {branch_init}")
         (h, w), (ph, pw) = self.img_size, self.patch_size
         self.grid = (h // ph, w // pw)
         num_tokens = 1 + self.grid[0] * self.grid[1]
@@ -146,6 +152,9 @@ class MaskedAutoencoderViT(nn.Module):
             self.pos_phase = nn.Parameter(torch.zeros(2, embed_dim // 4))
             self.decoder_pos_phase = nn.Parameter(torch.zeros(2, decoder_embed_dim // 4))
         self.initialize_weights()
+        for block in (*self.blocks, *self.decoder_blocks):
+            block.attn.proj.weight.data *= branch_init
+            block.mlp.fc2.weight.data *= branch_init
 
     def _check(self, num_heads: int, decoder_embed_dim: int, decoder_num_heads: int) -> None:
         sides = zip(self.img_size, self.patch_size, strict=True)

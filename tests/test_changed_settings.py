@@ -496,7 +496,7 @@ def test_settings_that_an_older_file_lacks_take_the_value_of_its_run() -> None:
     assert not faults and settings["target"] == "norm_pixels" and settings["decode"] == "pil"
     assert settings["model_args"] == {
         "depth": 4, "decoder": "full", "predict_ratio": 1.0, "encoder_mask_tokens": False,
-        "pca_components": None,
+        "pca_components": None, "branch_init": 1.0,
     }  # fmt: skip
 
 

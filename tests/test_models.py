@@ -316,6 +316,20 @@ def test_terms_off_is_mae() -> None:
     assert off.no_weight_decay().isdisjoint(dict(off.named_parameters()))
 
 
+@pytest.mark.parametrize("decoder", ["full", "cross"])
+def test_branches_that_begin_small_begin_as_with_lscale(decoder: str, float64: None) -> None:
+    """The study's control: the same function and no LScale to learn."""
+    begins, scaled = (
+        small(decoder=decoder, branch_init=0.1),
+        small(decoder=decoder, lscale_init=0.1),
+    )
+    assert begins.state_dict().keys() == small(decoder=decoder).state_dict().keys()
+    for a, b in zip(outputs(begins), outputs(scaled), strict=True):
+        torch.testing.assert_close(a, b, **EXACT)
+    apart = small(decoder=decoder), begins
+    assert not torch.allclose(*(outputs(model)[1] for model in apart), rtol=0.01)
+
+
 GAMMAS = {
     f"{trunk}.{i}.ls{n}.gamma"
     for trunk in ("blocks", "decoder_blocks")
@@ -742,6 +756,8 @@ def test_weights_that_do_not_fit_are_named() -> None:
 
 BAD_SETTINGS = [
     ({"lscale_init": 0}, "lscale_init 0"),
+    ({"branch_init": -1.0}, "branch_init"),
+    ({"branch_init": float("nan")}, "branch_init"),
     ({"lscale_init": 0.0}, "None leaves LScale out"),
     ({"decoder_depth": 0}, "at least one block, not 0"),
     ({"img_size": 10}, r"\(10, 10\).*\(4, 4\)"),

@@ -99,6 +99,12 @@ def add_method_flags(parser: FlagParser) -> None:
         default=argparse.SUPPRESS,
         help="LScale's gamma at the start; none: no LScale",
     )
+    group.add_argument(
+        "--branch_init",
+        type=number(float, 0, MOST_LSCALE),
+        default=1.0,
+        help="factor on the last weights of each branch at the start (the control of LScale)",
+    )
     group.add_argument("--pos_offset", choices=list(COORDINATES), default=argparse.SUPPRESS)
 
 

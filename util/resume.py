@@ -51,6 +51,11 @@ def first_pretraining(settings: Arithmetic) -> Arithmetic:
     }
 
 
+def full_branches(settings: Arithmetic) -> Arithmetic:
+    """Before `--branch_init` came."""
+    return {"branch_init": 1.0, "model_args": {"branch_init": 1.0}}
+
+
 def leaning_masks(settings: Arithmetic) -> str | None:
     """Which runs had masks that leaned: equal priorities went by the number of the patch."""
     mask, strict = settings.get("mask"), settings.get("avg_temperature") == 0
@@ -75,6 +80,7 @@ CHANGES: tuple[Change, ...] = (
     Change(("pretrain",), fault=leaning_masks),
     Change(("finetune", "segment"), added=lambda settings: {"num_heads": None}),
     Change(("segment",), added=lambda settings: {"label_map": None}),
+    Change(("pretrain",), added=full_branches),
 )
 VERSION = len(CHANGES)
 

@@ -56,6 +56,7 @@ from util.config import (
     add_optimisation_flags,
     add_run_flags,
     add_shard_flag,
+    add_split_flags,
     arithmetic_of,
     compiles,
     fill_unset,
@@ -94,12 +95,13 @@ from util.logger import prepare_folder, say
 from util.memory import create_in_memory
 from util.optim import create_adamw, create_lars, layer_decay_groups
 from util.randomness import EpochSampler, evenly
-from util.results import MEASURED, identity_of, set_others_aside
+from util.results import MEASURED, chosen_on, identity_of, set_others_aside
 from util.resume import go_on
 from util.run import Run, due
 from util.samples import LabelledSamples, build_loader, default_workers
 from util.schedule import CosineSchedule, scaled_lr
 from util.shard import Placed, optimizer_parts
+from util.splits import hold_out_of
 from util.step import OptimizerStep
 from util.timeline import Timeline
 from util.transforms import FinetuneTransform
@@ -126,6 +128,7 @@ def build_parser() -> FlagParser:
         "the flags below that say so",
     )
     add_data_flags(parser, list(DATASETS))
+    add_split_flags(parser)
     for name, what in (("train_images", "learn from"), ("val_images", "measure on")):
         parser.add_argument(
             f"--{name}", type=number(int, 1), help=f"{what} so many, evenly spaced; default: all"
@@ -164,8 +167,12 @@ def resolve_tune(args: argparse.Namespace) -> None:
 
 def open_set(args: argparse.Namespace, split: str, channels: int | None) -> ImageSource:
     """A labelled split of the data set that the flags name, or as much of it as they ask for."""
-    source = build_dataset(
-        args.dataset, split, args.data_path, channels=channels, mean=args.mean, std=args.std
+    source = hold_out_of(vars(args)).open(
+        lambda part: build_dataset(
+            args.dataset, part, args.data_path, channels=channels, mean=args.mean, std=args.std
+        ),
+        split,
+        Subset,
     )
     if not source.labelled:
         unlabelled = ("photos", "stl10_unlabeled", "garments")
@@ -311,6 +318,7 @@ def plan_run(args: argparse.Namespace, count: int, warnings: Sequence[str] = ())
         args.data_path,
         args.dry_run_images,
         lambda: open_set(everything, "train", args.in_chans),
+        hold_out_of(vars(args)),
     )
     data = limited(data, args.train_images)
     model, arguments, start = planned_model(args, data)
@@ -435,6 +443,7 @@ def evaluate_checkpoint(args: argparse.Namespace, procs: Processes) -> None:
     if procs.main:
         set_others_aside(folder, EVAL_FILES, identity)
     more: dict[str, Any] = {"checkpoint": str(path), "dataset": args.dataset, MEASURED: identity}
+    more |= {"measured_on": hold_out_of(vars(args)).words, "chosen_on": chosen_on(path, state)}
     for prefix, weights in arms.items():
         ckpt.load_weights(model, weights, path)
         result = measure(model)
@@ -448,7 +457,10 @@ def evaluate_checkpoint(args: argparse.Namespace, procs: Processes) -> None:
 
 def measured_settings(args: argparse.Namespace, model: Any) -> dict[str, Any]:
     """The flags that decide what an evaluation measures."""
-    names = ("dataset", "data_path", "val_images", "mean", "std", "precision")
+    names = (
+        "dataset", "data_path", "val_fraction", "val_seed", "val_images", "mean", "std",
+        "precision",
+    )  # fmt: skip
     return {name: getattr(args, name) for name in names} | {"input_size": list(model.img_size)}
 
 
@@ -678,6 +690,8 @@ def finetune(
                     say_accuracy(f"epoch {epoch}{', averaged weights' if ema else ''}", result)
                     if epoch == args.epochs - 1:
                         more = {**values, "best": best, "epoch": epoch, "dataset": args.dataset}
+                        where = hold_out_of(vars(args)).words
+                        more |= {"measured_on": where, "best_chosen_on": where}
                         more[MEASURED] = {"task": TASK}  # tasks may share a folder
                         set_others_aside(folder, RUN_FILES, more[MEASURED])
                         save_accuracy(folder, result, source.classes, more)

@@ -24,7 +24,14 @@ from torch import Tensor
 import models_zoo
 from util.advice import check_settings, say_warnings, warn_of_flags
 from util.assumed import ASSUMED, assumptions, set_statistics
-from util.config import FlagParser, add_data_flags, add_dry_run_flags, add_heads_flag, number
+from util.config import (
+    FlagParser,
+    add_data_flags,
+    add_dry_run_flags,
+    add_heads_flag,
+    add_split_flags,
+    number,
+)
 from util.console import print_text
 from util.cost import classifier_layers, cost_of
 from util.datasets import DATASETS, SPLITS, build_dataset
@@ -42,6 +49,7 @@ from util.randomness import EvalSampler, evenly
 from util.replace import fault_of
 from util.results import MEASURED, identity_of, set_others_aside
 from util.samples import LabelledSamples, build_loader, default_workers
+from util.splits import hold_out_of
 from util.transforms import EvalTransform, normalize
 
 RESULT = "knn.json"
@@ -69,6 +77,7 @@ def build_parser() -> FlagParser:
         help="positions at another --input_size: the image keeps its extent, or its scale",
     )
     add_data_flags(parser, list(DATASETS))
+    add_split_flags(parser)
     group = parser.add_argument_group("features and neighbours")
     group.add_argument(
         "--features",
@@ -344,7 +353,10 @@ def plan_run(args: argparse.Namespace, count: int) -> str:
         args.dataset,
         args.data_path,
         args.dry_run_images,
-        lambda: build_dataset(args.dataset, "train", args.data_path),
+        lambda: hold_out_of(vars(args)).open(
+            lambda part: build_dataset(args.dataset, part, args.data_path), "train", Subset
+        ),
+        hold_out_of(vars(args)),
     )
     if args.checkpoint.startswith("https:") or Path(args.checkpoint).exists():
         model, state = models_zoo.load_encoder(
@@ -398,7 +410,12 @@ def measure(args: argparse.Namespace, procs: Processes, warnings: Sequence[str])
     # ------------------------------------------------------------------------------- data
     # One process lists a folder or fetches a set; the others find what it left on the disk.
     with procs.main_first():
-        sources = {s: build_dataset(args.dataset, s, args.data_path) for s in SPLITS}
+        sources = {
+            split: hold_out_of(vars(args)).open(
+                lambda part: build_dataset(args.dataset, part, args.data_path), split, Subset
+            )
+            for split in SPLITS
+        }
         for split, limit in zip(SPLITS, (args.train_images, args.val_images), strict=True):
             if limit is not None:
                 whole = sources[split]
@@ -510,6 +527,7 @@ def measure(args: argparse.Namespace, procs: Processes, warnings: Sequence[str])
                 "input_size": list(model.img_size),
                 "dataset": args.dataset,
                 "data_path": args.data_path,
+                "measured_on": hold_out_of(vars(args)).words,
                 "mean": list(val.mean),
                 "std": list(val.std),
                 "results": results,
@@ -517,6 +535,7 @@ def measure(args: argparse.Namespace, procs: Processes, warnings: Sequence[str])
             settings = {n: getattr(args, n) for n in ("train_images", "val_images", "k")}
             kept = ("dataset", "data_path", "features", "temperature", "input_size", "mean", "std")
             settings |= {name: summary[name] for name in kept}
+            settings |= {n: getattr(args, n) for n in ("val_fraction", "val_seed")}
             summary[MEASURED] = identity_of(args.checkpoint, state.get("step"), settings)
             set_others_aside(folder, [RESULT], summary[MEASURED])
             write_text(folder / RESULT, json.dumps(summary, indent=1) + "\n")

@@ -51,6 +51,7 @@ from util.config import (
     add_optimisation_flags,
     add_run_flags,
     add_shard_flag,
+    add_split_flags,
     add_target_flags,
     add_view_flags,
     arithmetic_of,
@@ -67,6 +68,7 @@ from util.datasets import DATASETS, build_dataset
 from util.dist import Processes, choose_device, distribute, processes
 from util.dry_run import (
     Plan,
+    limited,
     look_at_data,
     measure_rate,
     parameters_by_part,
@@ -89,6 +91,7 @@ from util.run import Run, due
 from util.samples import PretrainSamples, build_loader, default_workers
 from util.schedule import CosineSchedule, scaled_lr
 from util.shard import Placed, optimizer_parts
+from util.splits import hold_out_of
 from util.step import OptimizerStep
 from util.timeline import Timeline
 from util.transforms import EvalTransform, pretrain_transform
@@ -110,6 +113,7 @@ def build_parser() -> FlagParser:
     add_method_flags(parser)
     add_data_flags(parser, list(DATASETS))
     add_view_flags(parser)
+    add_split_flags(parser)
     group = parser.add_argument_group("model (unset sizes follow --model)")
     group.add_argument("--model", default="mae_vit_base_patch16", metavar="NAME")
     group.add_argument("--list_models", action="store_true", help="print the names and leave")
@@ -180,11 +184,20 @@ def build_model(args: argparse.Namespace, in_chans: int) -> tuple[Any, dict[str,
 def open_set(
     args: argparse.Namespace, split: str, channels: int | None, decoder: str = "pil"
 ) -> ImageSource:
-    """A split of the data set that the flags name."""
-    source = build_dataset(
-        args.dataset, split, args.data_path, channels=channels, mean=args.mean, std=args.std
+    """A split of the data set that the flags name, or as much of train as they ask for."""
+    source = (
+        hold_out_of(vars(args))
+        .open(
+            lambda part: build_dataset(
+                args.dataset, part, args.data_path, channels=channels, mean=args.mean, std=args.std
+            ),
+            split,
+            Subset,
+        )
+        .with_decoder(decoder)
     )
-    return source.with_decoder(decoder)
+    limit = args.train_images if split == "train" else None
+    return source if limit is None else Subset(source, evenly(len(source), limit))
 
 
 def fit_target(
@@ -289,12 +302,15 @@ def peak_lr(args: argparse.Namespace, model: Any, num_visible: int, global_batch
 
 def plan_run(args: argparse.Namespace, count: int, warnings: Sequence[str] = ()) -> Plan:
     """What the run would do and cost on `count` processes, see `util.dry_run`."""
+    everything = argparse.Namespace(**vars(args) | {"train_images": None})
     data = look_at_data(
         args.dataset,
         args.data_path,
         args.dry_run_images,
-        lambda: open_set(args, "train", args.in_chans),
+        lambda: open_set(everything, "train", args.in_chans),
+        hold_out_of(vars(args)),
     )
+    data = limited(data, args.train_images)
     with torch.device("meta"):  # no memory and no time, whatever the size
         model, arguments = build_model(args, args.in_chans or data.channels)
     num_patches = model.grid[0] * model.grid[1]
@@ -395,8 +411,6 @@ def pretrain(
     # One process lists a folder or fetches a set; the others find what it left on the disk.
     with procs.main_first():
         source = open_set(args, "train", args.in_chans, args.decode)
-        if args.train_images is not None:
-            source = Subset(source, evenly(len(source), args.train_images))
         val_source = held_out_source(args, source.channels)
     model, model_args = build_model(args, source.channels)
     masker = masker_of(vars(args), model)

@@ -46,6 +46,7 @@ from util.config import (
     add_heads_flag,
     add_optimisation_flags,
     add_run_flags,
+    add_split_flags,
     arithmetic_of,
     number,
     optional,
@@ -83,7 +84,7 @@ from util.logger import prepare_folder, say
 from util.memory import create_in_memory
 from util.optim import create_adamw, layer_decay_groups
 from util.randomness import EvalSampler, IterationSampler, evenly
-from util.results import MEASURED, identity_of, set_others_aside
+from util.results import MEASURED, chosen_on, identity_of, set_others_aside
 from util.resume import go_on
 from util.run import Run
 from util.samples import build_loader, default_workers
@@ -102,6 +103,7 @@ from util.segmentation_transforms import (
     SegmentEvalTransform,
     SegmentTransform,
 )
+from util.splits import hold_out_of
 from util.step import OptimizerStep
 from util.timeline import Timeline
 from util.visualize import save_png, to_picture
@@ -121,6 +123,7 @@ LOOKS = ("resize", "inference", "window", "stride", "scene_size", "label_map")
 # Flags that decide what --eval measures.
 MEASURED_BY = (
     *LOOKS, "dataset", "data_path", "val_images", "mean", "std", "multi_scale", "flip",
+    "val_fraction", "val_seed",
 )  # fmt: skip
 # Beside those of every main: what is only measured, shown or looked at.
 HOUSEKEEPING = {"eval", "predict", "check_data", "pictures"}
@@ -130,6 +133,7 @@ def build_parser() -> FlagParser:
     """The flags; defaults are those of MAE's ADE20K run (README, "Segmentation")."""
     parser = FlagParser(description=__doc__.split("\n")[0])
     add_data_flags(parser, list(SEGMENTATION_SETS))
+    add_split_flags(parser)
     parser.set_defaults(dataset="ade20k", input_size=(512, 512))
     parser.add_argument(
         "--nb_classes", type=number(int, 1, MOST_CLASSES), help="of --dataset folder"
@@ -266,15 +270,19 @@ def open_set(
         classes: of the model that is there already; they tell how many a folder has.
     """
     count = len(classes) if classes is not None and args.dataset == "folder" else args.nb_classes
-    source = build_segmentation_set(
-        args.dataset,
+    source = hold_out_of(vars(args)).open(
+        lambda part: build_segmentation_set(
+            args.dataset,
+            part,
+            args.data_path,
+            num_classes=count,
+            size=args.scene_size,
+            mean=args.mean,
+            std=args.std,
+            label_map=args.label_map,
+        ),
         split,
-        args.data_path,
-        num_classes=count,
-        size=args.scene_size,
-        mean=args.mean,
-        std=args.std,
-        label_map=args.label_map,
+        SegmentationSubset,
     )
     limit = args.train_images if split == "train" else args.val_images
     return source if limit is None else SegmentationSubset(source, evenly(len(source), limit))
@@ -408,7 +416,11 @@ def plan_run(args: argparse.Namespace, count: int, warnings: Sequence[str] = ())
     need_two(args.batch_size * count, POOL)
     everything = argparse.Namespace(**vars(args) | {"train_images": None})
     data = look_at_data(
-        args.dataset, args.data_path, args.dry_run_images, lambda: open_set(everything, "train")
+        args.dataset,
+        args.data_path,
+        args.dry_run_images,
+        lambda: open_set(everything, "train"),
+        hold_out_of(vars(args)),
     )
     data = limited(data, args.train_images)
     model, start = planned_model(args, data)
@@ -525,7 +537,8 @@ def use_checkpoint(args: argparse.Namespace, procs: Processes, given: Container[
         identity = identity_of(path, state.get("step"), {n: getattr(args, n) for n in MEASURED_BY})
         set_others_aside(folder, EVAL_FILES, identity)
         more = {"checkpoint": str(path), "dataset": args.dataset, "images": len(source)}
-        more |= {MEASURED: identity}
+        more |= {MEASURED: identity, "measured_on": hold_out_of(vars(args)).words}
+        more["chosen_on"] = chosen_on(path, state)
         save_segmentation(folder, result, source.classes, more, EVAL_FILES)
         draw(args, model, source, procs, f"{args.dataset} val", folder / EVAL_FILES[2])
         say(f"written     {folder}/{', '.join(EVAL_FILES[:2])}")
@@ -847,6 +860,8 @@ def segment(
                     title = f"{args.dataset} val after {step:,} iterations"
                     say_result(title, result, len(val_source))
                     more = {"best": best, "step": step, "dataset": args.dataset}
+                    where = hold_out_of(vars(args)).words
+                    more |= {"measured_on": where, "best_chosen_on": where}
                     more[MEASURED] = {"task": TASK}  # tasks may share a folder
                     set_others_aside(folder, RUN_FILES, more[MEASURED])
                     save_segmentation(folder, result, source.classes, more)

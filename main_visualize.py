@@ -35,7 +35,7 @@ from engine_pretrain import (
 )
 from util.advice import check_settings, say_warnings, warn_of_flags
 from util.assumed import assumptions
-from util.config import FlagParser, add_heads_flag, number
+from util.config import FlagParser, add_heads_flag, add_split_flags, number
 from util.console import print_text
 from util.conversions import describe, take
 from util.datasets import DATASETS, DEFAULT, build_dataset
@@ -44,7 +44,7 @@ from util.errors import BadInput, RunFailed, command
 from util.files import write_text
 from util.flag_types import MOST_WIDTH, expanded_path
 from util.folders import image_files
-from util.images import IMAGENET_MEAN, IMAGENET_STD, read_image
+from util.images import IMAGENET_MEAN, IMAGENET_STD, ImageSource, Subset, read_image
 from util.loading import say_conversions
 from util.logger import prepare_folder
 from util.masking import ORDERS, STANDARD, STRATEGIES
@@ -52,6 +52,7 @@ from util.metrics import masked_psnr
 from util.randomness import EvalSampler, evenly, generator_of
 from util.results import MEASURED, identity_of, set_others_aside
 from util.samples import PretrainSamples, build_loader
+from util.splits import hold_out_of
 from util.transforms import EvalTransform
 from util.visualize import panels, picture_grid, save_panels, save_png
 
@@ -74,6 +75,7 @@ def build_parser() -> FlagParser:
     parser.add_argument(
         "--data_path", type=expanded_path, help="folder of it; or packed:DIR, hf:NAME_OR_DIR"
     )
+    add_split_flags(parser)
     parser.add_argument("--num_images", type=number(int, 1), default=8, help="shown at most")
     group = parser.add_argument_group(
         "masks (default: those of the checkpoint's run; --measure: 75 % random, and the run's)"
@@ -106,12 +108,21 @@ def build_parser() -> FlagParser:
     return parser
 
 
+def open_set(args: argparse.Namespace, channels: int) -> ImageSource:
+    """The held-out images of the data set that the flags name."""
+    return hold_out_of(vars(args)).open(
+        lambda split: build_dataset(args.dataset, split, args.data_path, channels=channels),
+        "val",
+        Subset,
+    )
+
+
 def gather_images(args: argparse.Namespace, model: Any) -> tuple[list[str], list[Tensor]]:
     """Names and uint8 [C, H, W] images at the model's size."""
     if bool(args.images) == bool(args.dataset):
         raise BadInput("give either --images FILES, or --dataset NAME or --data_path DATA")
     if args.dataset:
-        source = build_dataset(args.dataset, "val", args.data_path, channels=model.in_chans)
+        source = open_set(args, model.in_chans)
         transform = EvalTransform(model.img_size, margin=source.eval_margin)
         indices = evenly(len(source), args.num_images)
         return [source.file_name(i) for i in indices], [transform(source[i][0]) for i in indices]
@@ -155,14 +166,12 @@ def measure(
             "--measure takes held-out images of a set: --dataset NAME or --data_path DATA"
         )
     mean, std = stats
-    source = build_dataset(
-        args.dataset, "val", args.data_path, channels=model.in_chans, mean=mean, std=std
-    )
+    source = open_set(args, model.in_chans).with_stats(mean, std)
     transform = EvalTransform(model.img_size, margin=source.eval_margin)
     sampler = EvalSampler(evenly(len(source), args.num_images), MEASURED_AT_ONCE)
     masks = {name: identity[name] for name in ("mask", "mask_ratio")}
     result = {"checkpoint": args.checkpoint, "dataset": args.dataset, **masks}
-    result |= {"images": sampler.total}
+    result |= {"images": sampler.total, "measured_on": hold_out_of(vars(args)).words}
     for prefix, masker in zip(("", OWN), maskers, strict=False):
         samples = PretrainSamples(source, transform, masker.strategy, model.grid, args.seed)
         loader = build_loader(samples, sampler, num_workers=0, pin_memory=False)
@@ -220,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         maskers = [masker_of(settings, model)]
         if not given and masker_of(own, model).differs_from(maskers[0]):
             maskers.append(masker_of(own, model))
-        measured = ("dataset", "data_path", "num_images", "seed")
+        measured = ("dataset", "data_path", "num_images", "seed", "val_fraction", "val_seed")
         settings |= {name: getattr(args, name) for name in measured}
         settings["own_mask"] = maskers[-1].words if len(maskers) > 1 else None
         identity = identity_of(args.checkpoint, state.get("step"), settings)

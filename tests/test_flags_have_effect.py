@@ -31,6 +31,7 @@ class Everything:
 READ_TOGETHER = {
     "run_options(args)": set(run_options(Everything())),  # type: ignore[arg-type]
     "masker_of(vars(args), ": set(STANDARD),
+    "hold_out_of(vars(args))": {"val_fraction", "val_seed"},
     "getattr(args, name) for name in STANDARD": set(STANDARD),
 }
 

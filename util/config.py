@@ -186,6 +186,24 @@ def add_data_flags(parser: FlagParser, datasets: Sequence[str]) -> None:
     group.add_argument("--no_pin_mem", action="store_false", dest="pin_mem")
 
 
+def add_split_flags(parser: FlagParser) -> None:
+    """`--val_fraction`, for the mains that measure or show; see `util.splits`."""
+    group = parser.add_argument_group("data, held-out images")
+    group.add_argument(
+        "--val_fraction",
+        type=number(float, 0, 1, open_low=True, open_high=True),
+        help="hold this share of the training images out, of each class alike, and take them for "
+        "val: for sets without one, and for choosing settings without looking at val; default: the "
+        "set's own val",
+    )
+    group.add_argument(
+        "--val_seed",
+        type=number(int, 0, 2**32 - 1),
+        default=0,
+        help="of that draw; the same in every command and for every --seed",
+    )
+
+
 def add_view_flags(parser: FlagParser) -> None:
     """Which images pretraining learns from, and the views that it takes of them."""
     group = parser.add_argument_group("data, pretraining")

@@ -14,6 +14,7 @@ from util.cost import Cost, Memory, checkpoint_bytes, memory_of, numbered_checkp
 from util.dist import read_environment
 from util.errors import BadInput
 from util.memory import keep_freed_memory
+from util.splits import NOTHING_HELD_OUT, HoldOut
 
 # Training images, channels and classes of sets that are the same everywhere.
 KNOWN = {
@@ -61,18 +62,22 @@ def look_at_data(
     data_path: str | None,
     given: int | None,
     open_source: Callable[[], Counted],
+    hold_out: HoldOut = NOTHING_HELD_OUT,
 ) -> Data:
     """Count the training set where it is there, else what is known of it.
 
     Args:
         given: images that the user wants to assume; None: count.
-        open_source: lists the set; is not called where that could download it.
+        open_source: lists the set, without what is held out; is not called where that could
+            download it.
+        hold_out: what is held out of images that nobody has counted.
 
     Raises:
         BadInput: it is not there, and nothing is known of a set of this name.
     """
     there = data_path is not None and (":" in data_path or Path(data_path).expanduser().exists())
     known = KNOWN.get(dataset)
+    given = None if given is None else hold_out.left(given)
     if there or known is None:
         try:
             source = open_source()
@@ -84,7 +89,7 @@ def look_at_data(
         if given is None:
             return Data(found, channels, classes, "counted")
         return Data(given, channels, classes, f"assumed, {found:,} are there", given != found)
-    found, channels, classes = known
+    found, channels, classes = hold_out.left(known[0]), *known[1:]
     if given is not None:
         return Data(given, channels, classes, "assumed, as --dry_run_images says", True)
     if dataset == "imagefolder":

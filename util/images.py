@@ -145,13 +145,23 @@ class Subset(ImageSource):
     Args:
         source: the whole.
         indices: which of its images, in this order.
+        split: what these are called; None: as the whole.
     """
 
-    def __init__(self, source: ImageSource, indices: Sequence[int] | np.ndarray) -> None:
-        super().__init__(source.name, source.split, source.mean, source.std, source.classes)
+    def __init__(
+        self, source: ImageSource, indices: Sequence[int] | np.ndarray, split: str | None = None
+    ) -> None:
+        super().__init__(
+            source.name, split or source.split, source.mean, source.std, source.classes
+        )
         self.source, self.indices = source, np.asarray(indices)
         self.eval_margin, self.labelled = source.eval_margin, source.labelled
         self.stored = source.stored
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Of these images, where the whole lists its labels; otherwise there is no attribute."""
+        return np.asarray(self.source.labels)[self.indices]  # type: ignore[attr-defined]
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -160,10 +170,10 @@ class Subset(ImageSource):
         return self.source[int(self.indices[index])]
 
     def with_channels(self, channels: int) -> ImageSource:
-        return Subset(self.source.with_channels(channels), self.indices)
+        return Subset(self.source.with_channels(channels), self.indices, self.split)
 
     def with_decoder(self, decoder: str) -> ImageSource:
-        return Subset(self.source.with_decoder(decoder), self.indices)
+        return Subset(self.source.with_decoder(decoder), self.indices, self.split)
 
     def encoded(self, index: int) -> tuple[bytes, int]:
         return self.source.encoded(int(self.indices[index]))

@@ -104,6 +104,11 @@ class PackedSource(ImageSource):
         self.__dict__.update(state)
         self._open()
 
+    @property
+    def labels(self) -> np.ndarray:
+        """int32 [N]."""
+        return self.records["label"]
+
     def __len__(self) -> int:
         return len(self.records)
 

@@ -5,7 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from util.checkpoint import BEST
 from util.logger import say
+from util.splits import hold_out_of
 
 MEASURED = "measured"
 
@@ -19,6 +21,17 @@ def identity_of(checkpoint: str, step: Any, settings: Mapping[str, Any]) -> dict
     """
     place = checkpoint if "://" in checkpoint else str(Path(checkpoint).resolve())
     return {"checkpoint": place, "step": step, **settings}
+
+
+def chosen_on(checkpoint: str, state: Mapping[str, Any]) -> str | None:
+    """The images that a checkpoint was chosen on among those of its run; None: it was not chosen.
+
+    Args:
+        checkpoint: path or address. state: what it holds.
+    """
+    if not Path(checkpoint).name.startswith(BEST[:-4]):
+        return None
+    return hold_out_of(state.get("arithmetic", {})).words
 
 
 def set_others_aside(folder: Path, names: Sequence[str], identity: Mapping[str, Any]) -> None:

@@ -56,6 +56,11 @@ def full_branches(settings: Arithmetic) -> Arithmetic:
     return {"branch_init": 1.0, "model_args": {"branch_init": 1.0}}
 
 
+def nothing_held_out(settings: Arithmetic) -> Arithmetic:
+    """Before `--val_fraction` came."""
+    return {"val_fraction": None, "val_seed": 0}
+
+
 def leaning_masks(settings: Arithmetic) -> str | None:
     """Which runs had masks that leaned: equal priorities went by the number of the patch."""
     mask, strict = settings.get("mask"), settings.get("avg_temperature") == 0
@@ -81,6 +86,7 @@ CHANGES: tuple[Change, ...] = (
     Change(("finetune", "segment"), added=lambda settings: {"num_heads": None}),
     Change(("segment",), added=lambda settings: {"label_map": None}),
     Change(("pretrain",), added=full_branches),
+    Change(("pretrain", "finetune", "segment"), added=nothing_held_out),
 )
 VERSION = len(CHANGES)
 
@@ -123,7 +129,9 @@ def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[st
 # ---- Where in the run --------------------------------------------------------------------------
 
 # What the order of the images depends on.
-ORDER = ("seed", "images", "dataset", "train_images", "crops_per_decode")
+ORDER = (
+    "seed", "images", "dataset", "train_images", "val_fraction", "val_seed", "crops_per_decode",
+)  # fmt: skip
 
 
 def timeline_of(state: Mapping[str, Any], settings: Arithmetic) -> Timeline:

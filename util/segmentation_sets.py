@@ -147,8 +147,15 @@ class GarmentPairs(SegmentationSource):
 class SegmentationSubset(SegmentationSource):
     """Some pairs of another source, in the order of `indices`."""
 
-    def __init__(self, source: SegmentationSource, indices: Sequence[int]) -> None:
-        super().__init__(source.name, source.split, source.mean, source.std, source.classes)
+    def __init__(
+        self,
+        source: SegmentationSource,
+        indices: Sequence[int] | np.ndarray,
+        split: str | None = None,
+    ) -> None:
+        super().__init__(
+            source.name, split or source.split, source.mean, source.std, source.classes
+        )
         self.source, self.indices = source, np.asarray(indices)
         self.notes = source.notes
 

@@ -50,6 +50,7 @@ ROOT = Path(__file__).resolve().parent
 # The commands that a study's plan may name; how their results are read is main_tables.py's.
 MAINS = ("main_pretrain", "main_finetune", "main_knn", "main_visualize")
 RESULT, DOCUMENT, PICTURES = "study.json", "study.md", "pictures"
+RATES = "results/lscale_lr.json"  # what main_tables.py made of recipes/tables/lscale_lr.yaml
 SIGNALS = (*STOP_SIGNALS, signal.SIGINT, signal.SIGHUP)
 
 
@@ -79,6 +80,11 @@ def build_parser() -> FlagParser:
         "--seeds", type=number(int, 0, 2**32 - 1), nargs="+", help="of --only; default: one of its"
     )
     parser.add_argument("--report", action="store_true", help="run nothing, write the document")
+    parser.add_argument(
+        "--from_docs",
+        action="store_true",
+        help=f"run nothing, write the document anew from --docs/{RESULT} and the plan's remarks",
+    )
     return parser
 
 
@@ -141,6 +147,7 @@ def report_of(study: Study, plan: Plan, output: Path) -> dict[str, Any]:
     report = where_from(plan, cells)
     families = {o.label: o.family for o in study.outcomes}
     factorial = plan.arms[study.factorial]
+    report["remarks"] = list(study.remarks)
     report["outcomes"] = {o.label: f"{o.metric} of {o.run}" for o in study.outcomes}
     rows, found = [], {}
     for stage in (study.factorial, study.settings):
@@ -189,7 +196,8 @@ def write_report(report: Mapping[str, Any], docs: Path) -> None:
     prepare_folder(docs)
     write_text(docs / RESULT, json.dumps(report, indent=1) + "\n")
     draw(report, docs / PICTURES)
-    write_text(docs / DOCUMENT, markdown(report, PICTURES))
+    rates = json.loads((docs / RATES).read_text()) if (docs / RATES).is_file() else None
+    write_text(docs / DOCUMENT, markdown(report, PICTURES, rates))
     say(f"document  {docs / DOCUMENT}\ndata      {docs / RESULT}")
 
 
@@ -269,6 +277,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise BadInput("--seeds goes with --only; the study's own are in its plan")
 
     # ------------------------------------------------------------------------------ study
+    if args.from_docs:
+        if not (docs / RESULT).is_file():
+            raise BadInput(f"--from_docs needs {docs / RESULT}, which is not there")
+        report = json.loads((docs / RESULT).read_text())
+        write_report(report | {"remarks": list(study.remarks)}, docs)
+        return
     prepare_folder(output)
     if not args.report:
         run_plan(Path(args.plan).resolve(), output / "main", args.jobs)

@@ -228,6 +228,7 @@ def run_plan(
     def write_tables() -> dict[str, Any]:
         lease.check()
         report = fill_tables(plan, cells)
+        report["command"] = f"python main_tables.py --plan {args.plan} --jobs {args.jobs}"
         write_json(output / "tables.json", report)
         write_text(output / "tables.md", markdown(report))
         return report

@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -26,10 +27,15 @@ from util.config import METHODS
 from util.effects import contrast, corrected, differences, estimate, holm, prediction, signs_of
 from util.errors import BadInput, RunFailed, Stopped
 from util.plan import cells_of, read_plan
+from util.rates import analyse
+from util.rates import markdown as rates_markdown
 from util.study import curve_of, dynamics_of, read_study, with_arms
+from util.study_report import markdown
+from util.tables import markdown as tables_markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 STUDY = ROOT / "recipes/tables/study.yaml"
+DOCS = ROOT / "docs"
 TERMS = ("mask", "lscale", "offset")
 
 
@@ -366,6 +372,81 @@ def test_the_document_shows_it_all(done: Path) -> None:
         main_study.main([f"--plan={STUDY}", f"--output_dir={done / 'out'}", "--report",
                          f"--docs={done / 'docs2'}"])  # fmt: skip
     assert (done / "docs2" / "study.md").read_text() == text
+
+
+# ---- What docs/ holds --------------------------------------------------------------------------
+
+
+def test_the_study_in_docs_follows_from_its_numbers(tmp_path: Path) -> None:
+    """And says what was changed on the way; `--from_docs` writes the same."""
+    report, text = json.loads((DOCS / "study.json").read_text()), (DOCS / "study.md").read_text()
+    rates = DOCS / main_study.RATES
+    remarks = list(read_study(read_plan(STUDY, main_study.MAINS)).remarks)
+    assert len(remarks) >= 5 and report["remarks"] == remarks
+    about_rates = json.loads(rates.read_text()) if rates.is_file() else None
+    assert markdown(report, "pictures", about_rates) == text
+    assert "72.49" in text and round(report["screening"]["scores"]["pos_offset_none"], 2) == 72.49
+    copy = tmp_path / "docs"
+    copy.mkdir()
+    for name in ("study.json", main_study.RATES):
+        if (DOCS / name).is_file():
+            (copy / name).parent.mkdir(exist_ok=True)
+            (copy / name).write_bytes((DOCS / name).read_bytes())
+    main_study.main(["--from_docs", f"--docs={copy}", f"--plan={STUDY}"])
+    assert (copy / "study.md").read_text() == text
+
+
+def test_tables_in_docs_follow_from_their_numbers() -> None:
+    """Each printed number is a mean or a deviation of values that are kept by seed."""
+    for path in sorted((DOCS / "results").glob("*.json")):
+        report = json.loads(path.read_text())
+        assert path.with_suffix(".md").read_text() == tables_markdown(report)
+        assert report["command"].startswith("python main_tables.py --plan recipes/tables/")
+        assert report["commit"] and report["done"] == report["cells"]
+        for row in (row for table in report["tables"] for row in table["rows"]):
+            for metric in row["metrics"].values():
+                values = list(metric["values"].values())
+                assert metric["mean"] == pytest.approx(statistics.fmean(values))
+                assert metric["deviation"] == pytest.approx(statistics.stdev(values))
+
+
+def made_up_rates(gains: dict[tuple[str, str], float]) -> dict:
+    """Tables as main_tables.py writes them: 5 seeds, values 70 + a gain + something of the seed."""
+    rates = ("3e-3", "1.2e-2")
+    rows = []
+    for run, metric in (("held_out", "top1"), ("test", "top1"), ("pretrain", "model_psnr")):
+        for scale in ("none", "lscale", "control"):
+            for rate in rates:
+                # Test images would choose another rate.
+                gain = gains[scale, rate] * (-1 if run == "test" and scale == "none" else 1)
+                values = {
+                    str(s): 70 + gain + math.sin(s) + 0.01 * ((3 * s + len(scale)) % 4)
+                    for s in range(5)
+                }
+                name = f"{run}.scale_{scale}-blr_{rate}"
+                rows.append({"run": name, "metrics": {metric: {"values": values}}})
+    where = {"machine": ["m"], "commit": ["c"], "finished": "f", "plan": "lscale_lr.yaml"}
+    return {"tables": [{"rows": rows}], "done": 90, "seconds": 9.0, "seeds": [*range(5)], **where}
+
+
+def test_rates_are_chosen_on_held_out_images() -> None:
+    gains = dict.fromkeys(itertools.product(("none", "lscale", "control"), ("3e-3", "1.2e-2")), 0.0)
+    gains |= {("none", "3e-3"): 2.0, ("lscale", "1.2e-2"): 6.0, ("control", "1.2e-2"): 1.0}
+    report = made_up_rates(gains)
+    found = analyse(report)
+    assert found["chosen"] == {"none": "3e-3", "lscale": "1.2e-2", "control": "1.2e-2"}
+    own = {row["pair"]: row for row in found["own_rate"]}
+    # The seeds' own part would drown it if it were not paired.
+    assert own["lscale", "none"]["mean"] == pytest.approx(6 - -2, abs=0.02)
+    assert own["lscale", "control"]["mean"] == pytest.approx(5, abs=0.02)
+    at = {row["pair"]: row for row in found["study_rate"]}
+    assert at["lscale", "none"]["mean"] == pytest.approx(6, abs=0.02)
+    assert at["control", "none"]["mean"] == pytest.approx(1, abs=0.02)
+    for rows in (found["own_rate"], found["study_rate"]):
+        assert [r["p_holm"] for r in rows] == pytest.approx(holm([r["p"] for r in rows]))
+    text = "\n".join(rates_markdown(report))
+    assert "| MAE with LScale from .1 | " in text and "**76" in text
+    assert "| each at its own rate | MAE with LScale from .1 − MAE | +" in text
 
 
 def test_a_row_again_is_compared_with_its_interval(done: Path, run_main, monkeypatch) -> None:

@@ -63,6 +63,7 @@ class Study:
     best: int
     against: dict[str, dict[str, Any]]
     never: tuple[str, ...]
+    remarks: tuple[str, ...]
 
 
 def read_study(plan: Plan) -> Study:
@@ -73,7 +74,7 @@ def read_study(plan: Plan) -> Study:
     """
     where = f"study in {plan.path}"
     keys = ("factorial", "settings", "pretrain", "outcomes", "confirm")
-    given = mapping(plan.given.get("study") or {}, where, keys)
+    given = mapping(plan.given.get("study") or {}, where, (*keys, "remarks"))
     for key in keys:
         if key not in given:
             raise BadInput(f"{where} has no {key!r}")
@@ -114,6 +115,7 @@ def read_study(plan: Plan) -> Study:
         confirm.get("best", 2),
         mapping(confirm.get("against") or {}, f"against of confirm of {where}"),
         never,
+        tuple(map(str, given.get("remarks") or ())),
     )
 
 

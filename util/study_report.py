@@ -5,18 +5,22 @@ from pathlib import Path
 from typing import Any
 
 from util.errors import needs
-from util.tables import show
+from util.rates import markdown as rates_markdown
+from util.tables import show, table_lines
 
 EFFECTS_PLOT, TRAINING_PLOT = "study-effects.png", "study-training.png"
 COMMAND = "make study"
 
 
-def markdown(report: Mapping[str, Any], pictures: str) -> str:
+def markdown(
+    report: Mapping[str, Any], pictures: str, rates: Mapping[str, Any] | None = None
+) -> str:
     """docs/study.md.
 
     Args:
         report: what docs/study.json holds.
         pictures: folder of the plots, from the file.
+        rates: the tables of recipes/tables/lscale_lr.yaml, if there are any.
     """
     return "\n".join(
         [
@@ -25,7 +29,9 @@ def markdown(report: Mapping[str, Any], pictures: str) -> str:
             f"Written by `{COMMAND}` from `docs/study.json`; nothing here is typed by hand.",
             "",
             *_how(report),
+            *_remarks(report),
             *_in_short(report),
+            *([] if rates is None else rates_markdown(rates)),
             *_rows("The factorial", "factorial", report),
             *_effects(report["effects"], pictures),
             *_training(report["training"], pictures),
@@ -46,11 +52,17 @@ def _how(report: Mapping[str, Any]) -> list[str]:
         "Values are mean ± sample deviation over seeds. Intervals are 95 % by Student's t over "
         "seeds, each seed first compared with itself (the same data order and noise in all "
         "arms). p is corrected after Holm within its family: the outcomes of a group, main "
-        "effects and interactions apart. Accuracies are on test images, the same for all arms; "
-        "settings were chosen by them on other seeds than those that confirm them. All arms have "
-        'one learning rate, the plan\'s; a term may ask for another (README, "The study").',
+        "effects and interactions apart. Accuracies are on test images, the same for all arms. All "
+        "arms have one learning rate, the plan's.",
         "",
     ]
+
+
+def _remarks(report: Mapping[str, Any]) -> list[str]:
+    remarks = report.get("remarks", [])
+    if not remarks:
+        return []
+    return ["## Before you believe it", "", *(f"- {remark}" for remark in remarks), ""]
 
 
 def _in_short(report: Mapping[str, Any]) -> list[str]:
@@ -68,7 +80,7 @@ def _in_short(report: Mapping[str, Any]) -> list[str]:
     for arm in dict.fromkeys(row["arm"] for row in report["confirmed"]):
         own = [row for row in report["confirmed"] if row["arm"] == arm]
         lines.append(f"- `{arm}`, against the base on new seeds, {sentence(own)}.")
-    return ["## In short", "", *lines, ""]
+    return ["## In short", "", "All at the plan's one learning rate:", "", *lines, ""]
 
 
 def sentence(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -85,14 +97,6 @@ def sentence(rows: Sequence[Mapping[str, Any]]) -> str:
     return "; ".join([*parts, *([f"nothing shown for {', '.join(silent)}"] if silent else [])])
 
 
-def _line(texts: Sequence[str]) -> str:
-    return "| " + " | ".join(text.replace("|", "\\|") for text in texts) + " |"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [_line(header), _line(["---"] * len(header)), *map(_line, rows), ""]
-
-
 def _rows(title: str, stage: str, report: Mapping[str, Any]) -> list[str]:
     labels = list(report["outcomes"])
     rows = []
@@ -102,7 +106,7 @@ def _rows(title: str, stage: str, report: Mapping[str, Any]) -> list[str]:
             values = ["-" if o is None else show(o["mean"], o["deviation"]) for o in own]
             n = max((len(o["values"]) for o in own if o), default=0)
             rows.append([f"`{row['row']}`", *values, str(n)])
-    return [f"## {title}", "", *_table(["row", *labels, "n"], rows)] if rows else []
+    return [f"## {title}", "", *table_lines(["row", *labels, "n"], rows)] if rows else []
 
 
 def interval(row: Mapping[str, Any]) -> list[str]:
@@ -145,7 +149,7 @@ def _effects(effects: Sequence[Mapping[str, Any]], pictures: str) -> list[str]:
             ]
         else:
             text += ["Half the difference of one's effect with the other on and off.", ""]
-        text += _table(header, rows)
+        text += table_lines(header, rows)
     return text
 
 
@@ -167,7 +171,7 @@ def _training(training: Mapping[str, Any], pictures: str) -> list[str]:
         "",
         f"![Loss and gradient norm by step]({pictures}/{TRAINING_PLOT})",
         "",
-        *_table(header, rows),
+        *table_lines(header, rows),
     ]
 
 
@@ -191,7 +195,7 @@ def _settings(report: Mapping[str, Any]) -> list[str]:
         f"Mean of the accuracies, seeds {', '.join(map(str, report['screening_seeds']))}: too few "
         "to conclude from, enough to choose what to confirm.",
         "",
-        *_table(["arm", "score", "over the base", ""], rows),
+        *table_lines(["arm", "score", "over the base", ""], rows),
         *_rows("Settings, each outcome", "settings", report),
     ]
 
@@ -203,7 +207,7 @@ def _confirmed(report: Mapping[str, Any]) -> list[str]:
     rows = [[f"`{r['arm']}`", r["outcome"], *interval(r), verdict(r)] for r in report["confirmed"]]
     return [
         *_rows("Settings, confirmed on new seeds", "confirm", report),
-        *_table(header, rows),
+        *table_lines(header, rows),
     ]
 
 

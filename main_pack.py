@@ -21,6 +21,7 @@ from util.config import FlagParser, number
 from util.datasets import DATASETS, SPLITS, build_dataset
 from util.errors import BadInput, command
 from util.flag_types import MOST_SIDE, expanded_path, processes_flag
+from util.folders import NoSplit
 from util.logger import say
 from util.manifest import FORMATS, MANIFEST
 from util.packing import BAD_IMAGES, Recipe, pack, verify
@@ -98,8 +99,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     # ------------------------------------------------------------------------------- pack
     recipe = Recipe(args.format, 0 if args.format == "keep" else args.short_side, args.quality)
     workers = default_workers(1) if args.num_workers is None else args.num_workers
+    sources = {}  # all of them before the first is packed, which may take hours
     for split in args.split:
-        source = build_dataset(args.dataset, split, args.data_path)
+        try:
+            sources[split] = build_dataset(args.dataset, split, args.data_path)
+        except NoSplit as error:
+            if "split" in parser.given:
+                raise
+            say(f"{split} is not packed: {error}")
+    for split, source in sources.items():
         about = pack(
             source,
             folder / split,

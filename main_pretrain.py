@@ -81,7 +81,7 @@ from util.flag_types import MOST_BLOCKS, MOST_CHANNELS, MOST_WIDTH
 from util.images import ImageSource, Subset
 from util.lease import Lease, hold_folder
 from util.loading import say_conversions
-from util.logger import RunLogger, say
+from util.logger import RunLogger, say, say_once
 from util.masking import STANDARD, count_visible
 from util.memory import create_in_memory
 from util.optim import create_adamw, parameter_groups
@@ -242,17 +242,20 @@ class HeldOut:
     masker: Masker
 
 
-def held_out_source(args: argparse.Namespace, channels: int) -> ImageSource | None:
-    """The held-out split; None where it is not asked for, or where there is none to draw from."""
+def held_out_source(args: argparse.Namespace, train: ImageSource) -> ImageSource | None:
+    """The held-out split; None where it is not asked for.
+
+    Pictures alone fall back to the training images where nothing is held out.
+    """
     if not (args.eval_every or args.picture_every):
         return None
     try:
-        return open_set(args, "val", channels)
+        return open_set(args, "val", train.channels)
     except BadInput as error:
         if args.eval_every:
             raise
-        say(f"no pictures: {error}")
-        return None
+        say_once(f"pictures show training images: {error}")
+        return train
 
 
 def held_out_set(
@@ -411,7 +414,7 @@ def pretrain(
     # One process lists a folder or fetches a set; the others find what it left on the disk.
     with procs.main_first():
         source = open_set(args, "train", args.in_chans, args.decode)
-        val_source = held_out_source(args, source.channels)
+        val_source = held_out_source(args, source)
     model, model_args = build_model(args, source.channels)
     masker = masker_of(vars(args), model)
     transform = pretrain_transform(
@@ -581,7 +584,8 @@ def pretrain(
                             say_conversions(part.loader, procs.gather)
                         report(run.logger, parts, tables, step, epoch)
                     if drawing and procs.main:
-                        title = f"{args.model} ({args.method}) after epoch {epoch}, held-out images"
+                        shown = "training" if val_source is source else "held-out"
+                        title = f"{args.model} ({args.method}) after epoch {epoch}, {shown} images"
                         picture = draw_pictures(whole, parts[-1], device, title)
                         save_png(folder / "pictures" / f"epoch-{epoch}.png", picture)
                         run.logger.picture("reconstruction", step, np.asarray(picture))

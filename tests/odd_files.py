@@ -10,7 +10,10 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
+import pillow_heif
 from PIL import Image, ImageCms
+
+pillow_heif.register_heif_opener()  # to write such files
 
 RED, GREEN, BLUE, WHITE, BLACK = (
     (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0),
@@ -92,9 +95,26 @@ def good_files() -> dict[str, tuple[bytes, tuple[int, int], Four]]:
     for kind in ("bmp", "webp", "ppm"):
         add(f"plain.{kind}", encoded(picture, kind, **({"quality": 95} if kind == "webp" else {})))
 
+    for name, kind, options in (
+        ("plain.jfif", "JPEG", {}),
+        ("plain.jpe", "JPEG", {}),
+        ("plain.gif", "GIF", {}),
+        ("gray.gif", "GIF", {}),
+        ("plain.jp2", "JPEG2000", {}),
+        ("plain.avif", "AVIF", {"quality": 95}),
+        ("plain.heic", "HEIF", {"quality": 95}),
+        ("plain.heif", "HEIF", {"quality": 95}),
+        ("heic_called.jpg", "HEIF", {"quality": 95}),
+    ):
+        gray = name.startswith("gray")
+        add(name, encoded(grays if gray else picture, kind, **options), GRAYS if gray else COLOURS)
+
     # More than eight bits.
     deep = tuple(257 * gray[0] for gray in GRAYS)
     words = gray_array("<u2", deep)
+    ten = pillow_heif.from_bytes("RGB;16", size, np.repeat(words, 3, axis=1).tobytes())
+    ten.save(buffer := BytesIO(), quality=95)
+    add("rgb10.heic", buffer.getvalue(), GRAYS)
     add("gray16.png", encoded(Image.fromarray(words), "PNG"), GRAYS)
     add("gray16.tif", encoded(Image.fromarray(words), "TIFF"), GRAYS)
     add("gray16_big_endian.tif", encoded(Image.fromarray(words.astype(">u2")), "TIFF"), GRAYS)
@@ -146,12 +166,18 @@ def good_files() -> dict[str, tuple[bytes, tuple[int, int], Four]]:
     palette = picture.quantize()
     blue = palette.getpixel((0, 31))
     add("clear_palette.png", encoded(palette, "PNG", transparency=blue), shown)
-    add("clear_palette.gif.png", encoded(palette, "GIF", transparency=blue), shown)
+    for name in ("clear_palette.gif.png", "clear_palette.gif"):
+        add(name, encoded(palette, "GIF", transparency=blue), shown)
+    for kind in ("avif", "heif"):
+        add(f"alpha.{kind}", encoded(rgba, kind, quality=95), shown)
 
     # Several frames or pages, of which the first is shown.
     black = Image.new("RGB", size)
     several = {"save_all": True, "append_images": [black, black]}
-    add("animated.gif.png", encoded(picture, "GIF", duration=50, **several))
+    for name in ("animated.gif.png", "animated.gif"):
+        add(name, encoded(picture, "GIF", duration=50, **several))
+    add("animated.avif", encoded(picture, "AVIF", duration=50, quality=95, **several))
+    add("burst.heic", encoded(picture, "HEIF", quality=95, **several))
     add("animated.webp", encoded(picture, "WEBP", lossless=True, **several))
     add("animated.png", encoded(picture, "PNG", **several))
     add("pages.tif", encoded(picture, "TIFF", **several))
@@ -172,6 +198,9 @@ def good_files() -> dict[str, tuple[bytes, tuple[int, int], Four]]:
     exif[0x0112] = 6
     add("exif.png", encoded(picture.transpose(turns[6]), "PNG", exif=exif))
     add("exif.tif", encoded(picture.transpose(turns[6]), "TIFF", exif=exif))
+    for kind in ("avif", "heif"):
+        data = encoded(picture.transpose(turns[6]), kind, exif=exif.tobytes(), quality=95)
+        add(f"exif.{kind}", data)
 
     # Names, metadata and shapes.
     plain = encoded(picture, "JPEG")
@@ -197,6 +226,11 @@ def bad_files() -> dict[str, bytes]:
         whole = encoded(noise, kind)
         files[f"cut.{kind.replace('gif', 'gif.png')}"] = whole[: len(whole) * 2 // 3]
     whole = encoded(noise, "JPEG")
+    for kind in ("avif", "heif", "jp2"):
+        whole_file = encoded(noise, kind.replace("jp2", "JPEG2000"))
+        files[f"cut_half.{kind}"] = whole_file[: len(whole_file) // 2]
+        files[f"cut_in_header.{kind}"] = whole_file[:100]
+    files["film.heic"] = b"\0\0\0\x18ftypmp42" + bytes(500)
     files["cut_at_end.jpg"] = whole[:-20]
     files["cut_in_header.jpg"] = whole[:200]
     files["cut_packed.tif"] = encoded(noise, "TIFF", compression="tiff_lzw")[:-500]

@@ -21,15 +21,18 @@ SIZE = (64, 32)
 NAMES = {
     (C.CMYK,): "cmyk.jpg cmyk.tif",
     (C.LAB,): "lab.tif",
-    (C.DEEP,): "gray16.png gray16.tif gray16_big_endian.tif gray16.pgm gray12.tif rgb16.png "
+    (
+        C.DEEP,
+    ): "gray16.png gray16.tif gray16_big_endian.tif gray16.pgm gray12.tif rgb16.png rgb10.heic "
     "gray16_white_is_zero.tif",
     (C.DEEP, C.TRANSPARENT): "gray16_clear.png",
     (C.STRETCHED,): "int32.tif float_wide.tif",
     (C.NOT_FINITE,): "float_nan.tif",
     (C.TRANSPARENT,): "alpha.png alpha.webp gray_alpha.png clear_colour.png clear_palette.png "
-    "clear_palette.gif.png",
+    "clear_palette.gif.png clear_palette.gif alpha.avif alpha.heif",
     (C.ALPHA_BAND,): "half_alpha.tif gray_premultiplied.tif",
-    (C.FIRST_FRAME,): "animated.gif.png animated.webp animated.png pages.tif stereo.jpg",
+    (C.FIRST_FRAME,): "animated.gif.png animated.webp animated.png pages.tif stereo.jpg "
+    "animated.gif animated.avif burst.heic",
 }
 KINDS = {name: set(kinds) for kinds, names in NAMES.items() for name in names.split()}
 

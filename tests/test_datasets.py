@@ -628,9 +628,9 @@ def test_an_unknown_split_is_refused(name, data_path):
 @pytest.mark.parametrize(
     "make, message",
     [
-        ([], r"no folder .*train; expected DATA/train/<class>"),
-        (["train/"], r"train has no class folders; .*expected DATA/train/<class>"),
-        (["train/a.png"], r"train has no class folders"),
+        ([], r"no images in .*; expected DATA/train/<class>"),
+        (["train/"], r"no images in .*train; .*expected DATA/train/<class>"),
+        (["a.txt", "notes/b.txt"], r"no images in .*; expected DATA/train/<class>"),
         (["train/cat/a.png", "train/dog/"], r"no image in the class folders dog of .*train"),
         (["train/cat/a.txt"], r"no image in the class folders cat of .*train"),
         (["val/cat/a.png"], r"no folder .*train; expected DATA/train/<class>"),

@@ -73,7 +73,10 @@ def roots_of(values: Mapping[str, Any]) -> list[tuple[str, Path]]:
         roots.append(("--data_path", Path(place.removeprefix("hf:").partition("?")[0])))
     elif place and not place.startswith("packed:") and dataset not in PATHLESS:
         inside = ("images", "annotations") if dataset == "ade20k" else SPLITS
-        roots += [("--data_path", Path(place) / name) for name in inside]
+        parts = [Path(place) / name for name in inside]
+        # A folder of images without train/ and val/ is the training set itself.
+        whole = dataset == "imagefolder" and not any(part.is_dir() for part in parts)
+        roots += [("--data_path", part) for part in ([Path(place)] if whole else parts)]
     return [(flag, root) for flag, root in roots if root.is_dir()]
 
 

@@ -46,3 +46,20 @@ def print_text(text: str = "", *, stream: TextIO | None = None, end: str = "\n")
     """Print a text for people and flush; the default stream is standard output."""
     stream = sys.stdout if stream is None else stream
     print(printable(text, stream), file=stream, end=end, flush=True)
+
+
+# What the running command has said already, of what is said once.
+_said: set[str] = set()
+
+
+def first_time(text: str) -> bool:
+    """Whether the running command says a text for the first time."""
+    if text in _said:
+        return False
+    _said.add(text)
+    return True
+
+
+def forget() -> None:
+    """Another command begins, which may say anything again."""
+    _said.clear()

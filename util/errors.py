@@ -11,7 +11,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import ParamSpec, TypeVar
 
-from util.console import print_text
+from util.console import forget, print_text
 from util.signals import EXIT_INTERRUPTED, EXIT_STOPPED, StoppedAtStart, begin, end
 
 P = ParamSpec("P")
@@ -80,6 +80,7 @@ def command(main: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(main)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         begin()
+        forget()
         try:
             return main(*args, **kwargs)
         except (BadInput, RunFailed) as error:

@@ -6,7 +6,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import BinaryIO
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from util.conversions import Conversion, note
+from util.endings import register_heif
 from util.errors import BadInput
 from util.pixels import opaque, refuse_bands, stored_deep
 
@@ -229,6 +230,10 @@ FILE_FAULTS = {
     None, errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ELOOP,
     errno.ENAMETOOLONG, errno.ENXIO, errno.EIO,
 }  # fmt: skip
+# Major brands of ISO base media files that are HEIF: HEVC, and what may hold it.
+HEIF_BRANDS = {
+    b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1",
+}  # fmt: skip
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 TILE_WIDTH, TILE_LENGTH = 322, 323  # TIFF 6.0, section 15
 # An image of more is refused before it is decoded: a file of a few MB could hold 100 times as many.
@@ -354,7 +359,7 @@ def _decode(file: BinaryIO, name: PathLike, paired: bool = False) -> Image.Image
     refuse_bands(image)
     pixels_at = file.tell()
     # Before it is loaded: some readers look for the second frame then, and forget the first.
-    several, deep = getattr(image, "is_animated", False), stored_deep(image)
+    several, deep = getattr(image, "is_animated", False), stored_deep(image, file)
     image.load()
     if image.format == "JPEG":
         # Where a crash or a broken copy left zeros, the decoder may find pixels in them.
@@ -372,16 +377,7 @@ def _decode(file: BinaryIO, name: PathLike, paired: bool = False) -> Image.Image
 
 def _open(file: BinaryIO) -> Image.Image:
     """The picture in a file, its pixels not read yet. Raises whatever Pillow does."""
-    image: Image.Image
-    try:
-        image = Image.open(file, formats=FORMATS)
-    except UnidentifiedImageError:
-        file.seek(0)
-        start = file.read(16)
-        found = f"no image of a known kind, its first bytes are {start!r}"
-        if start[:4] in TIFF_STARTS:
-            found = "a TIFF of bands or bits that cannot be read; save it as RGB or gray of 8 bits"
-        raise ValueError(found if start else "the file is empty") from None
+    image = _identified(file)
     tags = getattr(image, "tag_v2", {})
     tile = int(tags.get(TILE_WIDTH, 0)) * int(tags.get(TILE_LENGTH, 0))
     if (pixels := max(image.width * image.height, tile)) > MOST_PIXELS:
@@ -393,3 +389,28 @@ def _open(file: BinaryIO) -> Image.Image:
         if image.mode == "P" and image.palette is None:
             raise ValueError("a palette image without a palette")
     return image
+
+
+def _identified(file: BinaryIO) -> Image.Image:
+    """What Pillow, or pillow-heif, takes a file for.
+
+    Raises:
+        ValueError: for nothing. BadInput: it is HEIF, and pillow-heif is not installed.
+    """
+    try:
+        return Image.open(file, formats=FORMATS)
+    except UnidentifiedImageError:
+        file.seek(0)
+        start = file.read(16)
+    box, brand = start[4:8], start[8:12]
+    if box == b"ftyp" and brand in HEIF_BRANDS:
+        register_heif()  # here, for few need it and it takes a moment
+        file.seek(0)
+        with suppress(UnidentifiedImageError):
+            return Image.open(file, formats=["HEIF"])
+    found = f"no image of a known kind, its first bytes are {start!r}"
+    if start[:4] in TIFF_STARTS:
+        found = "a TIFF of bands or bits that cannot be read; save it as RGB or gray of 8 bits"
+    elif box == b"ftyp":
+        found = f"no whole image: a file of brand {brand.decode('latin-1')}, cut short or a video"
+    raise ValueError(found if start else "the file is empty")

@@ -1,6 +1,7 @@
 """The files of an image folder, in numpy arrays: listed once, then read from a cache.
 
-The listing is torchvision's (`ImageFolder`): the same files, classes and order.
+The listing of class folders is torchvision's (`ImageFolder`): the same files, classes and order,
+but for hidden names, which are no images and no classes, and for more endings.
 """
 
 import errno
@@ -15,18 +16,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from util.endings import is_hidden, readable_endings, unread_endings
 from util.errors import BadInput
 from util.files import open_whole, sweep
 from util.images import PathLike
 from util.logger import say
 
 # Part of the cache's name: raise it with any change of what is listed or how it is stored.
-VERSION = 1
+VERSION = 2
 # Coarsest clock of a file system's folders (FAT's); a later change may bear the same time.
 CLOCK_NS = 2_000_000_000
 DIGEST = hashlib.sha256
+# The names of a `Listing` that are kept as they are.
+STORED = ("files", "loose", "hidden", "unread")
 
 
 class Names:
@@ -66,29 +69,34 @@ class Names:
 
 @dataclass(frozen=True)
 class Listing:
-    """Files by class.
+    """Files by class. Names are paths relative to the folder.
 
     Attributes:
-        files: paths relative to the folder.
+        files: the images in class folders.
         labels: int32 [N], indices into `classes`.
-        classes: names of the class folders, sorted.
+        classes: names of the class folders, sorted; some may hold no image.
+        loose: images directly in the folder, which are of no class; sorted.
+        hidden: images left out for their name or that of a folder around them.
+        unread: images left out since nothing here decodes them.
     """
 
     files: Names
     labels: np.ndarray
     classes: list[str]
+    loose: Names
+    hidden: Names
+    unread: Names
 
 
 def list_images(root: PathLike) -> Listing:
-    """The images of ROOT/<class>/**, links followed, in torchvision's order.
+    """The images of ROOT/<class>/**, links followed, in torchvision's order; and those of ROOT/*.
 
     Read from a cache in $MMAE_CACHE or ~/.cache/mmae, as long as no folder under root has changed
     since it was written: a thousand questions to the file system instead of a million. A cache
     that is damaged or cannot be written is said and otherwise does not matter.
 
     Raises:
-        BadInput: no folder, one that cannot be read or that contains itself by a link, no class
-            folders, or some without an image.
+        BadInput: no folder, or one that cannot be read or that contains itself by a link.
     """
     root = Path(root)
     cache = cache_file(root)
@@ -101,18 +109,84 @@ def list_images(root: PathLike) -> Listing:
             raise BadInput(f"cannot list {error.filename}: {error.strerror}") from error
         if max(stamps.values()) < started - CLOCK_NS:
             write_cache(cache, listing, stamps)
-    present = set(np.unique(listing.labels).tolist())
-    empty = [name for label, name in enumerate(listing.classes) if label not in present]
-    if empty or not listing.classes:
-        problem = f"{root} has no class folders"
-        if empty:
-            more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
-            problem = f"no image in the class folders {', '.join(empty[:5])}{more} of {root}"
-        raise BadInput(f"{problem}; expected <class>/*, ending in {', '.join(IMG_EXTENSIONS)}")
     return listing
 
 
 # ---- Scanning ----------------------------------------------------------------------------------
+
+
+class Scan:
+    """One pass over a folder.
+
+    Attributes:
+        stamps: when each folder last changed, by its path relative to root.
+        hidden, unread: as in `Listing`.
+    """
+
+    def __init__(self, root: PathLike) -> None:
+        self.root = root
+        self.stamps: dict[str, int] = {}
+        self.hidden: list[str] = []
+        self.unread: list[str] = []
+        self.readable, self.lacking = readable_endings(), unread_endings()
+        self.images = self.readable + self.lacking
+
+    def look(self, folder: str) -> tuple[list[str], list[str]]:
+        """Names of the sub-folders and of the images in a folder; what is left out is noted.
+
+        Args:
+            folder: its path relative to root.
+        """
+        folders, images = [], []
+        inside = f"{folder}/" if folder else ""
+        with os.scandir(os.path.join(self.root, folder)) as entries:
+            for entry in entries:
+                name, ending = entry.name, entry.name.lower()
+                if is_folder(entry):
+                    if not is_hidden(name):
+                        folders.append(name)
+                    elif not entry.is_symlink():
+                        self.look_into_hidden(inside + name)
+                elif is_hidden(name):
+                    if ending.endswith(self.images):
+                        self.hidden.append(inside + name)
+                elif ending.endswith(self.readable):
+                    images.append(name)
+                elif ending.endswith(self.lacking):
+                    self.unread.append(inside + name)
+        return sorted(folders), sorted(images)
+
+    def look_into_hidden(self, folder: str) -> None:
+        """Note the images below a hidden folder; what cannot be read there does not matter.
+
+        Of its folders only those with images are watched for changes: .git changes all the time.
+        """
+        for path, _, names in os.walk(os.path.join(self.root, folder)):
+            images = [name for name in names if name.lower().endswith(self.images)]
+            if images:
+                relative = os.path.relpath(path, self.root)
+                self.stamps[relative] = os.stat(path).st_mtime_ns
+                self.hidden += [f"{relative}/{name}" for name in images]
+
+    def walk(self, top: str) -> dict[str, list[str]]:
+        """The names of the images in each folder from `top` down, by its path relative to root.
+
+        Raises what `scan` raises.
+        """
+        found: dict[str, list[str]] = {}
+        waiting: list[tuple[str, tuple[tuple[int, int], ...]]] = [(top, ())]
+        while waiting:
+            folder, above = waiting.pop()
+            path = os.path.join(self.root, folder)
+            status = os.stat(path)
+            identity = (status.st_dev, status.st_ino)
+            if identity in above:
+                raise BadInput(f"{path} is a link to a folder that contains it; remove the link")
+            # Before it is listed: what changes meanwhile then counts as changed since.
+            self.stamps[folder] = status.st_mtime_ns
+            folders, found[folder] = self.look(folder)
+            waiting += [(f"{folder}/{name}", (*above, identity)) for name in folders]
+        return found
 
 
 def scan(root: PathLike) -> tuple[Listing, dict[str, int]]:
@@ -122,22 +196,23 @@ def scan(root: PathLike) -> tuple[Listing, dict[str, int]]:
         BadInput: a folder contains itself by a link.
         OSError: a folder is missing or cannot be read.
     """
-    # Before it is listed: what changes meanwhile then counts as changed since.
-    stamps = {"": os.stat(root).st_mtime_ns}
-    with os.scandir(root) as entries:
-        classes = sorted(entry.name for entry in entries if is_folder(entry))
+    here = Scan(root)
+    here.stamps[""] = os.stat(root).st_mtime_ns
+    classes, loose = here.look("")
     labels = array("i")
 
     def files() -> Iterator[str]:
         for label, name in enumerate(classes):
-            folders = walk(root, name, stamps)
+            folders = here.walk(name)
             for folder in sorted(folders):
-                for file in sorted(folders[folder]):
+                for file in folders[folder]:
                     labels.append(label)
                     yield f"{folder}/{file}"
 
     names = Names.of(files())
-    return Listing(names, np.array(labels, dtype=np.int32), classes), stamps
+    left_out = (Names.of(sorted(names)) for names in (here.hidden, here.unread))
+    found = Listing(names, np.array(labels, dtype=np.int32), classes, Names.of(loose), *left_out)
+    return found, here.stamps
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:
@@ -150,46 +225,23 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def walk(root: PathLike, top: str, stamps: dict[str, int]) -> dict[str, list[str]]:
-    """The names of the images in each folder from `top` down, by its path relative to root.
-
-    Times of change are added to `stamps`. Raises what `scan` raises.
-    """
-    found: dict[str, list[str]] = {}
-    waiting: list[tuple[str, tuple[tuple[int, int], ...]]] = [(top, ())]
-    while waiting:
-        folder, above = waiting.pop()
-        path = os.path.join(root, folder)
-        status = os.stat(path)
-        identity = (status.st_dev, status.st_ino)
-        if identity in above:
-            raise BadInput(f"{path} is a link to a folder that contains it; remove the link")
-        stamps[folder] = status.st_mtime_ns
-        found[folder] = []
-        with os.scandir(path) as entries:
-            for entry in entries:
-                if is_folder(entry):
-                    waiting.append((f"{folder}/{entry.name}", (*above, identity)))
-                elif entry.name.lower().endswith(IMG_EXTENSIONS):
-                    found[folder].append(entry.name)
-    return found
-
-
 # ---- Cache -------------------------------------------------------------------------------------
 
 
 def cache_file(root: PathLike) -> Path:
-    """Where the listing of a folder is kept."""
+    """Where the listing of a folder is kept: by its path, and by what can be decoded here."""
     folder = Path(os.environ.get("MMAE_CACHE") or os.path.expanduser("~/.cache/mmae"))
-    name = DIGEST(os.fsencode(os.path.realpath(root))).hexdigest()[:20]
+    what = "\0".join((os.path.realpath(root), *readable_endings()))
+    name = DIGEST(os.fsencode(what)).hexdigest()[:20]
     return folder / f"listing-{VERSION}-{name}"
 
 
 def write_cache(cache: Path, listing: Listing, stamps: dict[str, int]) -> None:
     """Keep a listing with its folders' times of change: all of it or nothing."""
     arrays: dict[str, Any] = {"labels": listing.labels, "stamps": np.array(list(stamps.values()))}
-    texts = {"files": listing.files, "classes": Names.of(listing.classes)}
-    for key, names in (texts | {"folders": Names.of(stamps)}).items():
+    texts = {key: getattr(listing, key) for key in STORED}
+    texts |= {"classes": Names.of(listing.classes), "folders": Names.of(stamps)}
+    for key, names in texts.items():
         arrays |= {f"{key}_data": names.data, f"{key}_ends": names.ends}
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
@@ -200,8 +252,9 @@ def write_cache(cache: Path, listing: Listing, stamps: dict[str, int]) -> None:
         with open_whole(cache) as file:
             file.write(DIGEST(content).digest() + content)
     except OSError as error:
+        count = len(listing.files) + len(listing.loose)
         say(
-            f"the listing of {len(listing.files):,} images is not kept, cannot write {cache}: "
+            f"the listing of {count:,} images is not kept, cannot write {cache}: "
             f"{error.strerror}; point MMAE_CACHE at a folder that can be written"
         )
 
@@ -220,15 +273,15 @@ def read_cache(cache: Path, root: PathLike) -> Listing | None:
         say(f"the listing kept in {cache} is damaged; listing {root} anew")
         return None
     with np.load(io.BytesIO(content[size:]), allow_pickle=False) as arrays:
-        files, classes, folders = (
-            Names(arrays[f"{key}_data"], arrays[f"{key}_ends"])
-            for key in ("files", "classes", "folders")
-        )
+        texts = {
+            key: Names(arrays[f"{key}_data"], arrays[f"{key}_ends"])
+            for key in (*STORED, "classes", "folders")
+        }
         labels, stamps = arrays["labels"], arrays["stamps"]
     try:
-        for folder, stamp in zip(folders, stamps, strict=True):
+        for folder, stamp in zip(texts.pop("folders"), stamps, strict=True):
             if os.stat(os.path.join(root, folder)).st_mtime_ns != stamp:
                 return None
     except OSError:
         return None
-    return Listing(files, labels, list(classes))
+    return Listing(labels=labels, classes=list(texts.pop("classes")), **texts)

@@ -20,7 +20,7 @@ import yaml
 from torch import Tensor
 from tqdm import tqdm
 
-from util.console import printable, visible, visible_line
+from util.console import first_time, printable, visible, visible_line
 from util.conversions import Tally
 from util.dist import Processes
 from util.errors import BadInput, RunFailed, Stopped
@@ -199,6 +199,13 @@ def say(text: str) -> None:
     tqdm.write(printable(text, sys.stdout), file=sys.stdout)
     sys.stdout.flush()
     log.info(text)
+
+
+def say_once(text: str) -> None:
+    """As `say`, by the main process alone and once in a command, however often it is told."""
+    main = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    if main and first_time(text):
+        say(text)
 
 
 class _VisibleFormatter(logging.Formatter):

@@ -1,6 +1,7 @@
 """Pixels of any mode to gray or RGB of 8 bits, and what that does to them."""
 
 from collections.abc import Iterator
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageCms
@@ -14,6 +15,7 @@ ALPHAS = (1, 2)  # of ExtraSamples: premultiplied or not
 # Bands of each photometric interpretation: gray (white is 0, black is 0), RGB, palette, mask, CMYK,
 # YCbCr, CIELAB.
 BANDS = {0: 1, 1: 1, 2: 3, 3: 1, 4: 1, 5: 4, 6: 3, 8: 3}
+PIXI_WITHIN = 1 << 16  # bytes of a file whose boxes are searched for its bits
 STRIP = 1 << 22  # pixels that are converted at a time, which bounds the copies of a large image
 DIM = 4  # an image whose values stay below this part of white may have fewer bits than its file
 
@@ -36,8 +38,18 @@ def refuse_bands(image: Image.Image) -> None:
         )
 
 
-def stored_deep(image: Image.Image) -> bool:
-    """Whether the colours of an image that is not loaded yet have more than 8 bits in the file."""
+def stored_deep(image: Image.Image, file: BinaryIO) -> bool:
+    """Whether the colours of an image that is not loaded yet have more than 8 bits in the file.
+
+    Args:
+        file: that it was opened from; its position may change where the reader has all of it.
+    """
+    if image.format in ("AVIF", "HEIF"):
+        file.seek(0)
+        head = file.read(PIXI_WITHIN)
+        # ISO/IEC 23008-12, 6.5.6: version and flags, number of channels, bits of each.
+        at = head.find(b"pixi") + 9
+        return at > 8 and any(bits > 8 for bits in head[at : at + head[at - 1]])
     tiles = getattr(image, "tile", [])
     if not tiles:
         return False

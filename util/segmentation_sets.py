@@ -13,7 +13,9 @@ from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from util.datasets import SPLITS, garment_scenes
+from util.endings import count_unread, is_hidden, readable_endings, unread_endings
 from util.errors import BadInput
+from util.folders import say_hidden
 from util.garments import MEAN as GARMENTS_MEAN
 from util.garments import SIZE as GARMENTS_SIZE
 from util.garments import STD as GARMENTS_STD
@@ -30,6 +32,7 @@ from util.label_maps import (
 )
 from util.label_values import apply_values, check_two_classes, count_classes, values_of
 from util.listing import Names
+from util.logger import say_once
 from util.plan import nearest
 
 Pair = tuple[Image.Image, np.ndarray]
@@ -214,16 +217,27 @@ def list_pairs(images: Path, masks: Path, layout: str) -> tuple[Names, Names]:
     Raises:
         BadInput: no such folder, no images, an image without a mask, or two files of one name.
     """
-    found = []
-    for folder, endings in ((images, IMG_EXTENSIONS), (masks, MASK_ENDINGS)):
+    for folder in (images, masks):
         if not folder.is_dir():
             raise BadInput(f"no folder {folder}; expected {layout}")
-        found.append(by_stem(folder, endings))
-    pictures, maps = found
+    names = names_in(images)
+    # Of an image and its preview of a rarer kind (x.jpg and x.gif) the usual one is meant.
+    usual = by_stem(images, names, IMG_EXTENSIONS)
+    rarer = by_stem(images, names, set(readable_endings()) - set(IMG_EXTENSIONS))
+    pictures = dict(sorted((rarer | usual).items(), key=lambda item: item[1]))
+    maps = by_stem(masks, names_in(masks), MASK_ENDINGS)
+    taken = (*IMG_EXTENSIONS, *readable_endings())
+    shown = [name for name in names if not is_hidden(name)]
+    lacking = count_unread(name for name in shown if name.lower().endswith(unread_endings()))
     if not pictures:
+        found = "".join(f"; {text}" for text in lacking)
+        endings = ", ".join(dict.fromkeys(taken))
         raise BadInput(
-            f"no image in {images} (files ending in {', '.join(IMG_EXTENSIONS)}); expected {layout}"
+            f"no image in {images} (files ending in {endings}){found}; expected {layout}"
         )
+    say_hidden(images, [n for n in names if is_hidden(n) and n.lower().endswith(taken)])
+    for text in lacking:
+        say_once(f"note: images left out in {images}: {text}")
     lonely = [name for name in pictures if name not in maps]
     if lonely:
         more = f", and {len(lonely) - 1} more images have none" if len(lonely) > 1 else ""
@@ -234,20 +248,28 @@ def list_pairs(images: Path, masks: Path, layout: str) -> tuple[Names, Names]:
     return Names.of(pictures.values()), Names.of(maps[name] for name in pictures)
 
 
-def by_stem(folder: Path, endings: Iterable[str]) -> dict[str, str]:
-    """The files of a folder with one of the endings, by name without it, sorted.
+def names_in(folder: Path) -> list[str]:
+    """All names in a folder, sorted.
 
     Raises:
-        BadInput: two files differ in nothing but the ending; or the folder cannot be read.
+        BadInput: it cannot be read.
     """
-    files: dict[str, str] = {}
     try:
-        names = sorted(os.listdir(folder))
+        return sorted(os.listdir(folder))
     except OSError as error:
         raise BadInput(f"cannot list {folder}: {error.strerror}") from error
+
+
+def by_stem(folder: Path, names: Iterable[str], endings: Iterable[str]) -> dict[str, str]:
+    """The files with one of the endings, by name without it, in their order.
+
+    Raises:
+        BadInput: two files differ in nothing but the ending.
+    """
+    files: dict[str, str] = {}
     for name in names:
         stem, ending = os.path.splitext(name)
-        if ending.lower() not in endings or name.startswith("."):
+        if ending.lower() not in endings or is_hidden(name):
             continue
         if stem in files:
             raise BadInput(f"{folder} holds both {files[stem]} and {name}: which of them is meant?")

@@ -17,6 +17,7 @@ if __name__ == "__main__":  # before the imports that take seconds
 import argparse
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ from util.advice import (
     warn_of_start,
 )
 from util.assumed import assumptions, check_given, set_statistics
-from util.class_names import check_classes
+from util.class_names import as_trained, check_classes, check_splits, need_labels
 from util.config import (
     FlagParser,
     add_checkpoint_flags,
@@ -174,10 +175,8 @@ def open_set(args: argparse.Namespace, split: str, channels: int | None) -> Imag
         split,
         Subset,
     )
-    if not source.labelled:
-        unlabelled = ("photos", "stl10_unlabeled", "garments")
-        labelled = ", ".join(name for name in DATASETS if name not in unlabelled)
-        raise BadInput(f"{args.dataset} has no labels to learn from; sets with labels: {labelled}")
+    unlabelled = ("photos", "stl10_unlabeled", "garments")
+    need_labels(source, args.data_path, [name for name in DATASETS if name not in unlabelled])
     limit = args.train_images if split == "train" else args.val_images
     return source if limit is None else Subset(source, evenly(len(source), limit))
 
@@ -430,7 +429,11 @@ def evaluate_checkpoint(args: argparse.Namespace, procs: Processes) -> None:
     args.mean, args.std = (args.mean or trained_on.get("mean"), args.std or trained_on.get("std"))
     with procs.main_first():
         source = open_set(args, "val", model.in_chans)
-    check_classes(source.classes, state.get("classes"), model.num_classes)
+        names = names_of_head(args, state, len(source.classes), model.num_classes)
+    part, known = "", len(source.classes)
+    source = as_trained(source, names, model.num_classes, path)
+    if known < len(source.classes):
+        part = f", {known} of {len(source.classes)} classes"
     workers = default_workers(procs.local_size) if args.num_workers is None else args.num_workers
     loader = eval_loader(source, model.img_size, args.batch_size, workers, procs)
     measure = measurement(loader, source, model.num_classes, procs)
@@ -444,15 +447,34 @@ def evaluate_checkpoint(args: argparse.Namespace, procs: Processes) -> None:
         set_others_aside(folder, EVAL_FILES, identity)
     more: dict[str, Any] = {"checkpoint": str(path), "dataset": args.dataset, MEASURED: identity}
     more |= {"measured_on": hold_out_of(vars(args)).words, "chosen_on": chosen_on(path, state)}
+    if part:
+        more |= {"classes": known, "classes_of_head": len(source.classes)}
     for prefix, weights in arms.items():
         ckpt.load_weights(model, weights, path)
         result = measure(model)
         more |= {f"{prefix}{k}": v for k, v in result.summary().items()}
         if procs.main:
-            say_accuracy(f"{args.dataset} val{' (averaged weights)' if prefix else ''}", result)
+            whose = " (averaged weights)" if prefix else ""
+            say_accuracy(f"{args.dataset} val{whose}{part}", result)
             save_accuracy(folder, result, source.classes, more, EVAL_FILES)
     if procs.main:
         say(f"written     {folder}/{', '.join(EVAL_FILES)}")
+
+
+def names_of_head(
+    args: argparse.Namespace, state: dict[str, Any], classes: int, outputs: int
+) -> Sequence[str] | None:
+    """The classes that a head was trained for; None: nobody knows their names.
+
+    Files of other programs name none: where the held-out split has another number of classes,
+    those of the training split are taken if there are as many as the head has outputs.
+    """
+    if state.get("classes") is not None or classes == outputs:
+        return state.get("classes")
+    with suppress(BadInput):
+        train = open_set(args, "train", None).classes
+        return train if len(train) == outputs else None
+    return None
 
 
 def measured_settings(args: argparse.Namespace, model: Any) -> dict[str, Any]:
@@ -488,7 +510,7 @@ def finetune(
         source = open_set(args, "train", channels)
         val_source = open_set(args, "val", source.channels) if args.eval_every else None
     if val_source is not None:
-        check_classes(val_source.classes, source.classes, len(source.classes))
+        check_splits(source.classes, val_source.classes, args.dataset)
     num_classes = args.nb_classes or len(source.classes)
     if num_classes < len(source.classes):
         raise BadInput(

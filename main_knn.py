@@ -24,6 +24,7 @@ from torch import Tensor
 import models_zoo
 from util.advice import check_settings, say_warnings, warn_of_flags
 from util.assumed import ASSUMED, assumptions, set_statistics
+from util.class_names import check_splits
 from util.config import (
     FlagParser,
     add_data_flags,
@@ -142,12 +143,7 @@ def check_labels(sources: dict[str, ImageSource]) -> None:
                 f"{source.name} has no labels in {source.split}, and neighbours vote with theirs; "
                 "choose another --dataset"
             )
-    if train.classes != val.classes:
-        alone = sorted(set(train.classes) ^ set(val.classes))
-        raise BadInput(
-            f"train of {train.name} has {len(train.classes)} classes, val {len(val.classes)}; they "
-            f"differ in {', '.join(alone[:5]) or 'order'}; expected the same in both"
-        )
+    check_splits(train.classes, val.classes, train.name)
     of_train, of_val = known
     if of_train is not None and of_val is not None and not np.isin(of_val, of_train).any():
         raise BadInput(

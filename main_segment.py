@@ -37,7 +37,7 @@ from util.advice import (
     warn_of_start,
 )
 from util.assumed import ASSUMED, assumptions, check_given, set_statistics
-from util.class_names import check_classes
+from util.class_names import check_classes, check_splits
 from util.config import (
     FlagParser,
     add_checkpoint_flags,
@@ -687,7 +687,7 @@ def segment(
             ckpt.local_file(args.finetune)
     check_classes(source.classes, classes or source.classes, len(source.classes))
     if val_source is not None:
-        check_classes(val_source.classes, source.classes, len(source.classes))
+        check_splits(source.classes, val_source.classes, args.dataset)
     if procs.main:
         for part in (source, val_source):
             for note in part.notes if part is not None else ():

@@ -397,7 +397,10 @@ BAD = {
     "temperature 0": (["--temperature=0"], "0 is not above 0"),
     "no classes": (["--dataset=photos"], "photos has no labels in train"),
     "no labels": (["--dataset=stl10_unlabeled", "--data_path={tmp}"], "has no labels in train"),
-    "other classes": (["--dataset=imagefolder", "--data_path={tmp}/images"], "differ in dog"),
+    "other classes": (
+        ["--dataset=imagefolder", "--data_path={tmp}/images"],
+        "2 classes, val 1: in train alone 1 (dog);",
+    ),
     "statistics": (["--mean", "0.5", "0.5"], "mean has 2 numbers"),
     "size": (["--input_size=15"], "15"),
     "unknown flag": (["--temprature=1"], "did you mean --temperature?"),

@@ -275,8 +275,9 @@ def test_data_that_is_there_is_counted(tmp_path: Path, run_main) -> None:
         Image.new("RGB", (8, 8)).save(tmp_path / "train" / name / "x.png")
     plan = pretrain_plan([f"--data_path={tmp_path}"])
     assert (plan.data.images, plan.data.note) == (3, "counted")
-    code, _, err = run_main("main_pretrain", ["--dry_run", f"--data_path={tmp_path / 'train'}"])
-    assert code == 2 and "train" in err  # a folder of another layout is a fault, not ImageNet
+    (tmp_path / "other/train").mkdir(parents=True)
+    code, _, err = run_main("main_pretrain", ["--dry_run", f"--data_path={tmp_path / 'other'}"])
+    assert code == 2 and "train" in err  # a folder without images is a fault, not ImageNet
 
 
 def test_a_checkpoint_that_is_not_there_needs_a_name(run_main) -> None:

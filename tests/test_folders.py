@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
-from launch import TINY
+from launch import TINY, launch, records, wait
 from PIL import Image
 
 from util.datasets import build_dataset
@@ -166,6 +166,32 @@ def test_measuring_without_val_is_refused(tmp_path, run_main):
     argv = [*PRETRAIN, f"--data_path={root}", f"--output_dir={tmp_path / 'run'}", "--eval_every=1"]
     code, _, err = run_main("main_pretrain", argv)
     assert code == 2 and "--val_fraction" in err and len(err.splitlines()) == 1, err
+
+
+@pytest.mark.smoke
+def test_a_share_of_a_flat_folder_is_held_out(tmp_path, run_main):
+    root = write(tmp_path / "photos", [*many("", 8), "x/1.jpg", "x/2.jpg"])
+    flags = ["--val_fraction=0.3", "--eval_every=1"]
+    out = pretrained(run_main, root, tmp_path / "run", *flags)
+    assert "training images" not in out and out.count(f"{root}: 10 images") == 1
+    assert "7 images of imagefolder" in out
+    (record,) = records(tmp_path / "run", "eval")
+    assert record["images"] == 3 and (tmp_path / "run/pictures/epoch-0.png").is_file()
+    out = ["--device=cpu", f"--data_path={root}", f"--output_dir={tmp_path / 'shown'}"]
+    out += [f"--checkpoint={tmp_path / 'run/checkpoint-last.pth'}", *flags[:1]]
+    assert run_main("main_visualize", out)[0] == 0
+    assert len(list((tmp_path / "shown/panels").glob("*original*"))) == 3
+
+
+@pytest.mark.dist
+def test_many_processes_say_it_once(tmp_path):
+    root = write(tmp_path / "photos", [*many("", 8), "._x.jpg"])
+    log, run = tmp_path / "out", tmp_path / "run"
+    argv = [*PRETRAIN, "--batch_size=2", f"--data_path={root}", f"--output_dir={run}"]
+    assert wait(launch(argv, log, 2)) == [0, 0], log.read_text()
+    text = log.read_text() + (tmp_path / "out.1").read_text()
+    for line in (f"{root}: 8 images", "pictures show training images", "1 image under hidden"):
+        assert text.count(line) == 1, line
 
 
 @pytest.fixture

@@ -44,7 +44,9 @@ from util.export import (
     save_safetensors,
 )
 from util.flag_types import MOST_WIDTH, expanded_path
-from util.weights import CONFIG, load_state, read_json
+from util.load_table import LOADED
+from util.weights import CONFIG, load_state, read_json, weights_file
+from util.weights_flags import add_weights_key_flag
 
 PARTS = ("auto", "decoder", "head", "encoder", "segmenter")
 # Targets that take a whole segmenter; to the others goes its encoder.
@@ -148,6 +150,7 @@ def build_parser() -> FlagParser:
     group = parser.add_argument_group("for weights that do not say what they are")
     group.add_argument("--model", metavar="NAME")
     add_heads_flag(group)
+    add_weights_key_flag(group)
     group.add_argument(
         "--decoder_num_heads", type=number(int, 1, MOST_WIDTH), help="the same of the decoder"
     )
@@ -161,7 +164,7 @@ def read_segmenter(args: argparse.Namespace) -> tuple[UperNet, dict[str, Any]] |
     Raises:
         BadInput: it was asked for, and cannot be.
     """
-    asked, place = args.part == "segmenter", local_file(args.checkpoint)
+    asked, place = args.part == "segmenter", weights_file(args.checkpoint)
     if args.to not in SEGMENTER_TARGETS:
         if asked:
             raise BadInput(
@@ -171,12 +174,12 @@ def read_segmenter(args: argparse.Namespace) -> tuple[UperNet, dict[str, Any]] |
     if args.part not in ("auto", "segmenter") or place.is_dir() or place.suffix == ".onnx":
         return None
     state = load_file(place)
-    if not asked and not holds_segmenter(state, args.checkpoint):
+    if not asked and not holds_segmenter(state, args.checkpoint, args.weights_key):
         return None
     if args.input_size is not None:
         raise BadInput("--input_size resizes encoders (--part encoder); a segmenter takes any size")
-    model, rest = segmenter_of(state, args.checkpoint, args.model, args.num_heads)
-    for line in assumptions(rest, args.checkpoint):
+    model, rest = segmenter_of(state, args.checkpoint, args.model, args.num_heads, args.weights_key)
+    for line in [*rest[LOADED], *assumptions(rest, args.checkpoint)]:
         print_text(line)
     return model, rest
 
@@ -212,7 +215,7 @@ def read_source(args: argparse.Namespace) -> Source:
     Raises:
         BadInput: unreadable, or without the part that was asked for.
     """
-    path, state = args.checkpoint, load_state(args.checkpoint)
+    path, state = args.checkpoint, load_state(args.checkpoint, args.weights_key)
     if args.ema:
         if "ema" not in state:
             raise BadInput(f"{path} holds no averaged weights; leave --ema out")
@@ -251,7 +254,7 @@ def read_source(args: argparse.Namespace) -> Source:
         arguments |= {name: pair(arguments[name]) for name in ("img_size", "patch_size")}
         # How a model was trained does not belong to its weights.
         arguments |= {"drop_path": 0.0}
-    for line in assumptions(state, path):
+    for line in [*state[LOADED], *assumptions(state, path)]:
         print_text(line)
     lost = losses_of(state, part, other="other" if args.ema else "averaged (--ema)")
     return Source(model.eval(), arguments, state, part, state.get("norm_eps", EPS), lost)

@@ -92,6 +92,7 @@ from util.finetune_flags import (
 )
 from util.images import ImageSource, Subset
 from util.lease import Lease, hold_folder
+from util.load_table import LOADED
 from util.logger import prepare_folder, say
 from util.memory import create_in_memory
 from util.optim import create_adamw, create_lars, layer_decay_groups
@@ -211,6 +212,8 @@ def new_model(
         # As MAE's codes do: a fine-tuned head starts at almost nothing, a probe's at .01.
         model.init_head(0.01 if args.tune == "linear" else 2e-5)
         return model, arguments
+    if args.weights_key:
+        raise BadInput("--weights_key without --finetune: there is no file to find weights in")
     if args.model is None:
         raise BadInput("give --finetune CHECKPOINT, or --model NAME to train from scratch")
     if args.num_heads:
@@ -226,6 +229,11 @@ def new_model(
         arguments["patch_size"] = list(args.patch_size)
     model = create_in_memory(lambda: models_zoo.create_model(args.model, **arguments))
     return model, arguments
+
+
+def said_of(args: argparse.Namespace, state: dict[str, Any], path: str) -> list[str]:
+    """What became of the tensors of a file, and what was assumed of its model; for the reader."""
+    return [*state[LOADED], *assumptions(state, path, set_statistics(args.mean))]
 
 
 def build_augmentation(
@@ -283,12 +291,14 @@ def planned_model(args: argparse.Namespace, data: Data) -> tuple[Any, dict[str, 
     num_classes = args.nb_classes or data.classes
     there, start = start_of_plan(args.finetune, args.model)
     if there:
-        origin = load_state(args.finetune)
+        origin = load_state(args.finetune, args.weights_key)
         model, arguments = new_model(args, origin, data.channels, num_classes)
-        for line in assumptions(origin, args.finetune, set_statistics(args.mean)):
+        for line in said_of(args, origin, args.finetune):
             say(line)
         return model, arguments, start
-    args = argparse.Namespace(**vars(args) | {"finetune": None, "num_heads": None})
+    args = argparse.Namespace(
+        **vars(args) | {"finetune": None, "num_heads": None, "weights_key": None}
+    )
     with torch.device("meta"):  # no memory and no time, whatever the size
         model, arguments = new_model(args, None, args.in_chans or data.channels, num_classes)
     return model, arguments, start
@@ -415,6 +425,7 @@ def evaluate_checkpoint(args: argparse.Namespace, procs: Processes) -> None:
         img_size=args.input_size,
         pos_resize=args.pos_resize,
         num_heads=args.num_heads,
+        weights_key=args.weights_key,
     )
     check_given(
         {"nb_classes": args.nb_classes, "in_chans": args.in_chans},
@@ -422,7 +433,7 @@ def evaluate_checkpoint(args: argparse.Namespace, procs: Processes) -> None:
         path,
     )
     if procs.main:
-        for line in assumptions(state, path, set_statistics(args.mean)):
+        for line in said_of(args, state, path):
             say(line)
     # Images are normalised as in training, also those of another set.
     trained_on = state.get("data", {})
@@ -483,7 +494,10 @@ def measured_settings(args: argparse.Namespace, model: Any) -> dict[str, Any]:
         "dataset", "data_path", "val_fraction", "val_seed", "val_images", "mean", "std",
         "precision",
     )  # fmt: skip
-    return {name: getattr(args, name) for name in names} | {"input_size": list(model.img_size)}
+    settings = {name: getattr(args, name) for name in names}
+    # Only where it is given: results of before it came are of the same.
+    settings |= {"weights_key": args.weights_key} if args.weights_key else {}
+    return settings | {"input_size": list(model.img_size)}
 
 
 def finetune(
@@ -504,7 +518,7 @@ def finetune(
         if saved:
             channels = saved["model_args"]["in_chans"]
         elif args.finetune:
-            origin = load_state(args.finetune)
+            origin = load_state(args.finetune, args.weights_key)
             stored = read_encoder(origin, args.finetune, args.input_size)
             channels = stored.arguments["in_chans"]
         source = open_set(args, "train", channels)
@@ -525,9 +539,8 @@ def finetune(
         check_classes(source.classes, saved["classes"], model_args["num_classes"])
     else:
         model, model_args = new_model(args, origin, source.channels, num_classes)
-        if origin is not None and procs.main:
-            for line in assumptions(origin, args.finetune, set_statistics(args.mean)):
-                say(line)
+        if origin is not None:
+            notes += said_of(args, origin, args.finetune)
     origin = None  # its weights are in the model now
     tuned = model.freeze_to(args.tune)
     model.set_grad_checkpointing(args.grad_checkpointing)

@@ -44,6 +44,7 @@ from util.files import create_temporary, sync, sync_folder, write_text, writing
 from util.flag_types import MOST_IN_BATCH, expanded_path
 from util.images import ImageSource, Subset
 from util.knn import Bank, neighbours, rank_of, unit, vote
+from util.load_table import LOADED
 from util.loading import say_conversions
 from util.logger import prepare_folder, progress_bar, rank_log, say
 from util.randomness import EvalSampler, evenly
@@ -52,6 +53,7 @@ from util.results import MEASURED, identity_of, set_others_aside
 from util.samples import LabelledSamples, build_loader, default_workers
 from util.splits import hold_out_of
 from util.transforms import EvalTransform, normalize
+from util.weights_flags import add_weights_key_flag
 
 RESULT = "knn.json"
 FEATURES = ("cls", "avg", "both")
@@ -71,6 +73,7 @@ def build_parser() -> FlagParser:
     )
     group.add_argument("--model", metavar="NAME", help="for weights that do not say what they are")
     add_heads_flag(group)
+    add_weights_key_flag(group)
     group.add_argument(
         "--pos_resize",
         choices=("rescale", "extend"),
@@ -361,8 +364,10 @@ def plan_run(args: argparse.Namespace, count: int) -> str:
             img_size=args.input_size,
             pos_resize=args.pos_resize,
             num_heads=args.num_heads,
+            weights_key=args.weights_key,
         )
-        for line in assumptions(state, args.checkpoint, set_statistics(args.mean)):
+        statistics = set_statistics(args.mean)
+        for line in [*state[LOADED], *assumptions(state, args.checkpoint, statistics)]:
             say(line)
     elif args.model is None:
         raise BadInput(
@@ -429,6 +434,7 @@ def measure(args: argparse.Namespace, procs: Processes, warnings: Sequence[str])
             img_size=args.input_size,
             pos_resize=args.pos_resize,
             num_heads=args.num_heads,
+            weights_key=args.weights_key,
         )
     model.to(device).eval()
     train, val = (
@@ -440,7 +446,8 @@ def measure(args: argparse.Namespace, procs: Processes, warnings: Sequence[str])
     with rank_log(folder, procs.rank):
         if procs.main:
             say_warnings(warnings)
-            for line in assumptions(state, args.checkpoint, set_statistics(args.mean)):
+            statistics = set_statistics(args.mean)
+            for line in [*state[LOADED], *assumptions(state, args.checkpoint, statistics)]:
                 say(line)
             stats = [tuple(state.get("data", {}).get(name, ())) for name in ("mean", "std")]
             if all(stats) and stats != [val.mean, val.std]:
@@ -532,6 +539,8 @@ def measure(args: argparse.Namespace, procs: Processes, warnings: Sequence[str])
             kept = ("dataset", "data_path", "features", "temperature", "input_size", "mean", "std")
             settings |= {name: summary[name] for name in kept}
             settings |= {n: getattr(args, n) for n in ("val_fraction", "val_seed")}
+            if args.weights_key:
+                summary["weights_key"] = settings["weights_key"] = args.weights_key
             summary[MEASURED] = identity_of(args.checkpoint, state.get("step"), settings)
             set_others_aside(folder, [RESULT], summary[MEASURED])
             write_text(folder / RESULT, json.dumps(summary, indent=1) + "\n")

@@ -79,6 +79,7 @@ from util.folders import image_files
 from util.label_maps import overlay, save_label_map
 from util.label_values import label_pair, listed
 from util.lease import Lease, hold_folder
+from util.load_table import LOADED
 from util.loading import say_conversions
 from util.logger import prepare_folder, say
 from util.memory import create_in_memory
@@ -108,6 +109,7 @@ from util.step import OptimizerStep
 from util.timeline import Timeline
 from util.visualize import save_png, to_picture
 from util.weights import load_state
+from util.weights_flags import add_weights_key_flag
 
 TASK = "segment"
 EVAL_SEED = 0
@@ -173,6 +175,7 @@ def build_parser() -> FlagParser:
         "patches",
     )
     add_heads_flag(group)
+    add_weights_key_flag(group)
     group.add_argument("--patch_size", type=size_pair, help="from scratch; overrides the name's")
     group.add_argument(
         "--lscale_init",
@@ -288,12 +291,8 @@ def open_set(
     return source if limit is None else SegmentationSubset(source, evenly(len(source), limit))
 
 
-def new_model(args: argparse.Namespace, num_classes: int, speaks: bool = True) -> Any:
-    """The model that the flags describe, with fresh neck and heads.
-
-    Args:
-        speaks: whether to tell the reader what was assumed of the weights.
-    """
+def new_model(args: argparse.Namespace, num_classes: int) -> tuple[Any, list[str]]:
+    """The model that the flags describe, neck and heads fresh; and what to say of its weights."""
     own = {
         "img_size": args.input_size,
         "drop_path": args.drop_path,
@@ -307,14 +306,17 @@ def new_model(args: argparse.Namespace, num_classes: int, speaks: bool = True) -
             raise BadInput("give --finetune CHECKPOINT, or --model NAME to train from scratch")
         if args.num_heads:
             raise BadInput("--num_heads without --finetune: --model NAME says how many there are")
+        if args.weights_key:
+            raise BadInput("--weights_key without --finetune: there is no file to find weights in")
         more = {"patch_size": args.patch_size} if args.patch_size else {}
         own["lscale_init"] = args.lscale_init
-        return create_in_memory(
+        model = create_in_memory(
             lambda: models_zoo.create_segmenter(args.model, num_classes, **own, **more)
         )
+        return model, []
     if args.patch_size:
         raise BadInput("--patch_size with --finetune: the checkpoint says what it is")
-    state = load_state(args.finetune)
+    state = load_state(args.finetune, args.weights_key)
     encoder = read_encoder(state, args.finetune, args.input_size)
     stored = encoder.arguments
     known = ("patch_size", "in_chans", "embed_dim", "depth", "mlp_ratio")
@@ -322,10 +324,7 @@ def new_model(args: argparse.Namespace, num_classes: int, speaks: bool = True) -
     arguments["num_heads"], assumed = models_zoo.settle_heads(
         stored, args.finetune, args.model, args.num_heads
     )
-    if speaks:
-        found = {**state, ASSUMED: assumed + encoder.assumed}
-        for line in assumptions(found, args.finetune, set_statistics(args.mean)):
-            say(line)
+    state[ASSUMED] = assumed + encoder.assumed
     if stored["in_chans"] != 3:
         raise BadInput(
             f"{args.finetune} takes images of {stored['in_chans']} channels; segmentation sets are "
@@ -336,8 +335,9 @@ def new_model(args: argparse.Namespace, num_classes: int, speaks: bool = True) -
     )
     if args.lscale_init is not None:
         model.add_lscale(args.lscale_init)
-    models_segmenters.load_segmenter_encoder(model, args.finetune, args.pos_resize)
-    return model
+    models_segmenters.segmenter_encoder_of(state, model, args.finetune, args.pos_resize)
+    statistics = set_statistics(args.mean)
+    return model, [*state[LOADED], *assumptions(state, args.finetune, statistics)]
 
 
 def eval_loader(
@@ -403,10 +403,15 @@ def planned_model(args: argparse.Namespace, data: Data) -> tuple[Any, str]:
     there, start = start_of_plan(args.finetune, args.model)
     num_classes = args.nb_classes or data.classes
     if there:
-        return new_model(args, num_classes), start
-    args = argparse.Namespace(**vars(args) | {"finetune": None, "num_heads": None})
+        model, lines = new_model(args, num_classes)
+        for line in lines:
+            say(line)
+        return model, start
+    args = argparse.Namespace(
+        **vars(args) | {"finetune": None, "num_heads": None, "weights_key": None}
+    )
     with torch.device("meta"):  # no memory and no time, whatever the size
-        return new_model(args, num_classes), start
+        return new_model(args, num_classes)[0], start
 
 
 def plan_run(args: argparse.Namespace, count: int, warnings: Sequence[str] = ()) -> Plan:
@@ -509,10 +514,12 @@ def use_checkpoint(args: argparse.Namespace, procs: Processes, given: Container[
         path = str(own)
     with procs.main_first():  # an address is fetched once
         ckpt.local_file(path)
-    model, state = models_segmenters.load_segmenter(path, args.model, args.num_heads)
+    model, state = models_segmenters.load_segmenter(
+        path, args.model, args.num_heads, args.weights_key
+    )
     check_given({"nb_classes": args.nb_classes}, {"nb_classes": model.num_classes}, path)
     if procs.main:
-        for line in assumptions(state, path, set_statistics(args.mean)):
+        for line in [*state[LOADED], *assumptions(state, path, set_statistics(args.mean))]:
             say(line)
     model.to(procs.device)
     # Images are normalised as in training, also those of another set.
@@ -534,7 +541,10 @@ def use_checkpoint(args: argparse.Namespace, procs: Processes, given: Container[
     result = measure(model)
     if procs.main:
         say_result(f"{args.dataset} val", result, len(source))
-        identity = identity_of(path, state.get("step"), {n: getattr(args, n) for n in MEASURED_BY})
+        settings = {n: getattr(args, n) for n in MEASURED_BY}
+        # Only where it is given: results of before it came are of the same.
+        settings |= {"weights_key": args.weights_key} if args.weights_key else {}
+        identity = identity_of(path, state.get("step"), settings)
         set_others_aside(folder, EVAL_FILES, identity)
         more = {"checkpoint": str(path), "dataset": args.dataset, "images": len(source)}
         more |= {MEASURED: identity, "measured_on": hold_out_of(vars(args)).words}
@@ -699,7 +709,8 @@ def segment(
     if saved:
         model = models_zoo.segmenter_from(saved["model_args"])
     else:
-        model = new_model(args, len(source.classes), procs.main)
+        model, lines = new_model(args, len(source.classes))
+        notes += lines
     model.to(device)
     model.set_grad_checkpointing(args.grad_checkpointing)
     # Only when asked for: batch statistics of several processes cut the graph into pieces.

@@ -45,6 +45,7 @@ from util.files import write_text
 from util.flag_types import MOST_WIDTH, expanded_path
 from util.folders import image_files
 from util.images import IMAGENET_MEAN, IMAGENET_STD, ImageSource, Subset, read_image
+from util.load_table import LOADED
 from util.loading import say_conversions
 from util.logger import prepare_folder
 from util.masking import ORDERS, STANDARD, STRATEGIES
@@ -55,6 +56,7 @@ from util.samples import PretrainSamples, build_loader
 from util.splits import hold_out_of
 from util.transforms import EvalTransform
 from util.visualize import panels, picture_grid, save_panels, save_png
+from util.weights_flags import add_weights_key_flag
 
 RESULT = "reconstruction.json"
 MEASURED_AT_ONCE = 64
@@ -101,6 +103,7 @@ def build_parser() -> FlagParser:
     group = parser.add_argument_group("for weights that do not say what they are")
     group.add_argument("--model", metavar="NAME")
     add_heads_flag(group)
+    add_weights_key_flag(group)
     group.add_argument(
         "--decoder_num_heads", type=number(int, 1, MOST_WIDTH), help="the same of the decoder"
     )
@@ -211,6 +214,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         norm_pix_loss=args.norm_pix_loss or None,
         num_heads=args.num_heads,
         decoder_num_heads=args.decoder_num_heads,
+        weights_key=args.weights_key,
     )
     model.to(device).eval()
     data = state.get("data", {})
@@ -219,7 +223,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         gray = model.in_chans == 1
         mean = [sum(IMAGENET_MEAN) / 3] if gray else IMAGENET_MEAN
         std = [sum(IMAGENET_STD) / 3] if gray else IMAGENET_STD
-    for line in assumptions(state, args.checkpoint, "ImageNet's mean and deviation"):
+    statistics = "ImageNet's mean and deviation"
+    for line in [*state[LOADED], *assumptions(state, args.checkpoint, statistics)]:
         print_text(line)
 
     # ------------------------------------------------------------------------------ masks
@@ -232,6 +237,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         measured = ("dataset", "data_path", "num_images", "seed", "val_fraction", "val_seed")
         settings |= {name: getattr(args, name) for name in measured}
         settings["own_mask"] = maskers[-1].words if len(maskers) > 1 else None
+        settings |= {"weights_key": args.weights_key} if args.weights_key else {}
         identity = identity_of(args.checkpoint, state.get("step"), settings)
         measure(args, model, maskers, device, (mean, std), identity)
         return

@@ -9,8 +9,8 @@ from models_layers import relative_index
 from models_upernet import UperNet
 from models_zoo import model_arguments, segmenter_from, settle_heads
 from util.assumed import ASSUMED
-from util.checkpoint import load_file, load_weights, local_file
-from util.convert import HEAD_KEYS, NORM_KEYS, assumed_of, read_encoder, weights_of
+from util.checkpoint import load_file, load_weights
+from util.convert import HEAD_KEYS, NORM_KEYS, PLACE, assumed_of, beside_weights, read_encoder
 from util.convert_upernet import (
     is_mmseg_segmenter,
     is_segmenter,
@@ -19,11 +19,13 @@ from util.convert_upernet import (
     segmenter_to_mmseg,
 )
 from util.errors import BadInput
-from util.weights import load_state
+from util.load_table import LOADED, Loading, positions_resized
+from util.nested_weights import find_weights
+from util.weights import load_state, weights_file
 
 
 def load_segmenter_encoder(
-    model: UperNet, path: str, pos_resize: str = "rescale"
+    model: UperNet, path: str, pos_resize: str = "rescale", weights_key: str | None = None
 ) -> dict[str, Any]:
     """Give a segmenter the encoder of a file; neck, heads and relative biases stay as they are.
 
@@ -37,16 +39,24 @@ def load_segmenter_encoder(
             mmsegmentation, a folder of transformers, or an https URL; `util.weights.load_state`.
         pos_resize: rescale | extend: how its positions come to the grid of the model's crop, see
             `EncoderWeights.positions`.
+        weights_key: which weights of a file that holds several, see `util.nested_weights`.
 
     Returns:
-        what else the file holds.
+        what else the file holds, with what was taken from it under `LOADED`.
 
     Raises:
         BadInput: unreadable, of another architecture, or weights that do not fit.
     """
+    return segmenter_encoder_of(load_state(path, weights_key), model, path, pos_resize)
+
+
+def segmenter_encoder_of(
+    state: dict[str, Any], model: UperNet, path: str, pos_resize: str = "rescale"
+) -> dict[str, Any]:
+    """`load_segmenter_encoder` of what `load_state` has read."""
     if pos_resize not in ("rescale", "extend"):
         raise BadInput(f"unknown pos_resize {pos_resize!r}, choose from rescale, extend")
-    encoder, state = model.encoder, load_state(path)
+    encoder = model.encoder
     stored = read_encoder(state, path, encoder.img_size)
     own = model.arguments
     said = stored.arguments | {"patch_size": list(stored.arguments["patch_size"])}
@@ -63,17 +73,25 @@ def load_segmenter_encoder(
         if not key.startswith((*HEAD_KEYS, *NORM_KEYS.values()))
     }
     weights["pos_embed"] = stored.positions(encoder.grid, pos_resize)
+    loading = Loading(resized=positions_resized(encoder.grid, stored.grid, pos_resize))
+    loading.left = [k for k in state["model"] if k not in weights]
     if stored.arguments["lscale_init"] is not None:
         model.add_lscale()
     else:
         scales = (".ls1.gamma", ".ls2.gamma")
         weights |= {k: v for k, v in encoder.state_dict().items() if k.endswith(scales)}
     load_weights(encoder, weights, path)
+    taken = {f"encoder.{k}" for k in state["model"] if k in weights}
+    loading.new = [k for k in model.state_dict() if k not in taken]
+    state[LOADED] = loading.lines(model, state)
     return state
 
 
 def load_segmenter(
-    path: str, name: str | None = None, num_heads: int | None = None
+    path: str,
+    name: str | None = None,
+    num_heads: int | None = None,
+    weights_key: str | None = None,
 ) -> tuple[UperNet, dict[str, Any]]:
     """A whole segmenter: a checkpoint of ours, or a file of mmsegmentation or of the public run.
 
@@ -82,22 +100,30 @@ def load_segmenter(
         name: model that it has to be, and whose number of attention heads a file has that does not
             say; None: whatever it is, with the usual number for its width.
         num_heads: of attention, for a file that does not say.
+        weights_key: which weights of a file that holds several, see `util.nested_weights`.
 
     Returns:
         the model, on the CPU; what else the file holds, with what was assumed of it under `ASSUMED`
-        (see `util.assumed.assumptions`).
+        (see `util.assumed.assumptions`) and what was taken from it under `LOADED`.
 
     Raises:
         BadInput: unreadable, of another architecture, or weights that do not fit.
     """
-    return segmenter_of(load_file(local_file(path)), path, name, num_heads)
+    state = load_file(weights_file(path))
+    return segmenter_of(state, path, name, num_heads, weights_key)
 
 
 def segmenter_of(
-    state: Mapping[str, Any], path: str, name: str | None = None, num_heads: int | None = None
+    state: Mapping[str, Any],
+    path: str,
+    name: str | None = None,
+    num_heads: int | None = None,
+    weights_key: str | None = None,
 ) -> tuple[UperNet, dict[str, Any]]:
     """`load_segmenter` of what was read."""
-    weights, said = weights_of(state, path), state.get("model_args")
+    place = find_weights(state, path, weights_key)
+    weights, rest = place.weights, beside_weights(state, place)
+    said = rest.get("model_args")
     if is_mmseg_segmenter(weights):
         has = said or {"lscale_init": None, "relative_bias": None}
         scales, biases = has["lscale_init"] is not None, has["relative_bias"]
@@ -115,8 +141,8 @@ def segmenter_of(
     if name is not None:
         _check_name(model, name, path)
     load_weights(model, weights, path)
-    rest = {k: v for k, v in state.items() if k not in ("model", "state_dict")}
-    return model, rest | {ASSUMED: assumed}
+    found = {**rest, PLACE: place, "style": "segmenter", "notes": []}
+    return model, {**rest, ASSUMED: assumed, LOADED: Loading().lines(model, found)}
 
 
 def to_mmseg_names(model: UperNet) -> dict[str, Tensor]:
@@ -161,9 +187,9 @@ def mmseg_config(model: UperNet) -> str:
     return f"model=dict(type='EncoderDecoder', {inside})"
 
 
-def holds_segmenter(state: Mapping[str, Any], path: str) -> bool:
+def holds_segmenter(state: Mapping[str, Any], path: str, weights_key: str | None = None) -> bool:
     """Whether a file holds a whole segmenter, of ours or of mmsegmentation."""
-    weights = weights_of(state, path)
+    weights = find_weights(state, path, weights_key).weights
     return is_segmenter(weights) or is_mmseg_segmenter(weights)
 
 

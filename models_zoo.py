@@ -17,10 +17,12 @@ from util.convert import (
     NORM_KEYS,
     flags_of,
     grid_of,
+    in_our_names,
     read_encoder,
 )
 from util.convert_names import EPS
 from util.errors import BadInput
+from util.load_table import LOADED, Loading, positions_resized
 from util.weights import load_state
 
 Pair = tuple[int, int]
@@ -200,7 +202,7 @@ def create_model(name: str, pretrained: str | None = None, **kwargs: Any) -> Any
 
 
 def load_pretrained(
-    path: str, name: str | None = None, **overrides: Any
+    path: str, name: str | None = None, *, weights_key: str | None = None, **overrides: Any
 ) -> tuple[Any, dict[str, Any]]:
     """A masked autoencoder with its decoder, from a file of weights.
 
@@ -211,23 +213,25 @@ def load_pretrained(
     Args:
         path: checkpoint file, folder of transformers, or https URL.
         name: model name, for weights that do not say.
+        weights_key: which weights of a file that holds several, see `util.nested_weights`.
         overrides: arguments of the model, for weights that do not say; None is ignored.
 
     Returns:
         the model, on the CPU, and what else the file holds, with what was assumed of it under
-        `ASSUMED` (see `util.assumed.assumptions`).
+        `ASSUMED` (see `util.assumed.assumptions`) and what was taken from it under `LOADED`.
 
     Raises:
         BadInput: unreadable, unnamed or encoder-only weights, or weights that do not fit.
     """
-    return autoencoder_of(load_state(path), path, name, **overrides)
+    return autoencoder_of(load_state(path, weights_key), path, name, **overrides)
 
 
 def autoencoder_of(
     state: dict[str, Any], path: str, name: str | None = None, **overrides: Any
 ) -> tuple[Any, dict[str, Any]]:
     """`load_pretrained` of what `load_state` has read."""
-    weights = state["model"]
+    named = in_our_names(state, path)
+    weights = named["model"]
     if not any(key.startswith("decoder_") for key in weights):
         raise BadInput(
             f"{path} holds no decoder: encoder-only weights cannot reconstruct; use a pretraining "
@@ -261,6 +265,7 @@ def autoencoder_of(
     kind, known = MODELS.get(name or "", (MaskedAutoencoderViT, {}))
     model = kind(**(known | arguments))
     load_weights(model, weights, path)
+    state[LOADED] = Loading().lines(model, named)
     _match_eps(model, state.get("norm_eps", EPS))
     return model, state
 
@@ -328,6 +333,7 @@ def load_classifier(
     img_size: Pair | None = None,
     pos_resize: str = "rescale",
     num_heads: int | None = None,
+    weights_key: str | None = None,
     **overrides: Any,
 ) -> tuple[VisionTransformer, dict[str, Any], dict[str, Any]]:
     """An encoder with a head, from any file of weights that `util.weights.load_state` reads.
@@ -344,12 +350,14 @@ def load_classifier(
         img_size: (height, width) to run at; None: the file's.
         pos_resize: rescale | extend, see `EncoderWeights.positions`.
         num_heads: of attention, for a file that does not say.
+        weights_key: which weights of a file that holds several, see `util.nested_weights`.
         overrides: `VisionTransformer`'s num_classes, global_pool, probe and drop_path; None is
             ignored.
 
     Returns:
         the model, on the CPU; its arguments in plain types; what else the file holds, with what was
-        assumed of it under `ASSUMED` (see `util.assumed.assumptions`).
+        assumed of it under `ASSUMED` (see `util.assumed.assumptions`) and what was taken from it
+        under `LOADED` (see `util.load_table`).
 
     Raises:
         BadInput: unreadable, of another architecture, with another number of heads, or weights that
@@ -358,7 +366,7 @@ def load_classifier(
     The LayerNorms get the file's epsilon, but 1e-6 with a new head: what is trained here is ours.
     """
     return classifier_of(
-        load_state(path),
+        load_state(path, weights_key),
         path,
         name,
         head=head,
@@ -403,14 +411,19 @@ def classifier_of(
     model = VisionTransformer(**arguments)
     weights = dict(stored.weights)
     weights["pos_embed"] = stored.positions(model.grid, pos_resize)
+    loading = Loading(resized=positions_resized(model.grid, stored.grid, pos_resize))
     if head != "own":
         weights = {k: v for k, v in weights.items() if not k.startswith(HEAD_KEYS)}
         fresh = (*HEAD_KEYS, NORM_KEYS["avg"])
         own = model.state_dict()
-        weights |= {k: v for k, v in own.items() if k.startswith(fresh) and k not in weights}
+        loading.new = [k for k in own if k.startswith(fresh) and k not in weights]
+        weights |= {k: own[k] for k in loading.new}
         unused = NORM_KEYS["cls" if arguments["global_pool"] == "avg" else "avg"]
         weights = {k: v for k, v in weights.items() if not k.startswith(unused)}
     load_weights(model, weights, path)
+    named = in_our_names(state, path)
+    loading.left = [k for k in named["model"] if k not in weights or k in loading.new]
+    state[LOADED] = loading.lines(model, named)
     if head != "new":
         _match_eps(model, stored.eps)
     return model, arguments, state
@@ -423,6 +436,7 @@ def load_encoder(
     img_size: Pair | None = None,
     pos_resize: str = "rescale",
     num_heads: int | None = None,
+    weights_key: str | None = None,
 ) -> tuple[VisionTransformer, dict[str, Any]]:
     """An encoder for its features, from any file that `load_classifier` takes; arguments as there.
 
@@ -436,6 +450,7 @@ def load_encoder(
         img_size=img_size,
         pos_resize=pos_resize,
         num_heads=num_heads,
+        weights_key=weights_key,
     )
     return model, state
 

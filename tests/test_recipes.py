@@ -212,7 +212,7 @@ def test_ade20k_is_the_published_run() -> None:
     assert schedule(0) == pytest.approx(1e-10) and schedule(80_750) == pytest.approx(5e-5)
     with torch.device("meta"):
         args = argparse.Namespace(**found)
-        model = main_segment.new_model(args, 150)
+        model, _ = main_segment.new_model(args, 150)
     assert model.taps == (3, 5, 7, 11) and model.grid == (32, 32) and model.aux_tap == 2
     assert model.neck.factors == [4, 2, 1, 0.5]
     assert model.decode_head.pool_scales == (1, 2, 3, 6)

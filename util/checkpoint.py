@@ -12,14 +12,16 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from http.client import HTTPException
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
+import numpy as np
 import torch
 
 from util.checksums import Signed, check_bytes, kind_of, verify
 from util.errors import BadInput, CannotWrite, needs
 from util.fetch import download
+from util.file_kinds import is_safetensors, what_it_is
 from util.files import build_whole, link, open_whole, reading, sweep, writing
 
 LAST, BEST = "checkpoint-last.pth", "checkpoint-best.pth"
@@ -172,19 +174,23 @@ def load_file(path: str | Path) -> dict[str, Any]:
     path = local_file(str(path))
     with reading(path):
         if not path.is_file():
-            raise BadInput(f"checkpoint {path} {kind_of(path)}; expected a file")
+            inside = f", such as its {LAST}" if (path / LAST).is_file() else ""
+            raise BadInput(f"checkpoint {path} {kind_of(path)}; expected a file{inside}")
         signed, fault = check_bytes(path)
     if fault:
         raise BadInput(f"checkpoint {path} is not readable: {fault}")
     try:
-        if path.suffix == ".safetensors":
+        if path.suffix == ".safetensors" or is_safetensors(path):
             return needs("safetensors.torch", "safetensors").load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(plain_types()):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except BadInput:
         raise
     except Exception as error:
-        raise BadInput(f"checkpoint {path} is not readable: {refusal(error)}") from error
+        with reading(path):
+            what = what_it_is(path)
+        reason = f"it is {what}" if what else refusal(error)
+        raise BadInput(f"checkpoint {path} is not readable: {reason}") from error
     if not isinstance(state, dict):
         raise BadInput(f"checkpoint {path} holds a {type(state).__name__}, expected a dictionary")
     if is_ours(state) and not signed:
@@ -194,6 +200,23 @@ def load_file(path: str | Path) -> dict[str, Any]:
             "its weights alone a file of main_export.py"
         )
     return state
+
+
+def plain_types() -> list[Any]:
+    """What else than tensors files of weights may hold: flags, numbers of numpy, and paths.
+
+    None of them can run code. Paths become pure ones, which cannot open anything.
+    """
+    number = np.float64(0).__reduce__()[0]
+    kinds = {type(np.dtype(kind)) for kind in ("?", "i1", "u1", "i4", "i8", "f2", "f4", "f8")}
+    return [
+        argparse.Namespace,
+        np.dtype,
+        *kinds,
+        *((number, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+        *((PurePath, f"pathlib{place}.PosixPath") for place in ("", "._local")),
+        *((PurePath, f"pathlib{place}.WindowsPath") for place in ("", "._local")),
+    ]
 
 
 def local_file(path: str) -> Path:
@@ -227,7 +250,10 @@ def refusal(error: Exception) -> str:
     unsafe = re.search(r"Unsupported (?:global|operand|class)[^.:]*:?[^.]*\.[\w.]*", text)
     if unsafe or "weights_only" in text:
         what = f" ({unsafe.group(0)[:160]})" if unsafe else ""
-        return f"it holds more than tensors and plain types{what}, and could run code"
+        return (
+            f"it holds more than tensors and plain types{what}, and could run code; in the program "
+            "that wrote it, save the weights alone: torch.save(model.state_dict(), NEW)"
+        )
     return f"{type(error).__name__}: {text[:160]}"
 
 

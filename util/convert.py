@@ -14,8 +14,14 @@ import torch
 from torch import Tensor
 
 from util.convert_names import EPS, from_mmseg, from_transformers
-from util.convert_upernet import encoder_of_segmenter, is_segmenter
+from util.convert_upernet import (
+    encoder_of_segmenter,
+    is_mmseg_segmenter,
+    is_segmenter,
+    segmenter_from_mmseg,
+)
 from util.errors import BadInput
+from util.nested_weights import USUAL, Place, find_weights
 from util.pos_embed import resize_table, sincos_2d
 
 Pair = tuple[int, int]
@@ -27,6 +33,8 @@ PRETRAINING_KEYS = ("decoder_", "mask_token", "encoder_mask_token", "pos_phase",
 HEAD_KEYS = ("head.",)
 # The final norm before pooling is the class token's, the one after it the mean's: a model has one.
 NORM_KEYS = {"avg": "fc_norm.", "cls": "norm."}
+# Where in a file's contents, once read, the place of its weights stands.
+PLACE = "place"
 # How far the stored code of an official file may be from the formula, to be taken for it.
 CODE_TOLERANCE = 1e-5
 
@@ -87,56 +95,69 @@ class EncoderWeights:
         return torch.cat([self.table[:, :1], code.unsqueeze(0).to(self.table.dtype)], dim=1)
 
 
-def weights_of(state: Mapping[str, Any], source: str) -> Weights:
-    """The tensors of a file: under `model` or `state_dict`, or the file itself.
-
-    Raises:
-        BadInput: there are none.
-    """
-    for name in ("model", "state_dict"):
-        if isinstance(state.get(name), Mapping):
-            state = state[name]
-    weights = {key: value for key, value in state.items() if isinstance(value, Tensor)}
-    if not weights:
-        raise BadInput(f"{source} holds no weights, only {', '.join(map(str, list(state)[:8]))}")
-    return weights
-
-
 def style_of(weights: Mapping[str, Any]) -> str:
-    """Whose names these are: transformers, mmseg, or timm, which are the official code's and ours;
-    segmenter: a whole one of ours.
+    """Whose names these are: transformers, mmseg, or timm, which are the official code's and ours.
 
+    Whole segmenters: segmenter is ours; public run has timm's names with mmsegmentation's heads.
     One key tells: of a file that mixes names, the others come out as unexpected when it is loaded.
     """
     if any("embeddings.patch_embeddings.projection." in key for key in weights):
         return "transformers"
     if any(key.removeprefix("backbone.").startswith("patch_embed.projection.") for key in weights):
         return "mmseg"
+    if is_mmseg_segmenter(weights):
+        return "public run"
     return "segmenter" if is_segmenter(weights) else "timm"
 
 
-def in_our_names(state: Mapping[str, Any], source: str) -> dict[str, Any]:
+def in_our_names(
+    state: Mapping[str, Any], source: str, key: str | None = None
+) -> Mapping[str, Any]:
     """A file's contents with all its tensors under `model`, in our names.
 
-    What else it holds stays. `style` says whose names they were, `notes` what was left out.
+    What else it holds stays, without other weights. `style` says whose names they were, `notes`
+    what was left out, `PLACE` where in the file they are. What has been through here stays so.
+
+    Args:
+        key: which of several weights, see `find_weights`.
 
     Raises:
         BadInput: there are no weights, or some that fit nowhere.
     """
-    weights = weights_of(state, source)
-    style, notes = style_of(weights), list[str]()
+    if isinstance(state.get(PLACE), Place):
+        return state
+    place = find_weights(state, source, key)
+    weights, notes = place.weights, list[str]()
+    style = style_of(weights)
     if style == "mmseg":
         weights, notes = from_mmseg(weights, source)
     elif style == "transformers":
         weights, notes = from_transformers(weights, source)
     elif style == "segmenter":
         weights, notes = encoder_of_segmenter(weights, source)
-    rest = {
-        k: v
-        for k, v in state.items()
-        if k not in ("model", "state_dict") and not isinstance(v, Tensor)
+    elif style == "public run":
+        weights, notes = encoder_of_segmenter(segmenter_from_mmseg(weights, source), source)
+    rest = beside_weights(state, place)
+    return {"style": style, "notes": notes, **rest, PLACE: place, "model": weights}
+
+
+def beside_weights(state: Mapping[str, Any], place: Place) -> dict[str, Any]:
+    """What a file says beside its weights: without tensors, and without other weights than ours.
+
+    Entries that mean something to us and have another type in another program's file are dropped.
+    """
+    addresses = place.others.values()
+    gone = {*USUAL, *place.wrappers[:1]} | {name for address in addresses for name in address[:1]}
+    if ("ema",) in addresses:
+        gone.discard("ema")  # a fine-tuning's averages, which its evaluation measures too
+    kinds = {"model_args": Mapping, "data": Mapping, "classes": list, "model_name": str | None}
+    return {
+        name: value
+        for name, value in state.items()
+        if name not in gone
+        and not isinstance(value, Tensor)
+        and isinstance(value, kinds.get(name, object))
     }
-    return {"style": style, "notes": notes, **rest, "model": weights}
 
 
 def read_encoder(
@@ -177,6 +198,11 @@ def read_encoder(
     said = ("num_heads", "depth", "embed_dim", "mlp_ratio")
     arguments |= {name: own[name] for name in said if name in own}
     grid = grid_of(table.shape[1] - 1, (patch[0], patch[1]), own.get("img_size"), img_size)
+    if grid is None and "cls_token" not in weights:
+        raise BadInput(
+            f"{source} holds an encoder without a class token (no cls_token, positions for "
+            f"{table.shape[1]} patches alone); ours have one, so it would be another function"
+        )
     if grid is None:
         raise BadInput(
             f"{source} has positions for {table.shape[1] - 1} patches, which is no square grid; "
@@ -190,7 +216,9 @@ def read_encoder(
         offset = "none"
     head = weights.get("head.weight", weights.get("head.1.weight"))
     # Segmenters' encoders have no final norm; a fresh one after pooling is the least change.
-    normless = state["style"] in ("mmseg", "segmenter") and "norm.weight" not in weights
+    normless = (
+        state["style"] in ("mmseg", "segmenter", "public run") and "norm.weight" not in weights
+    )
     return EncoderWeights(
         {k: v for k, v in weights.items() if not k.startswith(PRETRAINING_KEYS)},
         arguments,

@@ -5,6 +5,7 @@ from typing import Any
 
 from util.config import FlagParser, add_heads_flag, number, optional, size_pair
 from util.flag_types import LEAST_CROP, MOST_CHANNELS, MOST_CLASSES, MOST_LSCALE, expanded_path
+from util.weights_flags import add_weights_key_flag
 
 # Not in the namespace unless given: --tune says what they are.
 UNSET: dict[str, Any] = {"default": argparse.SUPPRESS}
@@ -63,6 +64,7 @@ def add_model_flags(parser: FlagParser) -> None:
         "--in_chans", type=number(int, 1, MOST_CHANNELS), help="from scratch; default: the data's"
     )
     add_heads_flag(group)
+    add_weights_key_flag(group)
     group.add_argument("--patch_size", type=size_pair, help="from scratch; overrides the name's")
     group.add_argument(
         "--lscale_init",

@@ -87,6 +87,7 @@ CHANGES: tuple[Change, ...] = (
     Change(("segment",), added=lambda settings: {"label_map": None}),
     Change(("pretrain",), added=full_branches),
     Change(("pretrain", "finetune", "segment"), added=nothing_held_out),
+    Change(("finetune", "segment"), added=lambda settings: {"weights_key": None}),
 )
 VERSION = len(CHANGES)
 

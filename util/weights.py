@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 
-from util.checkpoint import load_file, local_file
+from util.checkpoint import LAST, checkpoints_of, load_file, local_file
 from util.convert import in_our_names
 from util.convert_names import arguments_of
 from util.errors import BadInput, needs
+from util.files import reading
 
 CONFIG = "config.json"
 # What transformers calls its weights; an index names the parts of large ones.
@@ -19,18 +20,20 @@ ONNX_KEY = "mmae"  # our entry in the metadata of ONNX files
 ONNX_PREFIX = "model."  # the model's name in what is traced
 
 
-def load_state(path: str) -> dict[str, Any]:
+def load_state(path: str, key: str | None = None) -> dict[str, Any]:
     """The contents of a file of weights, with its tensors under `model` in our names.
 
     Args:
-        path: checkpoint file of ours, of the official MAE code, of timm, or of mmsegmentation; a
-            folder of transformers, or the weights in it; an ONNX file of ours; an https URL of one
-            of these files.
+        path: checkpoint file of ours, of the official MAE code, of timm, of mmsegmentation, or of
+            a program whose encoder has the names of one of these, see `util.nested_weights`; a
+            folder of transformers, or the weights in it; a run folder, whose `checkpoint-last.pth`
+            is taken; an ONNX file of ours; an https URL of one of these files.
+        key: which weights of a file that holds several, as `--weights_key` takes it.
 
     Raises:
         BadInput: unreadable, or without weights.
     """
-    place = local_file(path)
+    place = weights_file(path)
     if place.is_dir():
         state = read_folder(place)
     elif place.suffix == ".onnx":
@@ -39,7 +42,27 @@ def load_state(path: str) -> dict[str, Any]:
         state = load_file(place)
         if place.name in FILES and (place.parent / CONFIG).is_file():
             state = {"model": state} | said_by(place.parent, state)
-    return in_our_names(state, path)
+    return dict(in_our_names(state, path if "://" in path else str(place), key))
+
+
+def weights_file(path: str) -> Path:
+    """The place of weights: a file, downloaded if it is an address, or a folder of transformers.
+
+    Of a run folder it is `checkpoint-last.pth`.
+
+    Raises:
+        BadInput: a download failed, or the folder holds several last checkpoints.
+    """
+    place = local_file(path)
+    with reading(place):
+        theirs = any((place / name).is_file() for name in (*FILES, *INDICES))
+        lasts = [] if theirs else [p.name for p in checkpoints_of(place) if "-last" in p.name]
+    if len(lasts) > 1:
+        raise BadInput(
+            f"{place} holds the last checkpoints of several tasks ({', '.join(lasts)}); give one "
+            "of these files"
+        )
+    return place / lasts[0] if lasts else place
 
 
 def read_folder(folder: Path) -> dict[str, Any]:
@@ -58,8 +81,8 @@ def read_folder(folder: Path) -> dict[str, Any]:
             weights = {k: v for part in parts for k, v in load_file(folder / part).items()}
             return {"model": weights} | said_by(folder, weights)
     raise BadInput(
-        f"{folder} holds no weights of transformers ({CONFIG} with {' or '.join(FILES)}); give a "
-        "checkpoint file in it"
+        f"{folder} holds no weights of transformers ({CONFIG} with {' or '.join(FILES)}) and no "
+        f"{LAST} of a run; give a checkpoint file in it"
     )
 
 

@@ -6,6 +6,8 @@ bit what comes of the same weights without wrapping.
 
 import argparse
 import json
+import sys
+import types
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
@@ -478,6 +480,55 @@ def test_an_encoder_without_a_class_token(tmp_path: Path) -> None:
     weights["pos_embed"] = weights["pos_embed"][:, 1:]
     path = write(tmp_path / "f.pth", {"target_encoder": under("module.", weights)})
     with pytest.raises(BadInput, match="without a class token"):
+        load_encoder(str(path))
+
+
+# ---- What else a file holds ----------------------------------------------------------------------
+
+
+def stand_in(module: str, name: str, monkeypatch: pytest.MonkeyPatch, base: type = object) -> type:
+    """A class as a program that is not installed here has it, while a file is written."""
+    for i in range(module.count(".") + 1):
+        part = ".".join(module.split(".")[: i + 1])
+        monkeypatch.setitem(sys.modules, part, types.ModuleType(part))
+    kind = type(name, (base,), {"__module__": module, "__qualname__": name})
+    setattr(sys.modules[module], name, kind)
+    return kind
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "base"),
+    [
+        ("mmengine.logging.history_buffer", "HistoryBuffer", object),
+        ("lightning.fabric.utilities.data", "AttributeDict", dict),
+        ("omegaconf.dictconfig", "DictConfig", object),
+    ],
+)
+def test_records_and_settings_of_known_programs_are_no_reason_to_refuse(
+    module: str, name: str, base: type, tmp_path: Path
+) -> None:
+    path = tmp_path / "f.pth"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        thing = stand_in(module, name, monkeypatch, base)()
+        if base is dict:
+            thing["lr"] = 0.1
+        thing.history = np.arange(3.0)
+        write(path, {"state_dict": under("backbone.", encoder()), "message_hub": {"loss": thing}})
+    assert module not in sys.modules
+    model, _ = load_encoder(str(path))
+    assert torch.equal(model.cls_token, encoder()["cls_token"])
+    assert module not in sys.modules
+
+
+def test_code_beside_them_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "f.pth"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        thing = stand_in("mmengine.runner", "Record", monkeypatch)()
+        write(path, {"model": encoder(), "hub": thing, "call": print, "array": np.arange(3)})
+    with pytest.raises(BadInput, match="could run code"):
+        load_encoder(str(path))
+    write(path, {"model": encoder(), "array": np.arange(3)})  # of no program that is known
+    with pytest.raises(BadInput, match="could run code"):
         load_encoder(str(path))
 
 

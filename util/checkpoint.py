@@ -5,17 +5,16 @@ A checkpoint is a plain `torch.save` file of tensors and plain types, and loads 
 which a single bit changed, is known as such; any tool that reads torch's files reads these.
 """
 
-import argparse
 import hashlib
 import os
+import pickle
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from http.client import HTTPException
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from util.checksums import Signed, check_bytes, kind_of, verify
@@ -23,6 +22,7 @@ from util.errors import BadInput, CannotWrite, needs
 from util.fetch import download
 from util.file_kinds import is_safetensors, what_it_is
 from util.files import build_whole, link, open_whole, reading, sweep, writing
+from util.plain_types import known_programs, plain_types
 
 LAST, BEST = "checkpoint-last.pth", "checkpoint-best.pth"
 
@@ -182,8 +182,7 @@ def load_file(path: str | Path) -> dict[str, Any]:
     try:
         if path.suffix == ".safetensors" or is_safetensors(path):
             return needs("safetensors.torch", "safetensors").load_file(path)
-        with torch.serialization.safe_globals(plain_types()):
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        state = unpickle(path)
     except BadInput:
         raise
     except Exception as error:
@@ -202,21 +201,21 @@ def load_file(path: str | Path) -> dict[str, Any]:
     return state
 
 
-def plain_types() -> list[Any]:
-    """What else than tensors files of weights may hold: flags, numbers of numpy, and paths.
+def unpickle(path: Path) -> Any:
+    """What torch finds in a file, tensors and what `util.plain_types` lists.
 
-    None of them can run code. Paths become pure ones, which cannot open anything.
+    Raises:
+        Exception: whatever torch raises of a file that holds more, or is damaged.
     """
-    number = np.float64(0).__reduce__()[0]
-    kinds = {type(np.dtype(kind)) for kind in ("?", "i1", "u1", "i4", "i8", "f2", "f4", "f8")}
-    return [
-        argparse.Namespace,
-        np.dtype,
-        *kinds,
-        *((number, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
-        *((PurePath, f"pathlib{place}.PosixPath") for place in ("", "._local")),
-        *((PurePath, f"pathlib{place}.WindowsPath") for place in ("", "._local")),
-    ]
+    try:
+        with torch.serialization.safe_globals(plain_types()):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        allowed = known_programs(path)
+        if not allowed:
+            raise
+        with torch.serialization.safe_globals([*plain_types(), *allowed]):
+            return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def local_file(path: str) -> Path:

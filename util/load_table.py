@@ -71,7 +71,9 @@ def about(state: Mapping[str, Any]) -> str:
     flags = state.get("args")
     model = state.get("model_name") or state.get("arch") or getattr(flags, "model", None)
     found = [text for text in (state.get("task"), model) if isinstance(text, str)]
-    found += [f"{name} {state[name]}" for name in ("epoch", "step") if is_count(state.get(name))]
+    if state.get("task") != "export":
+        counts = [name for name in ("epoch", "step") if is_count(state.get(name))]
+        found += [f"{name} {state[name]}" for name in counts]
     if state["style"] in ("transformers", "mmseg"):
         found.append(f"names of {state['style'].replace('mmseg', 'mmsegmentation')}")
     return f" ({', '.join(found)})" if found else ""

@@ -212,7 +212,7 @@ def new_model(
         # As MAE's codes do: a fine-tuned head starts at almost nothing, a probe's at .01.
         model.init_head(0.01 if args.tune == "linear" else 2e-5)
         return model, arguments
-    if args.weights_key:
+    if args.weights_key is not None:
         raise BadInput("--weights_key without --finetune: there is no file to find weights in")
     if args.model is None:
         raise BadInput("give --finetune CHECKPOINT, or --model NAME to train from scratch")

@@ -306,7 +306,7 @@ def new_model(args: argparse.Namespace, num_classes: int) -> tuple[Any, list[str
             raise BadInput("give --finetune CHECKPOINT, or --model NAME to train from scratch")
         if args.num_heads:
             raise BadInput("--num_heads without --finetune: --model NAME says how many there are")
-        if args.weights_key:
+        if args.weights_key is not None:
             raise BadInput("--weights_key without --finetune: there is no file to find weights in")
         more = {"patch_size": args.patch_size} if args.patch_size else {}
         own["lscale_init"] = args.lscale_init

@@ -30,7 +30,7 @@ PATHS = {
 }  # fmt: skip
 TEXTS = {
     "model", "models", "device", "tune", "aa", "only", "arms", "what", "partition", "qos",
-    "account", "constraint", "comment", "setup",
+    "account", "constraint", "comment", "setup", "weights_key",
 }  # fmt: skip
 
 

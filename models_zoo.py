@@ -157,7 +157,9 @@ def model_arguments(name: str) -> dict[str, Any]:
     return dict(known[name][1])
 
 
-def create_model(name: str, pretrained: str | None = None, **kwargs: Any) -> Any:
+def create_model(
+    name: str, pretrained: str | None = None, *, weights_key: str | None = None, **kwargs: Any
+) -> Any:
     """A model (an `nn.Module`) by name; `kwargs` override what the name stands for.
 
     >>> create_model("mae_vit_base_patch16")  # MAE
@@ -171,15 +173,18 @@ def create_model(name: str, pretrained: str | None = None, **kwargs: Any) -> Any
             (num_classes, global_pool, probe, drop_path, img_size, pos_resize, num_heads) or, for a
             model with a decoder, of `load_pretrained`. Without `num_classes` the head is the
             file's, or none.
+        weights_key: which weights of a file that holds several, see `util.nested_weights`.
 
     Raises:
         BadInput: unknown name, settings or weights that do not fit.
     """
     arguments = model_arguments(name) | kwargs
+    if pretrained is None and weights_key is not None:
+        raise BadInput(f"weights_key {weights_key} without pretrained: there is no file to look in")
     if pretrained is None:
         return (MODELS | CLASSIFIERS)[name][0](**arguments)
     if name in MODELS:
-        model, state = load_pretrained(pretrained, name, **kwargs)
+        model, state = load_pretrained(pretrained, name, weights_key=weights_key, **kwargs)
         said = state.get("model_args", kwargs)
         for key, value in kwargs.items():
             if said.get(key) not in (value, list(value) if isinstance(value, tuple) else value):
@@ -194,7 +199,7 @@ def create_model(name: str, pretrained: str | None = None, **kwargs: Any) -> Any
         )
     if kwargs.get("img_size") is not None:
         kwargs["img_size"] = pair(kwargs["img_size"])
-    state = load_state(pretrained)
+    state = load_state(pretrained, weights_key)
     own = read_encoder(state, pretrained, kwargs.get("img_size")).classes
     wanted = kwargs.get("num_classes")
     head = "new" if wanted and wanted != own else ("none" if wanted == 0 or not own else "own")

@@ -292,6 +292,17 @@ def test_of_several_encoders_one_is_taken_and_the_others_can_be(
     assert all(torch.equal(state[name], weights[name]) for name in weights)
 
 
+def test_the_key_in_python(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = create_model("mae_vit_micro_patch4", img_size=16)
+    weights = dict(model.state_dict())
+    path = str(write(tmp_path / "f.pth", {"student": weights, "teacher": other(weights)}))
+    for name in ("mae_vit_micro_patch4", "vit_micro_patch4"):
+        for key, expected in (("student", weights), (None, other(weights))):
+            found = create_model(name, pretrained=path, weights_key=key).state_dict()
+            assert torch.equal(found["blocks.0.norm1.weight"], expected["blocks.0.norm1.weight"])
+
+
 @pytest.mark.smoke
 def test_the_key_reaches_the_features(
     expected: dict[str, bytes], tmp_path: Path, run_main: Any

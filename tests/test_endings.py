@@ -126,7 +126,7 @@ def test_files_that_a_flag_names(tmp_path, run_main, no_heif):
     code, out, err = run_main("main_visualize", [*flags, f"--images={root}"])
     assert code == 0 and len(list((tmp_path / "shown/panels").glob("*original*"))) == 2, err
     assert f"note: images left out in {root}: 1 .heic: no decoder; pip install pillow-heif" in out
-    assert f"1 image under hidden names in {root} (such as .d.jpg)" in out
+    assert f"left out in {root}: 1 under hidden names, such as .d.jpg" in out
     code, _, err = run_main("main_visualize", [*flags, f"--images={root / 'c.heic'}"])
     assert code == 2 and "c.heic" in err and "pip install pillow-heif" in err, err
 
@@ -156,7 +156,7 @@ def test_pairs_take_the_same_endings_and_no_hidden_names(tmp_path, capsys):
     assert names == ["a.jpg", "b.gif", "c.avif", "d.heic"]
     assert all(source[i][0].size == (64, 32) for i in range(4))
     out = capsys.readouterr().out
-    assert f"1 image under hidden names in {images} (such as ._a.jpg) are left out" in out
+    assert f"left out in {images}: 1 under hidden names, such as ._a.jpg" in out
     assert f"left out in {images}: 1 .nef: no decoder" in out
 
 

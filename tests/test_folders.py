@@ -82,7 +82,7 @@ LAYOUTS = {
     "strays beside classes": (
         ["train/all.jpg", "train/ant/1.jpg", "train/cat/2.jpg"],
         ["train/ant/1.jpg", "train/cat/2.jpg"], [0, 1], ["ant", "cat"],
-        "note: 1 image directly in {data}/train (such as all.jpg), beside",
+        "left out in {data}/train: 1 beside the class folders, so of no class, such as all.jpg",
     ),
 }  # fmt: skip
 
@@ -190,7 +190,7 @@ def test_many_processes_say_it_once(tmp_path):
     argv = [*PRETRAIN, "--batch_size=2", f"--data_path={root}", f"--output_dir={run}"]
     assert wait(launch(argv, log, 2)) == [0, 0], log.read_text()
     text = log.read_text() + (tmp_path / "out.1").read_text()
-    for line in (f"{root}: 8 images", "pictures show training images", "1 image under hidden"):
+    for line in (f"{root}: 8 images", "pictures show training images", "1 under hidden names"):
         assert text.count(line) == 1, line
 
 
@@ -269,7 +269,7 @@ HIDDEN = [
 
 def test_hidden_names_are_no_images_and_no_classes(tmp_path, capsys):
     root = age(write(tmp_path / "data", ["train/ant/1.jpg", "train/cat/1.jpg", *HIDDEN]))
-    line = f"4 images under hidden names in {root}/train (such as .ipynb_checkpoints/1-"
+    line = f"left out in {root}/train: 4 under hidden names, such as .ipynb_checkpoints/1-"
     for _ in range(2):
         assert listed(root) == (
             ["train/ant/1.jpg", "train/cat/1.jpg"],
@@ -280,7 +280,7 @@ def test_hidden_names_are_no_images_and_no_classes(tmp_path, capsys):
     assert line in capsys.readouterr().out
     flat = write(tmp_path / "flat", ["1.jpg", "._1.jpg", "2.jpg", ".git/3.jpg"])
     assert listed(flat)[0] == ["1.jpg", "2.jpg"]
-    assert f"2 images under hidden names in {flat}" in capsys.readouterr().out
+    assert f"left out in {flat}: 2 under hidden names, such as ._1.jpg" in capsys.readouterr().out
 
 
 def test_hidden_names_without_images_are_not_worth_a_word(tmp_path, capsys):
@@ -294,8 +294,8 @@ def test_hidden_names_are_not_packed_nor_shown(checkpoint, tmp_path, run_main):
     root = write(tmp_path / "data", ["train/ant/1.jpg", *HIDDEN])
     argv = [f"--data_path={root}", f"--output_dir={tmp_path / 'packed'}", "--num_workers=0"]
     code, out, err = run_main("main_pack", argv)
-    assert code == 0 and "1 of 1 images" in out and out.count("4 images under hidden") == 1, err
+    assert code == 0 and "1 of 1 images" in out and out.count("4 under hidden") == 1, err
     argv = [f"--checkpoint={checkpoint}", f"--images={root}", f"--output_dir={tmp_path / 'v'}"]
     code, out, err = run_main("main_visualize", [*argv, "--device=cpu"])
-    assert code == 0 and f"4 images under hidden names in {root}" in out, err
+    assert code == 0 and f"left out in {root}: 4 under hidden names" in out, err
     assert len(list((tmp_path / "v/panels").glob("*original*"))) == 1

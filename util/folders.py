@@ -239,10 +239,8 @@ def labelled_source(
         f"{counted(len(listing.classes), 'class folder')}"
     )
     if loose := len(listing.loose):
-        say_once(
-            f"note: {counted(loose, 'image')} directly in {root} (such as {listing.loose[0]}), "
-            "beside the class folders, belong to no class and are left out"
-        )
+        first = listing.loose[0]
+        say_left(root, f"{loose:,} beside the class folders, so of no class, such as {first}")
     return FolderSource(name, split, root, listing.files, listing.labels, listing.classes)
 
 
@@ -260,19 +258,21 @@ def unlabelled_source(name: str, split: str, root: Path, listing: Listing) -> Fo
 
 
 def say_left_out(root: Path, listing: Listing) -> None:
-    """Tell of images that were left out, with their count."""
+    """Tell of images with hidden names or without a decoder, with their count."""
     say_hidden(root, listing.hidden)
     for text in count_unread(listing.unread):
-        say_once(f"note: images left out in {root}: {text}")
+        say_left(root, text)
 
 
 def say_hidden(root: Path, names: Sequence[str] | Names) -> None:
-    """Tell of images that were left out for their names."""
+    """Tell of images with hidden names, where there are some."""
     if names:
-        say_once(
-            f"note: {counted(len(names), 'image')} under hidden names in {root} (such as "
-            f"{names[0]}) are left out"
-        )
+        say_left(root, f"{len(names):,} under hidden names, such as {names[0]}")
+
+
+def say_left(root: Path, what: str) -> None:
+    """Tell of images that were left out."""
+    say_once(f"note: images left out in {root}: {what}")
 
 
 def counted(count: int, noun: str) -> str:
@@ -317,5 +317,5 @@ def image_files(path: Path, flag: str) -> list[Path]:
         found = "".join(f"; {text}" for text in texts)
         raise BadInput(f"{flag} {path} holds no image files ({', '.join(readable)}){found}")
     for text in texts:
-        say_once(f"note: images left out in {path}: {text}")
+        say_left(path, text)
     return files

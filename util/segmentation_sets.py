@@ -15,7 +15,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from util.datasets import SPLITS, garment_scenes
 from util.endings import count_unread, is_hidden, readable_endings, unread_endings
 from util.errors import BadInput
-from util.folders import say_hidden
+from util.folders import say_hidden, say_left
 from util.garments import MEAN as GARMENTS_MEAN
 from util.garments import SIZE as GARMENTS_SIZE
 from util.garments import STD as GARMENTS_STD
@@ -32,7 +32,6 @@ from util.label_maps import (
 )
 from util.label_values import apply_values, check_two_classes, count_classes, values_of
 from util.listing import Names
-from util.logger import say_once
 from util.plan import nearest
 
 Pair = tuple[Image.Image, np.ndarray]
@@ -237,7 +236,7 @@ def list_pairs(images: Path, masks: Path, layout: str) -> tuple[Names, Names]:
         )
     say_hidden(images, [n for n in names if is_hidden(n) and n.lower().endswith(taken)])
     for text in lacking:
-        say_once(f"note: images left out in {images}: {text}")
+        say_left(images, text)
     lonely = [name for name in pictures if name not in maps]
     if lonely:
         more = f", and {len(lonely) - 1} more images have none" if len(lonely) > 1 else ""

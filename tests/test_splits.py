@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from test_segment_data import write_pairs
 
 import main_finetune
 import main_knn
@@ -152,18 +153,24 @@ def test_a_choice_and_the_measurement_after_it(shapes: Path, tmp_path: Path) -> 
 
 
 def test_segmentation_holds_out_too(tmp_path: Path) -> None:
+    root, run = tmp_path / "pairs", tmp_path / "run"
+    write_pairs(root, count=12)
+    shutil.rmtree(root / "val")
     main_segment.main(
-        [*TINY, "--dataset=garments", "--scene_size=32", "--input_size=32", "--iterations=2",
-         "--model=vit_micro_patch4", "--channels=8", "--aux_channels=8", "--val_fraction=0.0005",
-         "--eval_every=2", "--warmup_iterations=0", "--pictures=0", "--batch_size=2",
-         f"--output_dir={tmp_path}"]
+        [*TINY, "--dataset=folder", f"--data_path={root}", "--model=vit_micro_patch8",
+         "--input_size=16", "--resize", "24", "16", "--window=16", "--stride=16", "--channels=8",
+         "--aux_channels=8", "--iterations=2", "--eval_every=2", "--warmup_iterations=0",
+         "--pictures=0", "--batch_size=4", "--val_fraction=0.25", f"--output_dir={run}"]
     )  # fmt: skip
-    result = json.loads((tmp_path / "result.json").read_text())
-    state = load_file(tmp_path / "checkpoint-last.pth")
-    count = len(main_segment.open_set(main_segment.build_parser().parse(
-        ["--dataset=garments", "--scene_size=32"]), "train"))  # fmt: skip
-    assert state["arithmetic"]["images"] == count - round(0.0005 * count)
-    assert result["measured_on"].startswith("0.0005 of train")
+    result = json.loads((run / "result.json").read_text())
+    assert load_file(run / "checkpoint-last.pth")["arithmetic"]["images"] == 9
+    assert result["measured_on"].startswith("0.25 of train")
+    measure = main_segment.build_parser().parse(
+        ["--dataset=folder", f"--data_path={root}", "--val_fraction=0.25"]
+    )
+    parts = [main_segment.open_set(measure, split) for split in ("train", "val")]
+    names = [[part.file_name(i) for i in range(len(part))] for part in parts]
+    assert len(names[1]) == 3 and len({*names[0], *names[1]}) == 12
 
 
 def test_pictures_and_their_measurement(shapes: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Callable, Mapping
+from inspect import signature
 from typing import Any
 
 from torch import nn
@@ -268,6 +269,8 @@ def autoencoder_of(
         arguments |= given
     name = name or state.get("model_name")
     kind, known = MODELS.get(name or "", (MaskedAutoencoderViT, {}))
+    if strange := sorted(map(str, arguments.keys() - signature(kind).parameters.keys())):
+        raise BadInput(f"{path} says of its model what ours has not: {', '.join(strange)}")
     model = kind(**(known | arguments))
     load_weights(model, weights, path)
     state[LOADED] = Loading().lines(model, named)
@@ -294,7 +297,7 @@ def _assumed_of(arguments: Mapping[str, Any], reason: str, said: Mapping[str, An
 def _name_of(weights: Mapping[str, Any]) -> str | None:
     """The listed autoencoder of these shapes; None: no or several, or not the official names."""
     projection, embed = weights.get("patch_embed.proj.weight"), weights.get("decoder_embed.weight")
-    if projection is None or projection.ndim != 4 or embed is None:
+    if projection is None or projection.ndim != 4 or embed is None or not embed.ndim:
         return None
     depths = [
         len({key.split(".")[1] for key in weights if key.startswith(trunk)})

@@ -23,7 +23,13 @@ from test_segment_data import write_pairs
 from torch import Tensor, nn
 
 from models_vit import VisionTransformer
-from models_zoo import create_model, create_segmenter, load_classifier, load_encoder
+from models_zoo import (
+    create_model,
+    create_segmenter,
+    load_classifier,
+    load_encoder,
+    load_pretrained,
+)
 from util.checkpoint import LAST, load_file, save_checkpoint
 from util.convert_names import to_mmseg, to_transformers
 from util.errors import BadInput
@@ -541,6 +547,33 @@ def test_code_beside_them_is_refused(tmp_path: Path) -> None:
     write(path, {"model": encoder(), "array": np.arange(3)})  # of no program that is known
     with pytest.raises(BadInput, match="could run code"):
         load_encoder(str(path))
+
+
+def test_entries_that_have_other_meanings_elsewhere(tmp_path: Path) -> None:
+    rest = {"notes": None, "style": 3, "data": [1], "classes": "ten", "model_args": 7, "task": 1}
+    path = str(write(tmp_path / "f.pth", {"model": encoder(), "place": "x", 5: "y", **rest}))
+    _, state = load_encoder(path)
+    assert state["style"] == "timm" and not {"data", "classes", "model_args"} & state.keys()
+    assert "weights are under 'model'" in state["loaded"][1]
+
+
+def test_arguments_of_another_program(tmp_path: Path) -> None:
+    content = {"model": plain(), "model_args": {"n_layer": 2, "bias": True}}
+    model, state = load_encoder(str(write(tmp_path / "f.pth", content)))
+    assert "model_args" not in state and len(model.blocks) == 2
+    content["model_args"] = ARGUMENTS | {"n_layer": 2}
+    with pytest.raises(BadInput, match="what ours has not: n_layer"):
+        load_pretrained(str(write(tmp_path / "f.pth", content)))
+
+
+@pytest.mark.parametrize(
+    "name", ["pos_embed", "blocks.0.mlp.fc1.weight", "patch_embed.proj.weight"]
+)
+def test_tensors_of_other_ranks(name: str, tmp_path: Path) -> None:
+    for shape in ((), (3,), (2, 2, 2, 2, 2)):
+        path = write(tmp_path / "f.pth", under("model.", encoder() | {name: torch.ones(shape)}))
+        with pytest.raises(BadInput, match="no encoder in timm's names"):
+            load_encoder(str(path))
 
 
 # ---- Files that are no weights -------------------------------------------------------------------

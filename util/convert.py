@@ -138,7 +138,7 @@ def in_our_names(
     elif style == "public run":
         weights, notes = encoder_of_segmenter(segmenter_from_mmseg(weights, source), source)
     rest = beside_weights(state, place)
-    return {"style": style, "notes": notes, **rest, PLACE: place, "model": weights}
+    return {**rest, "style": style, "notes": notes, PLACE: place, "model": weights}
 
 
 def beside_weights(state: Mapping[str, Any], place: Place) -> dict[str, Any]:
@@ -150,7 +150,9 @@ def beside_weights(state: Mapping[str, Any], place: Place) -> dict[str, Any]:
     gone = {*USUAL, *place.wrappers[:1]} | {name for address in addresses for name in address[:1]}
     if ("ema",) in addresses:
         gone.discard("ema")  # a fine-tuning's averages, which its evaluation measures too
-    kinds = {"model_args": Mapping, "data": Mapping, "classes": list, "model_name": str | None}
+    if not isinstance(found := state.get("model_args"), Mapping) or "patch_size" not in found:
+        gone.add("model_args")  # another program's: ours always says it
+    kinds = {"data": Mapping, "classes": list, "model_name": str | None}
     return {
         name: value
         for name, value in state.items()
@@ -178,7 +180,8 @@ def read_encoder(
     projection, table = weights.get("patch_embed.proj.weight"), weights.pop("pos_embed", None)
     depth = len({key.split(".")[1] for key in weights if key.startswith("blocks.")})
     hidden = weights.get("blocks.0.mlp.fc1.weight")
-    if projection is None or projection.ndim != 4 or table is None or hidden is None:
+    ranks = [None if t is None else t.ndim for t in (projection, table, hidden)]
+    if projection is None or table is None or hidden is None or ranks != [4, 3, 2]:
         raise BadInput(
             f"{source} holds no encoder in timm's names (patch_embed.proj, pos_embed, blocks.0 ...)"
             f"; its keys begin {', '.join(list(weights)[:4])}"

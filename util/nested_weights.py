@@ -284,7 +284,7 @@ def no_encoder(state: Mapping[str, Any], source: str) -> Place:
     for name in USUAL:
         if isinstance(state.get(name), Mapping):
             state, wrappers = state[name], (*wrappers, name)
-    weights = {k: v for k, v in state.items() if isinstance(v, Tensor)}
+    weights = {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)}
     if not weights:
         inner = [(len(w), name, w) for name, w in tensors_below(state)]
         if inner and "param_groups" not in state:

@@ -268,7 +268,14 @@ def side_of(args: argparse.Namespace) -> int | None:
 
 def open_source(args: argparse.Namespace, decoder: str = "pil") -> ImageSource:
     """The training split that the flags name."""
-    source = build_dataset(args.dataset, "train", args.data_path, mean=args.mean, std=args.std)
+    source = build_dataset(
+        args.dataset,
+        "train",
+        args.data_path,
+        mean=args.mean,
+        std=args.std,
+        max_pixels=args.max_pixels,
+    )
     source = source.with_decoder(decoder)
     if args.train_images is not None:
         source = Subset(source, evenly(len(source), args.train_images))

@@ -171,7 +171,13 @@ def open_set(args: argparse.Namespace, split: str, channels: int | None) -> Imag
     """A labelled split of the data set that the flags name, or as much of it as they ask for."""
     source = hold_out_of(vars(args)).open(
         lambda part: build_dataset(
-            args.dataset, part, args.data_path, channels=channels, mean=args.mean, std=args.std
+            args.dataset,
+            part,
+            args.data_path,
+            channels=channels,
+            mean=args.mean,
+            std=args.std,
+            max_pixels=args.max_pixels,
         ),
         split,
         Subset,

@@ -413,7 +413,11 @@ def measure(args: argparse.Namespace, procs: Processes, warnings: Sequence[str])
     with procs.main_first():
         sources = {
             split: hold_out_of(vars(args)).open(
-                lambda part: build_dataset(args.dataset, part, args.data_path), split, Subset
+                lambda part: build_dataset(
+                    args.dataset, part, args.data_path, max_pixels=args.max_pixels
+                ),
+                split,
+                Subset,
             )
             for split in SPLITS
         }

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from util.advice import check_settings, say_warnings, warn_of_flags
-from util.config import FlagParser, number
+from util.config import FlagParser, add_pixels_flag, number
 from util.datasets import DATASETS, SPLITS, build_dataset
 from util.errors import BadInput, command
 from util.flag_types import MOST_SIDE, expanded_path, processes_flag
@@ -37,6 +37,7 @@ def build_parser() -> FlagParser:
         type=expanded_path,
         help="folder of the data set; or hf:NAME_OR_DIR, packed:DIR",
     )
+    add_pixels_flag(parser)
     parser.add_argument("--split", choices=SPLITS, nargs="+", default=list(SPLITS))
     parser.add_argument(
         "--output_dir", type=expanded_path, help="folder to write train/ and val/ into"
@@ -102,7 +103,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     sources = {}  # all of them before the first is packed, which may take hours
     for split in args.split:
         try:
-            sources[split] = build_dataset(args.dataset, split, args.data_path)
+            sources[split] = build_dataset(
+                args.dataset, split, args.data_path, max_pixels=args.max_pixels
+            )
         except NoSplit as error:
             if "split" in parser.given:
                 raise

@@ -189,7 +189,13 @@ def open_set(
         hold_out_of(vars(args))
         .open(
             lambda part: build_dataset(
-                args.dataset, part, args.data_path, channels=channels, mean=args.mean, std=args.std
+                args.dataset,
+                part,
+                args.data_path,
+                channels=channels,
+                mean=args.mean,
+                std=args.std,
+                max_pixels=args.max_pixels,
             ),
             split,
             Subset,

@@ -283,6 +283,7 @@ def open_set(
             mean=args.mean,
             std=args.std,
             label_map=args.label_map,
+            max_pixels=args.max_pixels,
         ),
         split,
         SegmentationSubset,

@@ -13,6 +13,7 @@ if __name__ == "__main__":  # before the imports that take seconds
 import argparse
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from engine_pretrain import (
 )
 from util.advice import check_settings, say_warnings, warn_of_flags
 from util.assumed import assumptions
-from util.config import FlagParser, add_heads_flag, add_split_flags, number
+from util.config import FlagParser, add_heads_flag, add_pixels_flag, add_split_flags, number
 from util.console import print_text
 from util.conversions import describe, take
 from util.datasets import DATASETS, DEFAULT, build_dataset
@@ -78,6 +79,7 @@ def build_parser() -> FlagParser:
         "--data_path", type=expanded_path, help="folder of it; or packed:DIR, hf:NAME_OR_DIR"
     )
     add_split_flags(parser)
+    add_pixels_flag(parser)
     parser.add_argument("--num_images", type=number(int, 1), default=8, help="shown at most")
     group = parser.add_argument_group(
         "masks (default: those of the checkpoint's run; --measure: 75 % random, and the run's)"
@@ -114,7 +116,9 @@ def build_parser() -> FlagParser:
 def open_set(args: argparse.Namespace, channels: int) -> ImageSource:
     """The held-out images of the data set that the flags name."""
     return hold_out_of(vars(args)).open(
-        lambda split: build_dataset(args.dataset, split, args.data_path, channels=channels),
+        lambda split: build_dataset(
+            args.dataset, split, args.data_path, channels=channels, max_pixels=args.max_pixels
+        ),
         "val",
         Subset,
     )
@@ -134,7 +138,8 @@ def gather_images(args: argparse.Namespace, model: Any) -> tuple[list[str], list
         raise BadInput(f"image files are gray or RGB, the model takes {model.in_chans} channels")
     paths = [paths[i] for i in evenly(len(paths), args.num_images)]
     transform = EvalTransform(model.img_size, margin=False)  # show as much as fits
-    return [str(p) for p in paths], [transform(read_image(p, model.in_chans)) for p in paths]
+    read = partial(read_image, channels=model.in_chans, max_pixels=args.max_pixels)
+    return [str(p) for p in paths], [transform(read(p)) for p in paths]
 
 
 def mask_settings(

@@ -29,8 +29,9 @@ from PIL import Image, ImageFile
 import util.images as images
 from util.datasets import build_dataset
 from util.errors import BadInput
-from util.images import MOST_BYTES, BadImage, read_image
+from util.images import BadImage, read_image
 from util.jpeg import read_pixels
+from util.pixel_limits import MOST_PIXELS, PIXEL_BYTES
 from util.transforms import PretrainTransform
 
 GOOD, BAD = good_files(), bad_files()
@@ -124,7 +125,7 @@ def test_bombs_inside_an_image_are_refused_or_left_packed(tmp_path):
 def test_a_file_too_large_to_read_is_bad(tmp_path):
     path = tmp_path / "x.jpg"
     path.write_bytes(b"\xff\xd8\xff")
-    os.truncate(path, MOST_BYTES + 1)  # sparse
+    os.truncate(path, PIXEL_BYTES * MOST_PIXELS + 1)  # sparse
     for read in (read_image, read_pixels):
         with pytest.raises(BadImage, match="exceeds limit"):
             read(path, 3)

@@ -10,6 +10,7 @@ from util.errors import BadInput
 from util.flag_parser import FlagParser, SetTarget
 from util.flag_types import (
     LEAST_CROP,
+    MOST_IMAGE,
     MOST_IN_BATCH,
     MOST_LSCALE,
     MOST_PATCHES,
@@ -25,6 +26,7 @@ from util.flag_types import (
 )
 from util.images import IMAGE_DECODERS
 from util.masking import ORDERS, STRATEGIES
+from util.pixel_limits import MOST_PIXELS
 from util.pos_embed import COORDINATES
 from util.step import PRECISIONS
 from util.transforms import AUGMENTS
@@ -172,6 +174,7 @@ def add_data_flags(parser: FlagParser, datasets: Sequence[str]) -> None:
             nargs="+",
             help=f"{what} of each channel, in 0..1 units; default: the data set's",
         )
+    add_pixels_flag(group)
     group.add_argument(
         "--num_workers",
         type=processes_flag(0),
@@ -201,6 +204,16 @@ def add_split_flags(parser: FlagParser) -> None:
         type=number(int, 0, 2**32 - 1),
         default=0,
         help="of that draw; the same in every command and for every --seed",
+    )
+
+
+def add_pixels_flag(group: argparse._ActionsContainer) -> None:
+    """`--max_pixels`, wherever images are read."""
+    group.add_argument(
+        "--max_pixels",
+        type=number(int, 1, MOST_IMAGE),
+        metavar="N",
+        help=f"image files of more pixels are not decoded (4 bytes each); default: {MOST_PIXELS}",
     )
 
 

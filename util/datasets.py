@@ -244,6 +244,7 @@ def build_dataset(
     *,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    max_pixels: int | None = None,
     **options: object,
 ) -> ImageSource:
     """One split of a data set.
@@ -255,6 +256,7 @@ def build_dataset(
             and hf:NAME_OR_DIR say what they hold themselves; the name stays at its default.
         channels: turn pictures into gray (1) or RGB (3); None leaves them as the set has them.
         mean, std: one number for all channels or one for each, in units of 0..1; None: the set's.
+        max_pixels: an image file of more is not decoded; None: see `util.pixel_limits`.
         options: further keywords of the builder (synthetic: size).
 
     Raises:
@@ -277,4 +279,4 @@ def build_dataset(
     source = builder(split, data_path, **options)
     if channels is not None:
         source = source.with_channels(channels)
-    return source.with_stats(mean, std)
+    return source.with_max_pixels(max_pixels).with_stats(mean, std)

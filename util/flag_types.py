@@ -17,6 +17,7 @@ PER_CORE = 64  # processes or threads for each core of this machine
 MOST_PREFETCHED = 1000  # batches ready per loading process
 MOST_IN_BATCH = 10**6  # images per process and micro-step
 MOST_SIDE = 16_384  # pixels of an image
+MOST_IMAGE = 2**36  # pixels of an image file, 275 GB while it is decoded
 MOST_CHANNELS = 4096  # of an image
 MOST_WIDTH = 65_536  # numbers in a token, or channels of a head
 MOST_BLOCKS = 200

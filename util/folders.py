@@ -19,12 +19,12 @@ from util.images import (
     ImageSource,
     PathLike,
     faults_of,
-    open_at_once,
     read_image,
 )
 from util.jpeg import read_pixels
 from util.listing import Listing, Names, list_images
 from util.logger import say_once
+from util.pixel_limits import open_at_once
 
 
 class FolderSource(ImageSource):
@@ -57,11 +57,12 @@ class FolderSource(ImageSource):
 
     def __getitem__(self, index: int) -> tuple[Image.Image | Tensor, int]:
         read = read_image if self.decoder == "pil" else read_pixels
-        return read(self.file_name(index), self.channels), int(self.labels[index])
+        image = read(self.file_name(index), self.channels, max_pixels=self.max_pixels)
+        return image, int(self.labels[index])
 
     def encoded(self, index: int) -> tuple[bytes, int]:
         path = self.file_name(index)
-        with faults_of(path), open_at_once(path) as file:
+        with faults_of(path), open_at_once(path, self.max_pixels) as file:
             return file.read(), int(self.labels[index])
 
     def file_name(self, index: int) -> str:

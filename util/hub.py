@@ -16,10 +16,10 @@ from util.images import (
     PathLike,
     decode_image,
     faults_of,
-    open_at_once,
     read_image,
 )
 from util.jpeg import decode_pixels, read_pixels
+from util.pixel_limits import open_at_once
 
 OPTIONS = ("image", "label", "config", "train", "val")
 SYNTAX = (
@@ -61,17 +61,17 @@ class HubSource(ImageSource):
         label, pil = int(self.labels[index]), self.decoder == "pil"
         if content["bytes"] is None:
             read = read_image if pil else read_pixels
-            return read(content["path"], self.channels), label
-        name = self.file_name(index)
+            return read(content["path"], self.channels, max_pixels=self.max_pixels), label
+        name, most = self.file_name(index), self.max_pixels
         if pil:
-            return decode_image(content["bytes"], name, self.channels), label
-        return decode_pixels(bytearray(content["bytes"]), name, self.channels), label
+            return decode_image(content["bytes"], name, self.channels, most), label
+        return decode_pixels(bytearray(content["bytes"]), name, self.channels, most), label
 
     def encoded(self, index: int) -> tuple[bytes, int]:
         content = self.data[index][self.column]
         data, path = content["bytes"], content["path"]
         if data is None:
-            with faults_of(path), open_at_once(path) as file:
+            with faults_of(path), open_at_once(path, self.max_pixels) as file:
                 data = file.read()
         return data, int(self.labels[index])
 

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from util.conversions import Conversion, note
 from util.endings import register_heif
 from util.errors import BadInput
+from util.pixel_limits import RAISE, PathLike, let_pillow_open, open_at_once, refuse_more
 from util.pixels import opaque, refuse_bands, stored_deep
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -24,7 +25,6 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 MODES = {1: "L", 3: "RGB"}
 IMAGE_DECODERS = ("torchvision", "pil")
 
-PathLike = str | os.PathLike[str]
 Stats = tuple[float, ...]
 
 
@@ -45,12 +45,15 @@ class ImageSource(Dataset):
             [C, H, W], of which training alone makes use.
         stored: how the pixels are kept, where that is not as their makers published them; a run
             that goes on from a checkpoint must find the same.
+        max_pixels: an image of more is refused; None: of more than `MOST_PIXELS`. It belongs to the
+            source, and not to the process, so that loading processes have it however they start.
     """
 
     eval_margin = False
     labelled = True
     decoder = "pil"
     stored = "as published"
+    max_pixels: int | None = None
 
     def __init__(self, name: str, split: str, mean: Stats, std: Stats, classes: list[str]) -> None:
         self.name = name
@@ -86,6 +89,11 @@ class ImageSource(Dataset):
                 f"unknown decoder {decoder!r}; the valid ones: {', '.join(IMAGE_DECODERS)}"
             )
         self.decoder = decoder
+        return self
+
+    def with_max_pixels(self, max_pixels: int | None) -> "ImageSource":
+        """This source with another limit on the pixels of an image; None: `MOST_PIXELS`."""
+        self.max_pixels = max_pixels
         return self
 
     def with_channels(self, channels: int) -> "ImageSource":
@@ -176,6 +184,9 @@ class Subset(ImageSource):
     def with_decoder(self, decoder: str) -> ImageSource:
         return Subset(self.source.with_decoder(decoder), self.indices, self.split)
 
+    def with_max_pixels(self, max_pixels: int | None) -> ImageSource:
+        return Subset(self.source.with_max_pixels(max_pixels), self.indices, self.split)
+
     def encoded(self, index: int) -> tuple[bytes, int]:
         return self.source.encoded(int(self.indices[index]))
 
@@ -236,11 +247,6 @@ HEIF_BRANDS = {
 }  # fmt: skip
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 TILE_WIDTH, TILE_LENGTH = 322, 323  # TIFF 6.0, section 15
-# An image of more is refused before it is decoded: a file of a few MB could hold 100 times as many.
-# 4 bytes each while it is decoded; Pillow raises at the same number.
-MOST_PIXELS = 2 * 89_478_485
-# Files are read whole into memory; 8 bytes a pixel (RGBA of 16 bits, uncompressed) fit.
-MOST_BYTES = 8 * MOST_PIXELS
 ORIENTATION = 0x0112  # of EXIF, and what brings it upright
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
@@ -265,7 +271,9 @@ class BadImage(BadInput):
         return f"cannot read the image {self.path}: {self.reason}; replace the file or remove it"
 
 
-def read_image(path: PathLike, channels: int, *, paired: bool = False) -> Image.Image:
+def read_image(
+    path: PathLike, channels: int, *, paired: bool = False, max_pixels: int | None = None
+) -> Image.Image:
     """Decode one file to mode L or RGB, as a viewer shows it.
 
     That is: of several frames or pages the first; turned upright by its EXIF orientation; what is
@@ -278,33 +286,37 @@ def read_image(path: PathLike, channels: int, *, paired: bool = False) -> Image.
 
     Args:
         paired: a label map belongs to it, so that being turned is noted as well.
+        max_pixels: an image of more is refused; None: of more than `MOST_PIXELS`.
 
     Raises:
         BadImage: missing, unreadable, no image in `FORMATS`, truncated, damaged, of more than
-            `MOST_PIXELS`, or with bands beside its colours that are no alpha.
+            `max_pixels`, or with bands beside its colours that are no alpha.
         OSError: the machine could not read it (too many open files, a lost mount, ...).
     """
-    with faults_of(path), open_at_once(path) as file:
-        return _decode(file, path, paired).convert(MODES[channels])
+    with faults_of(path), open_at_once(path, max_pixels) as file:
+        return _decode(file, path, max_pixels, paired).convert(MODES[channels])
 
 
 def decode_image(
-    data: bytes | bytearray | memoryview, name: PathLike, channels: int
+    data: bytes | bytearray | memoryview,
+    name: PathLike,
+    channels: int,
+    max_pixels: int | None = None,
 ) -> Image.Image:
     """`read_image` of a file's contents; name is the file's, for the message."""
     with faults_of(name):
-        return _decode(io.BytesIO(data), name).convert(MODES[channels])
+        return _decode(io.BytesIO(data), name, max_pixels).convert(MODES[channels])
 
 
-def read_stored(path: PathLike) -> Image.Image:
+def read_stored(path: PathLike, max_pixels: int | None = None) -> Image.Image:
     """Decode one file as it is stored, in its own mode: values count here, not what they look like.
 
     Pillow stretches gray of 2 and 4 bits to 0..255; here they keep the values of the file.
 
     Raises as `read_image` does.
     """
-    with faults_of(path), open_at_once(path) as file:
-        image = _open(file)
+    with faults_of(path), open_at_once(path, max_pixels) as file:
+        image = _open(file, max_pixels)
         tiles = getattr(image, "tile", [])  # of an image that is not loaded yet
         stretched = {"L;2": 85, "L;4": 17}.get(tiles[0][3] if tiles else "", 1)
         if getattr(image, "is_animated", False):
@@ -329,33 +341,19 @@ def faults_of(path: PathLike) -> Iterator[None]:
         if isinstance(error, MemoryError) or getattr(error, "errno", None) not in FILE_FAULTS:
             raise
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        if isinstance(error, Image.DecompressionBombError):
+            reason = f"{reason.split(', could')[0]}; {RAISE}"
         raise BadImage(os.fspath(path), reason) from error
 
 
-def open_at_once(path: PathLike) -> BinaryIO:
-    """Open to read; without the flag, opening a named pipe waits for its writer, for ever.
-
-    Raises:
-        ValueError: it holds more than `MOST_BYTES`.
-        OSError: it cannot be opened.
-    """
-    return open(path, "rb", opener=_without_waiting)
-
-
-def _without_waiting(path: str, flags: int) -> int:
-    handle = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
-    if (size := os.fstat(handle).st_size) > MOST_BYTES:
-        os.close(handle)
-        raise ValueError(f"a file of {size:,} bytes exceeds limit of {MOST_BYTES:,}")
-    return handle
-
-
-def _decode(file: BinaryIO, name: PathLike, paired: bool = False) -> Image.Image:
+def _decode(
+    file: BinaryIO, name: PathLike, max_pixels: int | None, paired: bool = False
+) -> Image.Image:
     """The picture in a file, upright and opaque, in a mode that converts to L and RGB.
 
     What was done to it is noted under its name. Raises whatever Pillow does.
     """
-    image = _open(file)
+    image = _open(file, max_pixels)
     refuse_bands(image)
     pixels_at = file.tell()
     # Before it is loaded: some readers look for the second frame then, and forget the first.
@@ -375,13 +373,13 @@ def _decode(file: BinaryIO, name: PathLike, paired: bool = False) -> Image.Image
     return image if turn is None else image.transpose(turn)
 
 
-def _open(file: BinaryIO) -> Image.Image:
+def _open(file: BinaryIO, max_pixels: int | None) -> Image.Image:
     """The picture in a file, its pixels not read yet. Raises whatever Pillow does."""
+    let_pillow_open(max_pixels)
     image = _identified(file)
     tags = getattr(image, "tag_v2", {})
     tile = int(tags.get(TILE_WIDTH, 0)) * int(tags.get(TILE_LENGTH, 0))
-    if (pixels := max(image.width * image.height, tile)) > MOST_PIXELS:
-        raise ValueError(f"an image of {pixels:,} pixels exceeds limit of {MOST_PIXELS:,}")
+    refuse_more(max(image.width * image.height, tile), max_pixels)
     if image.format == "PNG":
         image.verify()  # Pillow's decoder leaves the checksums of the pixels unread
         file.seek(0)

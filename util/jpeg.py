@@ -15,13 +15,11 @@ from torch import Tensor
 
 from util.errors import BadInput
 from util.images import (
-    MOST_PIXELS,
-    PathLike,
     decode_image,
     faults_of,
-    open_at_once,
     read_image,
 )
+from util.pixel_limits import PathLike, open_at_once, pixel_limit
 
 Data = bytes | bytearray | memoryview
 
@@ -53,39 +51,44 @@ class Header:
     scan: int
 
 
-def read_pixels(path: PathLike, channels: int) -> Tensor:
+def read_pixels(path: PathLike, channels: int, *, max_pixels: int | None = None) -> Tensor:
     """`read_image` as uint8 [C, H, W], channels innermost in memory; it raises the same.
 
     Pixels are Pillow's. The gray of a colour JPEG it computes from RGB, and so it is asked for it:
     the file's own luma differs where a colour was clipped.
     """
-    with faults_of(path), open_at_once(path) as file:
+    with faults_of(path), open_at_once(path, max_pixels) as file:
         data = bytearray(file.read(len(START)))
         if data == START:  # else not worth reading here, or endless
             data += file.read()
-    return decode_pixels(data, path, channels) if data[:3] == START else pixels_of(path, channels)
+    if data[:3] == START:
+        return decode_pixels(data, path, channels, max_pixels)
+    return pixels_of(path, channels, max_pixels)
 
 
-def pixels_of(path: PathLike, channels: int) -> Tensor:
+def pixels_of(path: PathLike, channels: int, max_pixels: int | None = None) -> Tensor:
     """`read_image` as a tensor."""
-    return as_pixels(read_image(path, channels))
+    return as_pixels(read_image(path, channels, max_pixels=max_pixels))
 
 
-def decode_pixels(data: Data, name: PathLike, channels: int) -> Tensor:
+def decode_pixels(
+    data: Data, name: PathLike, channels: int, max_pixels: int | None = None
+) -> Tensor:
     """`read_pixels` of a file's contents, which may be in writable memory or not.
 
     Args:
         name: the file's, for the message.
+        max_pixels: see `read_image`.
     """
     header = plain_header(data)
-    if header and header.pixels <= MOST_PIXELS and channels >= header.components:
+    if header and header.pixels <= pixel_limit(max_pixels) and channels >= header.components:
         try:
             image = decode_jpeg(data, channels)
         except RuntimeError:
             pass  # Pillow finds a way, or the words for what is wrong
         else:
             return upright(image, header.orientation)
-    return as_pixels(decode_image(data, name, channels))
+    return as_pixels(decode_image(data, name, channels, max_pixels))
 
 
 def decode_jpeg(data: Data, channels: int) -> Tensor:

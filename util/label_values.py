@@ -75,8 +75,13 @@ def apply_values(values: np.ndarray, meanings: Values, path: str) -> np.ndarray:
     return table[places.reshape(values.shape)]
 
 
-def count_classes(masks: Path, files: Names) -> tuple[int, list[str]]:
+def count_classes(
+    masks: Path, files: Names, max_pixels: int | None = None
+) -> tuple[int, list[str]]:
     """Classes of label maps that nothing names: their largest value and one. Reads all of them.
+
+    Args:
+        max_pixels: of a mask, see `util.pixel_limits`.
 
     Returns:
         the count, and what the reader should know of it.
@@ -87,7 +92,7 @@ def count_classes(masks: Path, files: Names) -> tuple[int, list[str]]:
     """
     first: dict[int, str] = {}  # of each value, a file that has it
     for name in files:
-        for value in np.unique(read_label_map(masks / name)).tolist():
+        for value in np.unique(read_label_map(masks / name, max_pixels)).tolist():
             if value != IGNORE and not 0 <= value < MOST_CLASSES:
                 raise BadInput(
                     f"the mask {masks / name} holds the value {value}; classes are 0 to "
@@ -116,13 +121,19 @@ def listed(values: Sequence[object]) -> str:
 
 
 def check_two_classes(
-    masks: Path, files: Iterable[str], num_classes: int, meanings: Values | None, split: str
+    masks: Path,
+    files: Iterable[str],
+    num_classes: int,
+    meanings: Values | None,
+    split: str,
+    max_pixels: int | None = None,
 ) -> list[str]:
     """See that a split has more than one class; mostly its first mask says so.
 
     Args:
         num_classes: K, which somebody or the masks have said.
         meanings: of `values_of`; None: values are classes, and `IGNORE` is ignored.
+        max_pixels: of a mask, see `util.pixel_limits`.
 
     Returns:
         what the reader should know: a validation set of one class.
@@ -132,12 +143,13 @@ def check_two_classes(
             of one class.
     """
     seen: set[int] = set()
-    ignored = None
+    ignored, read = None, False
     for name in files:
         try:
-            found = set(np.unique(read_label_map(masks / name)).tolist())
+            found = set(np.unique(read_label_map(masks / name, max_pixels)).tolist())
         except (BadImage, BadPair):
             continue  # told when the pair is used
+        read = True
         if meanings is not None:
             found = {meanings.get(value, IGNORE) for value in found}
         elif found - {IGNORE} - set(range(num_classes)):
@@ -147,6 +159,8 @@ def check_two_classes(
         seen |= found - {IGNORE}
         if len(seen) > 1:
             return []
+    if not read:
+        return []
     only = f"the class {listed(sorted(seen))} alone" if seen else "no class"
     if ignored is not None and meanings is None:
         raise BadInput(

@@ -139,10 +139,10 @@ class PackedSource(ImageSource):
     def __getitem__(self, index: int) -> tuple[Image.Image | Tensor, int]:
         data, label, height, width = self.record(index)
         if self.format != "raw":
-            name = self.file_name(index)
+            name, most = self.file_name(index), self.max_pixels
             if self.decoder == "pil":
-                return decode_image(data, name, self.channels), label
-            return decode_pixels(data, name, self.channels), label
+                return decode_image(data, name, self.channels, most), label
+            return decode_pixels(data, name, self.channels, most), label
         pixels = np.frombuffer(data, np.uint8).reshape(height, width, self.kept_channels)
         if self.kept_channels in (1, 3) and (
             self.decoder == "pil" or self.channels != self.kept_channels

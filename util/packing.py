@@ -67,7 +67,7 @@ class Recipe:
         """
         if self.format == "keep":
             data, label = source.encoded(index)
-            image = decode_image(data, source.file_name(index), source.channels)
+            image = decode_image(data, source.file_name(index), source.channels, source.max_pixels)
             return data, label, image.height, image.width
         picture, label = source[index]
         if isinstance(picture, Tensor):

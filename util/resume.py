@@ -88,6 +88,7 @@ CHANGES: tuple[Change, ...] = (
     Change(("pretrain",), added=full_branches),
     Change(("pretrain", "finetune", "segment"), added=nothing_held_out),
     Change(("finetune", "segment"), added=lambda settings: {"weights_key": None}),
+    Change(("pretrain", "finetune", "segment"), added=lambda settings: {"max_pixels": None}),
 )
 VERSION = len(CHANGES)
 

@@ -58,12 +58,14 @@ class SegmentationSource:
         classes: names of the labels.
         channels: of every image.
         stored: how the pixels are kept, as `ImageSource`'s; a run does not go on with another.
+        max_pixels: of an image and of a mask, as `ImageSource`'s.
         colours: of the classes in pictures, uint8 [K, 3].
         notes: what the reader should know of the labels.
     """
 
     channels = 3
     stored = "as published"
+    max_pixels: int | None = None
 
     def __init__(
         self, name: str, split: str, mean: Stats, std: Stats, classes: Sequence[str]
@@ -112,9 +114,9 @@ class PairSource(SegmentationSource):
         return len(self.image_files)
 
     def __getitem__(self, index: int) -> Pair:
-        image = read_image(self.file_name(index), 3, paired=True)
+        image = read_image(self.file_name(index), 3, paired=True, max_pixels=self.max_pixels)
         path = os.path.join(self.masks, self.mask_files[index])
-        values = read_label_map(path)
+        values = read_label_map(path, self.max_pixels)
         if self.meanings is not None:
             values = apply_values(values, self.meanings, path)
         label = check_label(values, len(self.classes), path, first=self.first)
@@ -196,7 +198,7 @@ class UnlabelledSource(SegmentationSource):
 
     def __getitem__(self, index: int) -> Pair:
         try:
-            image = read_image(self.files[index], 3)
+            image = read_image(self.files[index], 3, max_pixels=self.max_pixels)
         except BadImage as error:  # no other image may take the place of one that was asked for
             raise BadPair(str(error)) from error
         return image, np.full((image.height, image.width), IGNORE, dtype=np.uint8)
@@ -323,6 +325,7 @@ def folder(
     num_classes: int | None,
     size: int | None,
     label_map: Sequence[str] | None = None,
+    max_pixels: int | None = None,
 ) -> SegmentationSource:
     """A user's own pairs: DATA/{train,val}/images and masks, value = class, 255 ignored.
 
@@ -346,7 +349,7 @@ def folder(
         elif num_classes is None:
             train = root / "train"
             train_files = list_pairs(train / "images", train / "masks", FOLDER_LAYOUT)[1]
-            num_classes, notes = count_classes(train / "masks", train_files)
+            num_classes, notes = count_classes(train / "masks", train_files, max_pixels)
         names = [f"class {i}" for i in range(num_classes)]
     if not 0 < len(names) <= MOST_CLASSES:
         raise BadInput(
@@ -355,7 +358,7 @@ def folder(
     beyond = [v for v in (meanings or {}).values() if v != IGNORE and v >= len(names)]
     if beyond:
         raise BadInput(f"--label_map names the class {beyond[0]}, but there are {len(names)}")
-    notes += check_two_classes(folders[1], files[1], len(names), meanings, split)
+    notes += check_two_classes(folders[1], files[1], len(names), meanings, split, max_pixels)
     source = PairSource("folder", split, names, folders, files, first=0, meanings=meanings)
     source.notes = notes
     return source
@@ -388,6 +391,7 @@ def build_segmentation_set(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     label_map: Sequence[str] | None = None,
+    max_pixels: int | None = None,
 ) -> SegmentationSource:
     """One split of a segmentation set.
 
@@ -399,6 +403,7 @@ def build_segmentation_set(
         size: side of a scene that is made (garments), pixels; files have their own.
         mean, std: one number for all channels or one for each, in units of 0..1; None: the set's.
         label_map: of a folder, what the values in its masks stand for, see `label_pair`.
+        max_pixels: an image or mask of more is not decoded; None: see `util.pixel_limits`.
 
     Raises:
         BadInput: unknown name or split, missing files, pairs that do not fit, values that make no
@@ -410,8 +415,9 @@ def build_segmentation_set(
         raise BadInput(f"unknown split {split!r} of {name}; expected train or val")
     if label_map is not None and name != "folder":
         raise BadInput(f"--label_map is for --dataset folder; {name} says what its values are")
-    more = {} if label_map is None else {"label_map": label_map}
+    more = {"label_map": label_map, "max_pixels": max_pixels} if name == "folder" else {}
     source = SEGMENTATION_SETS[name](split, data_path, num_classes, size, **more)
+    source.max_pixels = max_pixels
     source.mean = _three("mean", mean, source.mean)
     source.std = _three("std", std, source.std)
     return source

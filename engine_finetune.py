@@ -1,6 +1,6 @@
-"""Fine-tuning: one epoch of training a classifier, and its exact evaluation."""
+"""Fine-tuning: one epoch of training a classifier, its exact evaluation, and its use."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from util.errors import RunFailed
 from util.images import ImageSource
 from util.loading import say_conversions
 from util.logger import StepReport, say
+from util.predictions import Prediction
 from util.randomness import EvalSampler, seed_of, seeded
 from util.replace import refuse_bad
 from util.samples import LabelledSamples, build_loader
@@ -148,6 +149,39 @@ def evaluate(
     refuse_bad(bad, gather)
     say_conversions(loader, gather)
     return meter.total(sum_over_ranks)
+
+
+@torch.inference_mode()
+def classify(
+    model: nn.Module,
+    loader: Iterable[dict[str, Any]],
+    top: int,
+    *,
+    mean: Stats,
+    std: Stats,
+    device: torch.device,
+) -> Iterator[list[Prediction]]:
+    """The most likely classes of each image, in float32, as `evaluate` sees it.
+
+    Args:
+        model: not wrapped.
+        loader: batches of `util.predictions.FileSamples`.
+        top: classes of each image; of equal probabilities the first class comes first.
+
+    Yields:
+        the predictions of a batch; the probabilities are NaN where logits are not finite.
+    """
+    model.eval()
+    for batch in loader:
+        images = batch["image"].to(device, non_blocking=True)
+        logits = model(normalize(images, mean, std)).float()
+        shares, order = logits.softmax(dim=1).sort(dim=1, descending=True, stable=True)
+        rows = zip(batch["index"].tolist(), batch["fault"], strict=True)
+        best = zip(order[:, :top].tolist(), shares[:, :top].tolist(), strict=True)
+        yield [
+            Prediction(index, fault, *([], []) if fault else (classes, values))
+            for (index, fault), (classes, values) in zip(rows, best, strict=True)
+        ]
 
 
 def eval_loader(

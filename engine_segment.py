@@ -1,29 +1,45 @@
 """Segmentation: training by iterations, exact evaluation, and label maps of images."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from util.confusion import ConfusionMeter, Segmentation
+from util.dist import Processes
 from util.errors import BadInput, RunFailed
-from util.label_maps import IGNORE
+from util.files import write_text
+from util.folders import image_files
+from util.label_maps import IGNORE, overlay, save_label_map
 from util.loading import say_conversions
-from util.logger import StepReport
-from util.randomness import seed_of, seeded
+from util.logger import StepReport, prepare_folder, say
+from util.randomness import EvalSampler, seed_of, seeded
 from util.replace import refuse_bad
+from util.samples import build_loader, default_workers
+from util.segmentation_sets import SegmentationSource, UnlabelledSource
+from util.segmentation_transforms import SegmentationSamples, SegmentEvalTransform
 from util.step import OptimizerStep, Stopwatch, steps_of
 from util.transforms import normalize
+from util.visualize import save_png, to_picture
 from util.windows import multi_scale, resize, slide, whole
 
 Stats = Sequence[float]
 Size = tuple[int, int]
 LOSS_MEANS = ("all", "valid")
 CLASSES_AT_ONCE = 16
+EVAL_SEED = 0
+# How a segmenter sees an image, where neither flags nor its checkpoint say: as in MAE's ADE20K run.
+LOOKS_BY_DEFAULT: dict[str, Any] = {
+    "resize": [2048, 512], "inference": "slide", "window": (512, 512), "stride": (341, 341),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -237,6 +253,87 @@ def predict(
     for batch in loader:
         shape = (batch["label"].shape[1], batch["label"].shape[2])
         yield batch, inference(model, prepare(batch, mean, std, device), shape)
+
+
+def eval_loader(
+    source: SegmentationSource, scale: Sequence[int], workers: int, procs: Processes
+) -> DataLoader:
+    """Every image once, alone in its batch, dealt out to the processes."""
+    transform = SegmentEvalTransform((scale[0], scale[1]))
+    sampler = EvalSampler(range(len(source)), 1, world_size=procs.world_size, rank=procs.rank)
+    return build_loader(
+        SegmentationSamples(source, transform, EVAL_SEED),
+        sampler,
+        num_workers=workers,
+        pin_memory=procs.device.type == "cuda",
+    )
+
+
+def name_maps(places: Sequence[Path], flag: str) -> tuple[list[Path], list[Path]]:
+    """The images of files and folders, and the names of their label maps.
+
+    Raises:
+        BadInput: no images, or two of one name.
+    """
+    named = [(place, file) for place in places for file in image_files(place, flag)]
+    # Sub-folders stay apart; endings are dropped, so two files may still meet in one name.
+    names = [
+        (file.relative_to(root) if root.is_dir() else Path(file.name)).with_suffix(".png")
+        for root, file in named
+    ]
+    if len(set(names)) < len(names):
+        twice = next(name for name, count in Counter(names).items() if count > 1)
+        raise BadInput(f"{flag}: two images would both be written to {twice}; rename one")
+    return [file for _, file in named], names
+
+
+def write_label_maps(
+    model: Any,
+    places: Sequence[Path],
+    folder: Path,
+    classes: Sequence[str] | None,
+    inference: "Inference",
+    procs: Processes,
+    *,
+    flag: str,
+    scale: Sequence[int],
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    num_workers: int | None,
+    max_pixels: int | None,
+) -> None:
+    """Write the label map of each image, and its colours over the image. A collective.
+
+    Args:
+        places: images and folders of them. flag: that named them, for messages.
+        folder: takes maps, overlays and classes.txt.
+        classes: names, None: numbers.
+        scale: bounds of an image's sides, (long, short).
+        mean, std: of the set that the model learnt from; None: ImageNet's.
+
+    Raises:
+        BadInput: no images, two of one name, or one that cannot be decoded.
+    """
+    files, names = name_maps(places, flag)
+    classes = classes or [f"class {i}" for i in range(model.num_classes)]
+    stats = [tuple(v) if v else None for v in (mean, std)]
+    source = UnlabelledSource(files, classes, mean=stats[0], std=stats[1])
+    source.max_pixels = max_pixels
+    workers = default_workers(procs.local_size) if num_workers is None else num_workers
+    loader = eval_loader(source, scale, workers, procs)
+    prepare_folder(folder)
+    found = predict(model, loader, inference, mean=source.mean, std=source.std, device=procs.device)
+    for batch, label in found:
+        index = int(batch["index"])
+        label_map = label.cpu().numpy()
+        save_label_map(folder / "maps" / names[index], label_map, source.colours)
+        image = np.asarray(source[index][0])
+        mixed = torch.from_numpy(overlay(image, label_map, source.colours)).permute(2, 0, 1)
+        save_png(folder / "overlays" / names[index], to_picture(mixed))
+    say_conversions(loader, procs.gather)
+    if procs.main:
+        write_text(folder / "classes.txt", "".join(f"{name}\n" for name in source.classes))
+        say(f"{len(source)} images: {folder}/maps (class indices), overlays; classes.txt")
 
 
 @torch.inference_mode()

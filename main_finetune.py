@@ -660,7 +660,12 @@ def finetune(
             "best": best,
             "optimizer": placed.full(optimizer.state_dict()),
             "scaler": optimizer_step.scaler.state_dict(),
-            "data": {"dataset": args.dataset, "mean": source.mean, "std": source.std},
+            "data": {
+                "dataset": args.dataset,
+                "mean": source.mean,
+                "std": source.std,
+                "eval_margin": source.eval_margin,
+            },
         }
 
     run = Run(

@@ -21,11 +21,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 
 import models_segmenters
 import models_zoo
-from engine_segment import LOSS_MEANS, Inference, PixelLoss, evaluate, predict, train_iterations
+from engine_segment import (
+    LOOKS_BY_DEFAULT,
+    LOSS_MEANS,
+    Inference,
+    PixelLoss,
+    eval_loader,
+    evaluate,
+    predict,
+    train_iterations,
+    write_label_maps,
+)
 from util import checkpoint as ckpt
 from util.advice import (
     Published,
@@ -73,18 +82,14 @@ from util.dry_run import (
 )
 from util.dry_run_report import describe
 from util.errors import BadInput, command
-from util.files import write_text
 from util.flag_types import MOST_CLASSES, MOST_LSCALE, MOST_SIDE, MOST_WIDTH, expanded_path
-from util.folders import image_files
-from util.label_maps import overlay, save_label_map
 from util.label_values import label_pair, listed
 from util.lease import Lease, hold_folder
 from util.load_table import LOADED
-from util.loading import say_conversions
 from util.logger import prepare_folder, say
 from util.memory import create_in_memory
 from util.optim import create_adamw, layer_decay_groups
-from util.randomness import EvalSampler, IterationSampler, evenly
+from util.randomness import IterationSampler, evenly
 from util.results import MEASURED, chosen_on, identity_of, set_others_aside
 from util.resume import go_on
 from util.run import Run
@@ -95,19 +100,17 @@ from util.segmentation_sets import (
     SEGMENTATION_SETS,
     SegmentationSource,
     SegmentationSubset,
-    UnlabelledSource,
     build_segmentation_set,
     check_pairs,
 )
 from util.segmentation_transforms import (
     SegmentationSamples,
-    SegmentEvalTransform,
     SegmentTransform,
 )
 from util.splits import hold_out_of
 from util.step import OptimizerStep
 from util.timeline import Timeline
-from util.visualize import save_png, to_picture
+from util.visualize import save_png
 from util.weights import load_state
 from util.weights_flags import add_weights_key_flag
 
@@ -193,7 +196,7 @@ def build_parser() -> FlagParser:
         "--resize",
         type=number(int, 1, MOST_SIDE),
         nargs=2,
-        default=[2048, 512],
+        default=LOOKS_BY_DEFAULT["resize"],
         metavar=("LONG", "SHORT"),
         help="bounds of an image's sides, its aspect kept; also for evaluation",
     )
@@ -244,8 +247,8 @@ def build_parser() -> FlagParser:
         help="images and folders to segment by --resume",
     )
     group.add_argument("--inference", choices=("slide", "whole"), default="slide")
-    group.add_argument("--window", type=size_pair, default=(512, 512))
-    group.add_argument("--stride", type=size_pair, default=(341, 341))
+    group.add_argument("--window", type=size_pair, default=LOOKS_BY_DEFAULT["window"])
+    group.add_argument("--stride", type=size_pair, default=LOOKS_BY_DEFAULT["stride"])
     group.add_argument(
         "--multi_scale",
         action="store_true",
@@ -339,20 +342,6 @@ def new_model(args: argparse.Namespace, num_classes: int) -> tuple[Any, list[str
     models_segmenters.segmenter_encoder_of(state, model, args.finetune, args.pos_resize)
     statistics = set_statistics(args.mean)
     return model, [*state[LOADED], *assumptions(state, args.finetune, statistics)]
-
-
-def eval_loader(
-    source: SegmentationSource, scale: Sequence[int], workers: int, procs: Processes
-) -> DataLoader:
-    """Every image once, alone in its batch, dealt out to the processes."""
-    transform = SegmentEvalTransform((scale[0], scale[1]))
-    sampler = EvalSampler(range(len(source)), 1, world_size=procs.world_size, rank=procs.rank)
-    return build_loader(
-        SegmentationSamples(source, transform, EVAL_SEED),
-        sampler,
-        num_workers=workers,
-        pin_memory=procs.device.type == "cuda",
-    )
 
 
 def next_stop(step: int, total: int, *every: int) -> int:
@@ -529,7 +518,22 @@ def use_checkpoint(args: argparse.Namespace, procs: Processes, given: Container[
     look_as_trained(args, trained_on, given)
     classes = state.get("classes")
     if args.predict:
-        predict_files(args, procs, model, classes)
+        if procs.main:
+            say(f"main_predict.py --checkpoint {path} --data_path FOLDER does this too")
+        write_label_maps(
+            model,
+            [Path(place) for place in args.predict],
+            folder,
+            classes,
+            inference_of(args),
+            procs,
+            flag="--predict",
+            scale=args.resize,
+            mean=args.mean,
+            std=args.std,
+            num_workers=args.num_workers,
+            max_pixels=args.max_pixels,
+        )
         return
     with procs.main_first():
         source = open_set(args, "val", classes)
@@ -573,42 +577,6 @@ def look_as_trained(
             for name in changed
         ]
         say(f"as in its training: {', '.join(words)}")
-
-
-def predict_files(
-    args: argparse.Namespace, procs: Processes, model: Any, classes: Sequence[str] | None
-) -> None:
-    """Write the label map of each image, and its colours over the image."""
-    folder = Path(args.output_dir)
-    named = [(Path(p), file) for p in args.predict for file in image_files(Path(p), "--predict")]
-    # Sub-folders stay apart; endings are dropped, so two files may still meet in one name.
-    names = [
-        (file.relative_to(root) if root.is_dir() else Path(file.name)).with_suffix(".png")
-        for root, file in named
-    ]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise BadInput(f"--predict: two images would both be written to {twice}; rename one")
-    classes = classes or [f"class {i}" for i in range(model.num_classes)]
-    stats = [tuple(v) if v else None for v in (args.mean, args.std)]
-    source = UnlabelledSource([file for _, file in named], classes, mean=stats[0], std=stats[1])
-    workers = default_workers(procs.local_size) if args.num_workers is None else args.num_workers
-    loader = eval_loader(source, args.resize, workers, procs)
-    prepare_folder(folder)
-    found = predict(
-        model, loader, inference_of(args), mean=source.mean, std=source.std, device=procs.device
-    )
-    for batch, label in found:
-        index = int(batch["index"])
-        label_map = label.cpu().numpy()
-        save_label_map(folder / "maps" / names[index], label_map, source.colours)
-        image = np.asarray(source[index][0])
-        mixed = torch.from_numpy(overlay(image, label_map, source.colours)).permute(2, 0, 1)
-        save_png(folder / "overlays" / names[index], to_picture(mixed))
-    say_conversions(loader, procs.gather)
-    if procs.main:
-        write_text(folder / "classes.txt", "".join(f"{name}\n" for name in source.classes))
-        say(f"{len(source)} images: {folder}/maps (class indices), overlays; classes.txt")
 
 
 def measurement(

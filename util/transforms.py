@@ -5,7 +5,7 @@ quarter of the bytes of floats to carry to the device.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ BICUBIC = InterpolationMode.BICUBIC
 # Evaluation keeps the centre 224 of 256; above 224 the recipe has no margin (FIELD.md, section 1).
 CROP_SHARE = 0.875
 LARGEST_WITH_MARGIN = 224
+WITH_MARGIN = ("imagefolder", "places365")  # sets of files, see `ImageSource.eval_margin`
 
 
 def check_crop_scale(crop_scale: tuple[float, float]) -> None:
@@ -289,6 +290,16 @@ def scale_to_cover(image: Any, cover: Pair) -> Any:
     # Whole numbers, because a float could round the free side to one pixel below the target.
     scaled = [h, h * W // H] if h * W >= w * H else [w * H // W, w]
     return v2.functional.resize(image, scaled, interpolation=BICUBIC, antialias=True)
+
+
+def has_margin(data: Mapping[str, Any]) -> bool:
+    """Whether evaluation cuts a margin off the images of a checkpoint's data set.
+
+    Args:
+        data: what the checkpoint says of the set. Older ones say its name alone, and files of other
+            programs nothing: photographs of any size, which have a margin.
+    """
+    return bool(data.get("eval_margin", data.get("dataset", "imagefolder") in WITH_MARGIN))
 
 
 class EvalTransform:

@@ -1,0 +1,254 @@
+"""Say what is on images: classes by a fine-tuned classifier, label maps by a segmenter.
+
+    python main_predict.py --checkpoint RUN/checkpoint-best.pth --data_path FOLDER --output_dir OUT
+
+FOLDER may be a folder with sub-folders, one image, or a text file that names images; no labels are
+needed. A classifier writes OUT/predictions.csv, a segmenter OUT/maps and OUT/overlays.
+Several processes: torchrun --nproc_per_node 8 main_predict.py ...
+"""
+
+if __name__ == "__main__":  # before the imports that take seconds
+    from util.signals import take_interrupt
+
+    take_interrupt()
+
+import argparse
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import models_segmenters
+import models_zoo
+from engine_finetune import classify
+from engine_segment import LOOKS_BY_DEFAULT, Inference, write_label_maps
+from util import checkpoint as ckpt
+from util.advice import check_settings, say_warnings, warn_of_flags
+from util.assumed import assumptions, set_statistics
+from util.config import FlagParser, add_heads_flag, add_pixels_flag, number, size_pair
+from util.dist import Processes, processes
+from util.errors import BadInput, RunFailed, command
+from util.flag_types import MOST_CLASSES, MOST_IN_BATCH, expanded_path, processes_flag
+from util.loading import say_conversions
+from util.logger import prepare_folder, progress_bar, say
+from util.predictions import (
+    FileSamples,
+    Prediction,
+    file_source,
+    find_images,
+    names_of_classes,
+    write_predictions,
+)
+from util.randomness import EvalSampler
+from util.samples import build_loader, default_workers
+from util.transforms import EvalTransform, has_margin
+from util.weights import load_state
+
+RESULT = "predictions.csv"
+FOR_CLASSES = ("top_k", "ema", "input_size", "pos_resize")  # flags that a segmenter has no use for
+NAMED = 5  # images that cannot be decoded and are named on the screen; the table names all
+
+
+def build_parser() -> FlagParser:
+    """The flags."""
+    parser = FlagParser(description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--checkpoint",
+        type=expanded_path,
+        help="a fine-tuned classifier or a segmenter, ours or another program's: path or https URL",
+    )
+    parser.add_argument(
+        "--data_path",
+        type=expanded_path,
+        help="folder of images, with its sub-folders; or an image; or a .txt file of their names",
+    )
+    parser.add_argument(
+        "--output_dir", type=expanded_path, default="./predictions", help=f"takes {RESULT} or maps/"
+    )
+    parser.add_argument(
+        "--top_k",
+        type=number(int, 1, MOST_CLASSES),
+        default=5,
+        help="classes of each image, the most likely first",
+    )
+    group = parser.add_argument_group("model (unset: as the checkpoint says)")
+    group.add_argument("--ema", action="store_true", help="the averaged weights of a fine-tuning")
+    group.add_argument("--input_size", type=size_pair, help="of a classifier: 224, or 160x224")
+    group.add_argument(
+        "--pos_resize",
+        choices=("rescale", "extend"),
+        default="rescale",
+        help="positions at another --input_size: the image keeps its extent, or its scale",
+    )
+    for name, what in (("--mean", "mean"), ("--std", "deviation")):
+        group.add_argument(
+            name,
+            type=number(float, 0),
+            nargs="+",
+            help=f"{what} of each channel, in 0..1 units; default: the checkpoint's or ImageNet's",
+        )
+    group.add_argument("--model", metavar="NAME", help="for weights that do not say what they are")
+    add_heads_flag(group)
+    group = parser.add_argument_group("run")
+    group.add_argument(
+        "--batch_size",
+        type=number(int, 1, MOST_IN_BATCH),
+        default=64,
+        help="per process; a segmenter takes one image at a time",
+    )
+    group.add_argument(
+        "--num_workers",
+        type=processes_flag(0),
+        help="loading processes per process; default: its share of the cores, at most 10",
+    )
+    add_pixels_flag(group)
+    group.add_argument("--device", default="auto", help="auto | cpu | cuda")
+    return parser
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    """Predict once; see the module."""
+    parser = build_parser()
+    args = parser.parse(argv)
+    for name, what in (("checkpoint", "whose predictions"), ("data_path", "which images")):
+        if not getattr(args, name):
+            raise BadInput(f"--{name} is missing: {what}?")
+    check_settings(vars(args))
+    warnings = warn_of_flags(vars(args), parser.given)
+    with processes(args.device, Path(args.output_dir)) as procs:
+        if procs.main:
+            say_warnings(warnings)
+        with procs.main_first():  # an address is fetched once
+            place = ckpt.local_file(args.checkpoint)
+        whole = place.suffix != ".onnx" and not place.is_dir()
+        state = ckpt.load_file(place) if whole else {}
+        if state and models_segmenters.holds_segmenter(state, args.checkpoint):
+            if refused := [f"--{name}" for name in FOR_CLASSES if name in parser.given]:
+                raise BadInput(
+                    f"{args.checkpoint} is a segmenter, which takes no {' and no '.join(refused)}"
+                )
+            segment_files(args, procs, state)
+        else:
+            classify_files(args, procs)
+
+
+def segment_files(args: argparse.Namespace, procs: Processes, state: dict[str, Any]) -> None:
+    """Write label maps, as main_segment.py --predict does with the checkpoint's own settings."""
+    model, state = models_segmenters.segmenter_of(
+        state, args.checkpoint, args.model, args.num_heads
+    )
+    say_assumed(args, state, procs)
+    model.to(procs.device)
+    trained_on = state.get("data", {})
+    looks = {name: trained_on.get(name, value) for name, value in LOOKS_BY_DEFAULT.items()}
+    write_label_maps(
+        model,
+        [Path(args.data_path)],
+        Path(args.output_dir),
+        state.get("classes"),
+        Inference(looks["inference"] == "slide", looks["window"], looks["stride"]),
+        procs,
+        flag="--data_path",
+        scale=looks["resize"],
+        mean=args.mean or trained_on.get("mean"),
+        std=args.std or trained_on.get("std"),
+        num_workers=args.num_workers,
+        max_pixels=args.max_pixels,
+    )
+
+
+def read_classifier(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """The classifier of --checkpoint, and what else the file holds.
+
+    Raises:
+        BadInput: it is none.
+    """
+    state = load_state(args.checkpoint)
+    if state.get("task") == "pretrain":
+        raise BadInput(
+            f"{args.checkpoint} is a pretraining checkpoint, which knows no classes; fine-tune it "
+            f"first: main_finetune.py --finetune {args.checkpoint} --data_path DATA"
+        )
+    if args.ema:
+        if "ema" not in state:
+            raise BadInput(f"{args.checkpoint} holds no averaged weights; leave --ema out")
+        state["model"] = state["ema"]
+    model, _, state = models_zoo.classifier_of(
+        state,
+        args.checkpoint,
+        args.model,
+        head="own",
+        img_size=args.input_size,
+        pos_resize=args.pos_resize,
+        num_heads=args.num_heads,
+    )
+    return model, state
+
+
+def say_assumed(args: argparse.Namespace, state: dict[str, Any], procs: Processes) -> None:
+    """What the file does not say."""
+    if procs.main:
+        for line in assumptions(state, args.checkpoint, set_statistics(args.mean)):
+            say(line)
+
+
+def classify_files(args: argparse.Namespace, procs: Processes) -> None:
+    """Write the most likely classes of each image."""
+    model, state = read_classifier(args)
+    with procs.main_first():
+        root, names = find_images(Path(args.data_path), "--data_path")
+    # The images are looked at as main_finetune.py evaluates.
+    data = state.get("data", {})
+    source = file_source(root, names).with_channels(model.in_chans)
+    source = source.with_stats(args.mean or data.get("mean"), args.std or data.get("std"))
+    source = source.with_max_pixels(args.max_pixels)
+    transform = EvalTransform(model.img_size, margin=has_margin(data))
+    classes = names_of_classes(state.get("classes"), model.num_classes)
+    top = min(args.top_k, model.num_classes)
+    folder = Path(args.output_dir)
+    prepare_folder(folder)
+    say_assumed(args, state, procs)
+    if procs.main:
+        if state.get("classes") is None:
+            say(f"{args.checkpoint} does not name its classes: they are numbers, counted from 0")
+        if "ema" in state and not args.ema:
+            say(f"{args.checkpoint} holds averaged weights too (--ema)")
+
+    sampler = EvalSampler(
+        range(len(source)), args.batch_size, world_size=procs.world_size, rank=procs.rank
+    )
+    loader = build_loader(
+        FileSamples(source, transform, (source.channels, *model.img_size)),
+        sampler,
+        num_workers=default_workers(procs.local_size)
+        if args.num_workers is None
+        else args.num_workers,
+        pin_memory=procs.device.type == "cuda",
+    )
+    model.to(procs.device)
+    own: list[Prediction] = []
+    with progress_bar(len(sampler), 0, show=procs.main) as bar:
+        for some in classify(
+            model, loader, top, mean=source.mean, std=source.std, device=procs.device
+        ):
+            own += some
+            bar.update()
+    say_conversions(loader, procs.gather)
+    found = sorted(one for part in procs.gather(own) for one in part)
+    if broken := [one for one in found if not all(map(math.isfinite, one.probabilities))]:
+        raise RunFailed(
+            f"the logits of {len(broken)} images are not finite numbers: the first is "
+            f"{names[broken[0].number]}"
+        )
+    if procs.main:
+        write_predictions(folder / RESULT, names, found, classes, top)
+        bad = [one for one in found if one.fault]
+        for one in bad[:NAMED]:
+            say(f"cannot decode {names[one.number]}: {one.fault}")
+        rest = f", {len(bad):,} of them cannot be decoded (column error)" if bad else ""
+        say(f"{len(found):,} images{rest}: {folder / RESULT}")
+
+
+if __name__ == "__main__":
+    main()

@@ -33,7 +33,7 @@ from util.config import (
     add_split_flags,
     number,
 )
-from util.console import print_text
+from util.console import print_text, visible_line
 from util.cost import classifier_layers, cost_of
 from util.datasets import DATASETS, SPLITS, build_dataset
 from util.dist import Processes, processes
@@ -125,11 +125,51 @@ def build_parser() -> FlagParser:
     group.add_argument(
         "--save_features",
         action="store_true",
-        help="write features-{train,val}.npy, float32 [N, D] in the data set's order and not "
-        "normalised, and labels-{train,val}.npy, -1 (and a row of zeros) for undecodable images",
+        help="write features-{train,val}.npy, float32 [N, D], not normalised, in the order of "
+        "files-{train,val}.txt, and labels-{train,val}.npy, -1 without labels and (beside a row of "
+        "zeros) for undecodable images; without labels or with one split these alone",
     )
     add_dry_run_flags(parser)
     return parser
+
+
+def open_sets(args: argparse.Namespace) -> tuple[dict[str, ImageSource], str | None]:
+    """The splits, and why there can be no vote; None: there can.
+
+    Features alone need no labels and no second split: with --save_features those of what is there
+    are of use.
+
+    Raises:
+        BadInput: no split, or without --save_features a vote that cannot be.
+    """
+    sources: dict[str, ImageSource] = {}
+    absent: list[BadInput] = []
+    limits = dict(zip(SPLITS, (args.train_images, args.val_images), strict=True))
+    for split in SPLITS:
+        try:
+            source = hold_out_of(vars(args)).open(
+                lambda part: build_dataset(
+                    args.dataset, part, args.data_path, max_pixels=args.max_pixels
+                ),
+                split,
+                Subset,
+            )
+        except BadInput as error:
+            absent.append(error)
+            continue
+        limit = limits[split]
+        sources[split] = source if limit is None else Subset(source, evenly(len(source), limit))
+    try:
+        if absent:
+            raise absent[0]
+        check_labels(sources)
+    except BadInput as error:
+        if not sources:
+            raise
+        if not args.save_features:
+            raise BadInput(f"{error}; or take the features alone with --save_features") from error
+        return sources, str(error)
+    return sources, None
 
 
 def check_labels(sources: dict[str, ImageSource]) -> None:
@@ -261,6 +301,7 @@ def extract(
     pin_memory: bool,
     prefetch_factor: int = 2,
     files: FeatureFiles | None = None,
+    labels_needed: bool = True,
 ) -> tuple[Bank, list[int]]:
     """Features of this process's share of a split. A collective.
 
@@ -269,6 +310,7 @@ def extract(
         batch_size, num_workers: per process.
         prefetch_factor: batches that each worker has ready.
         files: take the features as they are.
+        labels_needed: whether images without a label are refused.
 
     Returns:
         unit features of the images that could be decoded; the indices of those of all processes
@@ -307,13 +349,15 @@ def extract(
             bad += batch["index"][~good].tolist()
             features, index, label = (t[good] for t in (features, batch["index"], batch["label"]))
             if files is not None:
-                files.write(index, features, label)
+                # Of a set that is no set of classes, the numbers of its labels are nobody's.
+                known = label if source.labelled else torch.full_like(label, -1)
+                files.write(index, features, known)
             rows = slice(done, done + len(index))
             bank.features[rows], bank.number[rows], bank.label[rows] = unit(features), index, label
             done = rows.stop
             bar.update()
     say_conversions(loader, procs.gather)
-    if not all(procs.gather(labelled)):
+    if not all(procs.gather(labelled or not labels_needed)):
         raise BadInput(f"{source.name} has images without a label in {source.split}")
     if not all(procs.gather(finite)):
         raise BadInput(f"the checkpoint's features of {source.split} are not finite (NaN, inf)")
@@ -411,24 +455,12 @@ def measure(args: argparse.Namespace, procs: Processes, warnings: Sequence[str])
     # ------------------------------------------------------------------------------- data
     # One process lists a folder or fetches a set; the others find what it left on the disk.
     with procs.main_first():
-        sources = {
-            split: hold_out_of(vars(args)).open(
-                lambda part: build_dataset(
-                    args.dataset, part, args.data_path, max_pixels=args.max_pixels
-                ),
-                split,
-                Subset,
-            )
-            for split in SPLITS
-        }
-        for split, limit in zip(SPLITS, (args.train_images, args.val_images), strict=True):
-            if limit is not None:
-                whole = sources[split]
-                sources[split] = Subset(whole, evenly(len(whole), limit))
-        check_labels(sources)
-    train, val = (sources[split] for split in SPLITS)
-    if max(args.k) > len(train):
-        raise BadInput(f"k is {max(args.k)}, but the bank holds {len(train)} images; lower --k")
+        sources, no_vote = open_sets(args)
+    votes = no_vote is None
+    if votes and max(args.k) > len(sources["train"]):
+        raise BadInput(
+            f"k is {max(args.k)}, but the bank holds {len(sources['train'])} images; lower --k"
+        )
 
     # ------------------------------------------------------------------------------ model
     with procs.main_first():
@@ -441,10 +473,10 @@ def measure(args: argparse.Namespace, procs: Processes, warnings: Sequence[str])
             weights_key=args.weights_key,
         )
     model.to(device).eval()
-    train, val = (
-        source.with_channels(model.in_chans).with_stats(args.mean, args.std)
-        for source in (train, val)
-    )
+    sources = {
+        split: source.with_channels(model.in_chans).with_stats(args.mean, args.std)
+        for split, source in sources.items()
+    }
     prepare_folder(folder)
 
     with rank_log(folder, procs.rank):
@@ -454,18 +486,21 @@ def measure(args: argparse.Namespace, procs: Processes, warnings: Sequence[str])
             for line in [*state[LOADED], *assumptions(state, args.checkpoint, statistics)]:
                 say(line)
             stats = [tuple(state.get("data", {}).get(name, ())) for name in ("mean", "std")]
-            if all(stats) and stats != [val.mean, val.std]:
+            one = next(iter(sources.values()))
+            if all(stats) and stats != [one.mean, one.std]:
                 say(
                     f"note: the checkpoint learned with --mean {numbers(stats[0])} --std "
-                    f"{numbers(stats[1])}; these images get {numbers(val.mean)} and "
-                    f"{numbers(val.std)}"
+                    f"{numbers(stats[1])}; these images get {numbers(one.mean)} and "
+                    f"{numbers(one.std)}"
                 )
+            if no_vote is not None:
+                say(f"features alone, no neighbours and no {RESULT}: {no_vote}")
 
         # ---------------------------------------------------------------------- features
         banks, bad = {}, {}
         workers = args.num_workers
         # The smaller part first: an image of it that cannot be decoded ends the run.
-        for source in (val, train):
+        for source in (sources[split] for split in reversed(SPLITS) if split in sources):
             files = None
             if args.save_features:
                 shape = (len(source), width_of(model, args.features))
@@ -480,22 +515,33 @@ def measure(args: argparse.Namespace, procs: Processes, warnings: Sequence[str])
                 pin_memory=args.pin_mem and device.type == "cuda",
                 prefetch_factor=args.prefetch_factor,
                 files=files,
+                labels_needed=votes,
             )
             if files is not None:
                 files.close()
+                if procs.main:
+                    lines = (visible_line(source.file_name(i)) for i in range(len(source)))
+                    write_text(folder / f"files-{source.split}.txt", "\n".join([*lines, ""]))
             broken = bad[source.split]
-            names = [f"{source.file_name(i)}: {fault_of(source, i)}" for i in broken[:NAMED]]
-            if broken and source is val:
+            named = broken[:NAMED] if votes else broken
+            names = [f"{source.file_name(i)}: {fault_of(source, i)}" for i in named]
+            if broken and votes and source.split == "val":
                 raise BadInput(
-                    f"{len(broken)} of {len(val)} images to classify cannot be decoded, and an "
+                    f"{len(broken)} of {len(source)} images to classify cannot be decoded, and an "
                     f"accuracy without them would be another; replace them: {'; '.join(names)}"
                 )
             if broken and procs.main:
-                say(f"{len(broken)} of {len(train)} training images cannot be decoded, left out:")
+                kind = "training" if source.split == "train" else source.split
+                say(f"{len(broken)} of {len(source)} {kind} images cannot be decoded, left out:")
                 say("\n".join(f"  {name}" for name in names))
-                if len(broken) > NAMED:
-                    say(f"  and {len(broken) - NAMED} more, which the result will name")
+                if len(broken) > len(named):
+                    say(f"  and {len(broken) - len(named)} more, which the result will name")
+        if args.save_features and procs.main:
+            say(f"features    {folder}/features-*.npy, labels-*.npy, files-*.txt")
+        if no_vote is not None:
+            return
 
+        train, val = (sources[split] for split in SPLITS)
         # -------------------------------------------------------------------- neighbours
         classes = len(train.classes)
         hits = torch.zeros(len(args.k), 2, dtype=torch.int64)
@@ -558,8 +604,6 @@ def measure(args: argparse.Namespace, procs: Processes, warnings: Sequence[str])
                 ]
                 say(f"  k {result['k']:4d}   {'   '.join(shares)}")
             say(f"result      {folder / RESULT}")
-            if args.save_features:
-                say(f"features    {folder}/features-*.npy, labels-*.npy")
 
 
 def numbers(values: Sequence[float]) -> str:

@@ -420,3 +420,56 @@ def test_bad_input(case: str, checkpoint: Path, tmp_path: Path, run_main) -> Non
     code, _, err = run_main("main_knn", [*FLAGS, *given, out, *flags])
     assert code == 2 and message in err, err
     assert err.startswith("error: ") and len(err.splitlines()) == 1
+
+
+# ---- Features alone ----------------------------------------------------------------------------
+
+
+def test_features_of_a_set_without_labels(checkpoint: Path, tmp_path: Path, run_main) -> None:
+    """No vote and no knn.json, which would be of something else; the features are the model's."""
+    flags = [*FLAGS[1:], "--dataset=photos", f"--checkpoint={checkpoint}", "--train_images=3"]
+    flags += ["--val_images=2", f"--output_dir={tmp_path}"]
+    code, _, err = run_main("main_knn", flags)
+    assert code == 2 and "has no labels in train" in err and "with --save_features" in err
+    code, text, err = run_main("main_knn", [*flags, "--save_features"])
+    assert code == 0, err
+    assert "features alone, no neighbours and no knn.json: photos has no labels in train" in text
+    names = [f"{kind}-{split}" for kind in ("features", "files", "labels") for split in SPLITS]
+    assert {path.stem for path in tmp_path.iterdir()} == {*names, "log-rank0"}
+    model, _ = load_encoder(str(checkpoint))
+    for split, count in (("train", 3), ("val", 2)):
+        source = build_dataset("photos", split, channels=1)
+        indices = evenly(len(source), count)
+        images = torch.stack([EvalTransform(model.img_size, False)(source[i][0]) for i in indices])
+        with torch.no_grad():
+            expected = model.eval().features(normalize(images, source.mean, source.std), "avg")
+        found = np.load(tmp_path / f"features-{split}.npy")
+        np.testing.assert_allclose(found, expected.numpy(), rtol=1e-4, atol=1e-5)
+        assert (np.load(tmp_path / f"labels-{split}.npy") == -1).all()
+        listed = (tmp_path / f"files-{split}.txt").read_text().splitlines()
+        assert listed == [source.file_name(i) for i in indices]
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_features_of_one_split(split: str, checkpoint: Path, tmp_path: Path, run_main) -> None:
+    folder = tmp_path / "data" / split / "a"
+    folder.mkdir(parents=True)
+    for i in range(3):
+        Image.new("L", (20, 20), 50 * i).save(folder / f"{i}.png")
+    (folder / "1.png").write_bytes(b"no image")
+    flags = [*FLAGS[1:], f"--checkpoint={checkpoint}", f"--data_path={tmp_path / 'data'}"]
+    flags += [f"--output_dir={tmp_path / 'out'}"]
+    code, _, err = run_main("main_knn", flags)
+    assert code == 2 and "with --save_features" in err
+    code, text, err = run_main("main_knn", [*flags, "--save_features"])
+    assert code == 0, err
+    other = SPLITS[1 - SPLITS.index(split)]
+    assert f"no knn.json: no folder {tmp_path / 'data' / other}" in text
+    assert "1 of 3" in text and f"{folder}/1.png: no image" in text
+    assert np.load(tmp_path / f"out/labels-{split}.npy").tolist() == [0, -1, 0]
+    features = np.load(tmp_path / f"out/features-{split}.npy")
+    assert features.any(axis=1).tolist() == [True, False, True]
+    assert not (tmp_path / f"out/features-{other}.npy").exists()
+    gone = [*flags[:-2], f"--data_path={tmp_path / 'gone'}", flags[-1], "--save_features"]
+    code, _, err = run_main("main_knn", gone)
+    assert code == 2 and "gone/train" in err

@@ -10,6 +10,7 @@ if __name__ == "__main__":  # before the imports that take seconds
     take_interrupt()
 
 import argparse
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -45,7 +46,8 @@ from util.export import (
 )
 from util.flag_types import MOST_WIDTH, expanded_path
 from util.load_table import LOADED
-from util.weights import CONFIG, load_state, read_json, weights_file
+from util.preprocessing import Preprocessing, preprocessing_of
+from util.weights import CONFIG, PREPROCESSOR, load_state, read_json, weights_file
 from util.weights_flags import add_weights_key_flag
 
 PARTS = ("auto", "decoder", "head", "encoder", "segmenter")
@@ -64,6 +66,7 @@ TIMM_NAMES = {
     (1024, 24, 16, 16): "vit_large_patch16_224",
     (1280, 32, 16, 14): "vit_huge_patch14_224",
 }
+TIMM_FOLDER = "local-dir:"  # of timm.create_model, before a folder
 OFFICIAL_SIZES = {(768, 12, 16): "base", (1024, 24, 16): "large", (1280, 32, 14): "huge"}
 
 
@@ -91,6 +94,12 @@ class Source:
         generator = torch.Generator().manual_seed(0)
         shape = (IMAGES, self.arguments["in_chans"], *pair(self.arguments["img_size"]))
         return torch.randn(shape, generator=generator)
+
+    def preprocessing(self) -> Preprocessing:
+        """What images need before the model sees them."""
+        kept = self.arguments
+        data = self.state.get("data", {})
+        return preprocessing_of(data, pair(kept["img_size"]), kept["in_chans"])[0]
 
     def noise(self) -> Tensor:
         """Random numbers for each patch: float32 [2, L]."""
@@ -134,7 +143,9 @@ def build_parser() -> FlagParser:
     )
     parser.add_argument("--to", choices=list(TARGETS), help="whose file to write")
     parser.add_argument(
-        "--output", type=expanded_path, help="file to write, or for transformers a new folder"
+        "--output",
+        type=expanded_path,
+        help="file to write; for transformers a new folder, for timm either",
     )
     parser.add_argument(
         "--part", choices=PARTS, default="auto", help="auto: all that the file has and --to takes"
@@ -444,7 +455,7 @@ def check_reading(source: Source, path: str) -> str | None:
 
 
 def to_timm(source: Source, path: Path, args: argparse.Namespace) -> list[str]:
-    """A plain ViT of timm, and the call that loads it."""
+    """A plain ViT of timm, a file or a folder as on its hub, and the call that loads it."""
     kept = source.arguments
     weights = source.plain_weights(keep_lscale=args.keep_lscale)
     (ph, pw), D = kept["patch_size"], kept["embed_dim"]
@@ -470,21 +481,66 @@ def to_timm(source: Source, path: Path, args: argparse.Namespace) -> list[str]:
         **more,
     }
     norm = {} if source.eps == EPS else {"norm_layer": partial(nn.LayerNorm, eps=source.eps)}
-    with appearing(path) as temporary:
-        if path.suffix == ".safetensors":
-            save_safetensors(temporary, weights)
-        else:
-            write_signed(temporary, weights)
-        theirs = timm.create_model(name, **settings, **norm, checkpoint_path=str(temporary)).eval()
-        bound = LOOSE if kept.get("probe") else BOUND
-        line = check_same(
-            outputs_of(source.model, source), outputs_of(theirs, source), bound, "timm"
+    if norm and not path.suffix:
+        raise BadInput(
+            f"timm's folders cannot say a LayerNorm epsilon of {source.eps}; give --output a name "
+            "that ends in .safetensors"
         )
+    seen = source.preprocessing().for_timm()
+    config = timm_config(name, settings, seen, source)
+    bound = LOOSE if kept.get("probe") else BOUND
+    with appearing(path) as temporary:
+        given: dict[str, Any] = {"checkpoint_path": str(temporary)}
+        if not path.suffix:
+            save_folder(temporary, weights, config)
+            theirs = timm.create_model(f"{TIMM_FOLDER}{temporary}", pretrained=True)
+        else:
+            if path.suffix == ".safetensors":
+                save_safetensors(temporary, weights, {"timm": json.dumps(config)})
+            else:
+                write_signed(temporary, weights)
+            theirs = timm.create_model(name, **settings, **norm, **given)
+        line = check_same(
+            outputs_of(source.model, source), outputs_of(theirs.eval(), source), bound, "timm"
+        )
+    if not path.suffix:
+        return [line, f"timm.create_model({f'{TIMM_FOLDER}{path}'!r}, pretrained=True)"]
     written = [f"{key}={value!r}" for key, value in settings.items()]
     if norm:
         written.append(f"norm_layer=functools.partial(torch.nn.LayerNorm, eps={source.eps})")
-    written.append(f"checkpoint_path={str(path)!r}")
+    written += [f"pretrained_cfg_overlay={seen!r}", f"checkpoint_path={str(path)!r}"]
     return [line, f"timm.create_model({name!r}, {', '.join(written)})"]
+
+
+def timm_config(
+    name: str, settings: dict[str, Any], seen: dict[str, Any], source: Source
+) -> dict[str, Any]:
+    """The config.json of a model folder of timm.
+
+    Args:
+        settings: of `timm.create_model`, beside the name.
+        seen: how images are prepared, see `Preprocessing.for_timm`.
+    """
+    config: dict[str, Any] = {
+        "architecture": name,
+        "num_classes": settings["num_classes"],
+        "num_features": source.arguments["embed_dim"],
+        "global_pool": settings["global_pool"],
+        "model_args": {k: v for k, v in settings.items() if k not in ("num_classes",)},
+        "pretrained_cfg": {
+            **seen,
+            "num_classes": settings["num_classes"],
+            "fixed_input_size": True,
+            "pool_size": None,
+            # timm makes RGB weights of it into weights of other channels; these are what they are.
+            "first_conv": "patch_embed.proj" if settings["in_chans"] == 3 else None,
+            "classifier": "head",
+        },
+    }
+    classes = source.state.get("classes")
+    if source.part == "head" and classes is not None and len(classes) == settings["num_classes"]:
+        config["label_names"] = list(classes)
+    return config
 
 
 def to_official(source: Source, path: Path, args: argparse.Namespace) -> list[str]:
@@ -548,6 +604,8 @@ def to_folder(source: Source, path: Path, args: argparse.Namespace) -> list[str]
     config = config_of(kept, source.eps, classes if source.part == "head" else None)
     with appearing(path) as temporary:
         save_folder(temporary, to_transformers(weights), config)
+        seen = json.dumps(source.preprocessing().for_transformers(), indent=2)
+        (temporary / PREPROCESSOR).write_text(f"{seen}\n")
         kind = getattr(library, config["architectures"][0])
         theirs, loading = kind.from_pretrained(temporary, output_loading_info=True)
         wrong = {k: sorted(map(str, v)) for k, v in loading.items() if v}
@@ -608,7 +666,18 @@ TARGETS: dict[str, Callable[[Source, Path, argparse.Namespace], list[str]]] = {
     "onnx": to_onnx,
     "mmae": to_mmae,
 }
-SUFFIXES = {"timm": (".pth", ".safetensors"), "onnx": (".onnx",)}
+SUFFIXES = {"timm": (".pth", ".safetensors", ""), "onnx": (".onnx",)}
+
+
+def words_of_images(source: Source) -> str:
+    """How images are to be prepared, for a reader who does it by hand."""
+    kept, data = source.arguments, source.state.get("data", {})
+    seen, said = preprocessing_of(data, pair(kept["img_size"]), kept["in_chans"])
+    whose = "" if said else " (ImageNet's, for the file says none)"
+    return (
+        f"scaled (bicubic) to cover {seen.size[0]} x {seen.size[1]} / {seen.share:g}, centre crop; "
+        f"0..1, then less mean {seen.mean}, over deviation {seen.std}{whose}"
+    )
 
 
 def check_flags(args: argparse.Namespace) -> None:
@@ -623,7 +692,8 @@ def check_flags(args: argparse.Namespace) -> None:
     suffixes = SUFFIXES.get(args.to, (".pth",))
     path = Path(args.output)
     if path.suffix not in suffixes and args.to != "transformers":
-        raise BadInput(f"--output {path} must end in {' or '.join(suffixes)} for --to {args.to}")
+        known = [suffix or "nothing (a folder)" for suffix in suffixes]
+        raise BadInput(f"--output {path} must end in {' or '.join(known)} for --to {args.to}")
     if args.keep_lscale and args.to not in ("timm", "mmseg"):
         raise BadInput(f"--keep_lscale is for timm; --to {args.to} folds LScale or always keeps it")
     if path.exists() and path.resolve() == local_file(args.checkpoint).resolve():
@@ -649,9 +719,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print_text(f"read      {read}")
     print_text(f"verified  {lines[0]}")
     print_text(f"written   {path}")
-    data = source.state.get("data", {})
-    if "mean" in data and "std" in data:
-        print_text(f"images    0..1, then less mean {data['mean']}, over deviation {data['std']}")
+    print_text(f"images    {words_of_images(source)}")
     if len(lines) > 1:
         print_text(lines[1])
 

@@ -519,7 +519,12 @@ def pretrain(
             "model": placed.full(model.state_dict()),
             "optimizer": placed.full(optimizer.state_dict()),
             "scaler": optimizer_step.scaler.state_dict(),
-            "data": {"dataset": args.dataset, "mean": source.mean, "std": source.std},
+            "data": {
+                "dataset": args.dataset,
+                "mean": source.mean,
+                "std": source.std,
+                "eval_margin": source.eval_margin,
+            },
         }
 
     run = Run(

@@ -118,18 +118,24 @@ def appearing(path: Path) -> Iterator[Path]:
             raise BadInput(f"{path} exists already; choose another --output")
 
 
-def save_safetensors(path: Path, weights: Mapping[str, Tensor]) -> None:
-    """A safetensors file; tensors that are parts of others become their own."""
+def save_safetensors(
+    path: Path, weights: Mapping[str, Tensor], about: Mapping[str, str] | None = None
+) -> None:
+    """A safetensors file; tensors that are parts of others become their own.
+
+    Args:
+        about: more of its metadata.
+    """
     library = needs("safetensors.torch", "safetensors")
     own = {k: v.detach().clone().contiguous() for k, v in weights.items()}
     try:
-        library.save_file(own, path, {"format": "pt"})
+        library.save_file(own, path, {"format": "pt", **(about or {})})
     except needs("safetensors", "safetensors").SafetensorError as error:
         raise BadInput(f"cannot write {path}: {error}") from error
 
 
 def save_folder(folder: Path, weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
-    """A folder as transformers writes it."""
+    """A folder of weights and config.json, as transformers and timm write it."""
     folder.mkdir()
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     save_safetensors(folder / FILES[0], weights)

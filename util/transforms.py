@@ -315,8 +315,8 @@ class EvalTransform:
 
     def __init__(self, size: Pair, margin: bool = True) -> None:
         self.size = size
-        share = CROP_SHARE if margin and max(size) <= LARGEST_WITH_MARGIN else 1.0
-        self.cover = (int(size[0] / share), int(size[1] / share))
+        self.share = CROP_SHARE if margin and max(size) <= LARGEST_WITH_MARGIN else 1.0
+        self.cover = (int(size[0] / self.share), int(size[1] / self.share))
 
     def __call__(self, image: Image.Image | Tensor) -> Tensor:
         """The centre view: uint8 [C, h, w]."""

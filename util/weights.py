@@ -12,7 +12,7 @@ from util.convert_names import arguments_of
 from util.errors import BadInput, needs
 from util.files import reading
 
-CONFIG = "config.json"
+CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
 # What transformers calls its weights; an index names the parts of large ones.
 FILES = ("model.safetensors", "pytorch_model.bin")
 INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -94,7 +94,10 @@ def said_by(folder: Path, weights: dict[str, Any]) -> dict[str, Any]:
     """
     if not (folder / CONFIG).is_file():
         raise BadInput(f"{folder} holds weights but no {CONFIG}, which says what they are")
-    said = arguments_of(read_json(folder / CONFIG), str(folder))
+    config = read_json(folder / CONFIG)
+    if "architecture" in config and "model_type" not in config:
+        return said_by_timm(config)
+    said = arguments_of(config, str(folder))
     projection = next(
         (v for k, v in weights.items() if k.endswith("patch_embeddings.projection.weight")), None
     )
@@ -108,6 +111,31 @@ def said_by(folder: Path, weights: dict[str, Any]) -> dict[str, Any]:
                 f"{folder / CONFIG} does not fit the weights beside it: their patch projection is "
                 f"{tuple(projection.shape)}, by the config it is {expected}"
             )
+    if (folder / PREPROCESSOR).is_file():
+        said |= said_by_processor(read_json(folder / PREPROCESSOR))
+    return said
+
+
+def said_by_processor(config: dict[str, Any]) -> dict[str, Any]:
+    """How a folder of transformers has its images normalised, as a checkpoint of ours says it."""
+    if not config.get("do_normalize") or not all(k in config for k in ("image_mean", "image_std")):
+        return {}
+    data = {"mean": config["image_mean"], "std": config["image_std"]}
+    if config.get("do_center_crop") and isinstance(config.get("crop_size"), dict):
+        shortest = config.get("size", {}).get("shortest_edge", 0)
+        data["eval_margin"] = shortest > max(config["crop_size"].values())
+    return {"data": data}
+
+
+def said_by_timm(config: dict[str, Any]) -> dict[str, Any]:
+    """What the config.json of a folder of timm says that the shapes of the weights do not."""
+    kept = config.get("pretrained_cfg", {})
+    said: dict[str, Any] = {}
+    if "mean" in kept and "std" in kept:
+        said["data"] = {"mean": kept["mean"], "std": kept["std"]}
+        said["data"]["eval_margin"] = kept.get("crop_pct") != 1
+    if isinstance(config.get("label_names"), list):
+        said["classes"] = config["label_names"]
     return said
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from launch import launch, wait
 from PIL import Image
 from test_segment import NEW, SMALL
 from test_segment_data import write_pairs
@@ -149,6 +150,17 @@ def test_images_that_cannot_be_decoded_have_a_row(
     (alone,) = table(tmp_path / "alone")
     # What cannot be decoded changes nothing.
     assert float(alone["probability"]) == pytest.approx(float(rows[2]["probability"]), rel=2e-6)
+
+
+@pytest.mark.dist
+def test_two_processes_write_one_table(run: Path, data: Path, tmp_path: Path, run_main) -> None:
+    flags = [f"--checkpoint={run / LAST}", f"--data_path={data / 'val' / 'c'}", "--batch_size=1"]
+    flags += [*ALONE, f"--output_dir={tmp_path / 'two'}"]
+    assert wait(launch(flags, tmp_path / "out", 2, module="main_predict")) == [0, 0]
+    predicted(run_main, run / LAST, data / "val" / "c", tmp_path / "one", "--batch_size=1")
+    one, two = ((tmp_path / name / "predictions.csv").read_bytes() for name in ("one", "two"))
+    assert one == two and one.count(b"\n") == 7
+    assert (tmp_path / "out.1").read_text().count("images:") == 0
 
 
 def test_no_margin_where_training_had_none(tmp_path: Path, run_main) -> None:

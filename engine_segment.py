@@ -18,6 +18,7 @@ from util.dist import Processes
 from util.errors import BadInput, RunFailed
 from util.files import write_text
 from util.folders import image_files
+from util.images import BadImage
 from util.label_maps import IGNORE, overlay, save_label_map
 from util.loading import say_conversions
 from util.logger import StepReport, prepare_folder, say
@@ -301,6 +302,7 @@ def write_label_maps(
     std: Sequence[float] | None,
     num_workers: int | None,
     max_pixels: int | None,
+    strict: bool = True,
 ) -> None:
     """Write the label map of each image, and its colours over the image. A collective.
 
@@ -310,6 +312,7 @@ def write_label_maps(
         classes: names, None: numbers.
         scale: bounds of an image's sides, (long, short).
         mean, std: of the set that the model learnt from; None: ImageNet's.
+        strict: an image that cannot be decoded ends it; else it is left out, and said.
 
     Raises:
         BadInput: no images, two of one name, or one that cannot be decoded.
@@ -317,23 +320,32 @@ def write_label_maps(
     files, names = name_maps(places, flag)
     classes = classes or [f"class {i}" for i in range(model.num_classes)]
     stats = [tuple(v) if v else None for v in (mean, std)]
-    source = UnlabelledSource(files, classes, mean=stats[0], std=stats[1])
+    source = UnlabelledSource(files, classes, mean=stats[0], std=stats[1], strict=strict)
     source.max_pixels = max_pixels
     workers = default_workers(procs.local_size) if num_workers is None else num_workers
     loader = eval_loader(source, scale, workers, procs)
     prepare_folder(folder)
     found = predict(model, loader, inference, mean=source.mean, std=source.std, device=procs.device)
+    bad: list[tuple[int, str]] = []
     for batch, label in found:
         index = int(batch["index"])
+        try:
+            image = np.asarray(source.read(index))
+        except BadImage as error:
+            bad.append((index, error.reason))
+            continue
         label_map = label.cpu().numpy()
         save_label_map(folder / "maps" / names[index], label_map, source.colours)
-        image = np.asarray(source[index][0])
         mixed = torch.from_numpy(overlay(image, label_map, source.colours)).permute(2, 0, 1)
         save_png(folder / "overlays" / names[index], to_picture(mixed))
     say_conversions(loader, procs.gather)
+    bad = sorted(one for part in procs.gather(bad) for one in part)
     if procs.main:
         write_text(folder / "classes.txt", "".join(f"{name}\n" for name in source.classes))
-        say(f"{len(source)} images: {folder}/maps (class indices), overlays; classes.txt")
+        for index, reason in bad:
+            say(f"cannot decode {source.file_name(index)}: {reason}")
+        rest = f", {len(bad)} of them cannot be decoded and have no map" if bad else ""
+        say(f"{len(source)} images{rest}: {folder}/maps (class indices), overlays; classes.txt")
 
 
 @torch.inference_mode()

@@ -155,6 +155,7 @@ def segment_files(args: argparse.Namespace, procs: Processes, state: dict[str, A
         std=args.std or trained_on.get("std"),
         num_workers=args.num_workers,
         max_pixels=args.max_pixels,
+        strict=False,
     )
 
 

@@ -233,6 +233,12 @@ def test_label_maps_are_those_of_main_segment(tmp_path: Path, run_main) -> None:
     assert len(files) == 8
     for file in [*files, "classes.txt"]:
         assert (one / file).read_bytes() == (two / file).read_bytes()
+    (images / "broken.png").write_bytes(b"no image")
+    out = predicted(run_main, checkpoint, images, tmp_path / "some")
+    assert "cannot decode" in out and "5 images, 1 of them cannot be decoded" in out
+    for file in files:
+        assert (one / file).read_bytes() == (tmp_path / "some" / file).read_bytes()
+    assert not (tmp_path / "some/maps/broken.png").exists()
     flags = [f"--checkpoint={checkpoint}", f"--data_path={images}", "--top_k=2", *ALONE]
     code, _, err = run_main("main_predict", [*flags, f"--output_dir={two}"])
     assert code == 2 and "is a segmenter, which takes no --top_k" in err

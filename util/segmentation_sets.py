@@ -180,6 +180,7 @@ class UnlabelledSource(SegmentationSource):
         files: of the images.
         classes: of the model.
         mean, std: of the set that the model learnt from; None: ImageNet's.
+        strict: an image that cannot be decoded is an error; else it is black, and `read` says why.
     """
 
     def __init__(
@@ -189,19 +190,30 @@ class UnlabelledSource(SegmentationSource):
         *,
         mean: Stats | None = None,
         std: Stats | None = None,
+        strict: bool = True,
     ) -> None:
         super().__init__("images", "val", mean or IMAGENET_MEAN, std or IMAGENET_STD, classes)
-        self.files = list(files)
+        self.files, self.strict = list(files), strict
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> Pair:
         try:
-            image = read_image(self.files[index], 3, max_pixels=self.max_pixels)
-        except BadImage as error:  # no other image may take the place of one that was asked for
-            raise BadPair(str(error)) from error
+            image = self.read(index)
+        except BadImage as error:
+            if self.strict:  # no other image may take the place of one that was asked for
+                raise BadPair(str(error)) from error
+            image = Image.new("RGB", (16, 16))
         return image, np.full((image.height, image.width), IGNORE, dtype=np.uint8)
+
+    def read(self, index: int) -> Image.Image:
+        """The image, RGB.
+
+        Raises:
+            BadImage: it cannot be decoded.
+        """
+        return read_image(self.files[index], 3, max_pixels=self.max_pixels)
 
     def file_name(self, index: int) -> str:
         return str(self.files[index])

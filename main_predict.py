@@ -24,7 +24,7 @@ from engine_finetune import classify
 from engine_segment import LOOKS_BY_DEFAULT, Inference, write_label_maps
 from util import checkpoint as ckpt
 from util.advice import check_settings, say_warnings, warn_of_flags
-from util.assumed import assumptions, set_statistics
+from util.assumed import assumptions
 from util.config import FlagParser, add_heads_flag, add_pixels_flag, number, size_pair
 from util.dist import Processes, processes
 from util.errors import BadInput, RunFailed, command
@@ -190,7 +190,8 @@ def read_classifier(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
 def say_assumed(args: argparse.Namespace, state: dict[str, Any], procs: Processes) -> None:
     """What the file does not say."""
     if procs.main:
-        for line in assumptions(state, args.checkpoint, set_statistics(args.mean)):
+        statistics = "ImageNet's mean and deviation (else --mean, --std)"
+        for line in assumptions(state, args.checkpoint, None if args.mean else statistics):
             say(line)
 
 

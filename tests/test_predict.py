@@ -189,7 +189,7 @@ def test_weights_without_names_of_classes(run: Path, data: Path, tmp_path: Path,
     image = data / "val" / "c" / "0.png"
     out = predicted(run_main, tmp_path / "old.pth", image, tmp_path)
     assert "does not name its classes: they are numbers" in out
-    assert "normalised by the data set's mean" in out
+    assert "normalised by ImageNet's mean" in out
     assert table(tmp_path)[0]["class"] in ("0", "1", "2")
     named = tmp_path / "own"
     stats = ["--mean", *map(str, IMAGENET_MEAN), "--std", *map(str, IMAGENET_STD)]

@@ -29,6 +29,7 @@ from util.config import FlagParser, add_heads_flag, add_pixels_flag, number, siz
 from util.dist import Processes, processes
 from util.errors import BadInput, RunFailed, command
 from util.flag_types import MOST_CLASSES, MOST_IN_BATCH, expanded_path, processes_flag
+from util.load_table import LOADED
 from util.loading import say_conversions
 from util.logger import prepare_folder, progress_bar, say
 from util.predictions import (
@@ -42,7 +43,8 @@ from util.predictions import (
 from util.randomness import EvalSampler
 from util.samples import build_loader, default_workers
 from util.transforms import EvalTransform, has_margin
-from util.weights import load_state
+from util.weights import load_state, weights_file
+from util.weights_flags import add_weights_key_flag
 
 RESULT = "predictions.csv"
 FOR_CLASSES = ("top_k", "ema", "input_size", "pos_resize")  # flags that a segmenter has no use for
@@ -89,6 +91,7 @@ def build_parser() -> FlagParser:
         )
     group.add_argument("--model", metavar="NAME", help="for weights that do not say what they are")
     add_heads_flag(group)
+    add_weights_key_flag(group)
     group = parser.add_argument_group("run")
     group.add_argument(
         "--batch_size",
@@ -120,10 +123,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         if procs.main:
             say_warnings(warnings)
         with procs.main_first():  # an address is fetched once
-            place = ckpt.local_file(args.checkpoint)
+            place = weights_file(args.checkpoint)
         whole = place.suffix != ".onnx" and not place.is_dir()
         state = ckpt.load_file(place) if whole else {}
-        if state and models_segmenters.holds_segmenter(state, args.checkpoint):
+        if state and models_segmenters.holds_segmenter(state, args.checkpoint, args.weights_key):
             if refused := [f"--{name}" for name in FOR_CLASSES if name in parser.given]:
                 raise BadInput(
                     f"{args.checkpoint} is a segmenter, which takes no {' and no '.join(refused)}"
@@ -136,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def segment_files(args: argparse.Namespace, procs: Processes, state: dict[str, Any]) -> None:
     """Write label maps, as main_segment.py --predict does with the checkpoint's own settings."""
     model, state = models_segmenters.segmenter_of(
-        state, args.checkpoint, args.model, args.num_heads
+        state, args.checkpoint, args.model, args.num_heads, args.weights_key
     )
     say_assumed(args, state, procs)
     model.to(procs.device)
@@ -165,7 +168,7 @@ def read_classifier(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     Raises:
         BadInput: it is none.
     """
-    state = load_state(args.checkpoint)
+    state = load_state(args.checkpoint, args.weights_key)
     if state.get("task") == "pretrain":
         raise BadInput(
             f"{args.checkpoint} is a pretraining checkpoint, which knows no classes; fine-tune it "
@@ -188,10 +191,11 @@ def read_classifier(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
 
 
 def say_assumed(args: argparse.Namespace, state: dict[str, Any], procs: Processes) -> None:
-    """What the file does not say."""
+    """What was taken from the file, and what it does not say."""
     if procs.main:
         statistics = "ImageNet's mean and deviation (else --mean, --std)"
-        for line in assumptions(state, args.checkpoint, None if args.mean else statistics):
+        unsaid = assumptions(state, args.checkpoint, None if args.mean else statistics)
+        for line in [*state[LOADED], *unsaid]:
             say(line)
 
 

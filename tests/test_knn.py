@@ -464,7 +464,8 @@ def test_features_of_one_split(split: str, checkpoint: Path, tmp_path: Path, run
     code, text, err = run_main("main_knn", [*flags, "--save_features"])
     assert code == 0, err
     other = SPLITS[1 - SPLITS.index(split)]
-    assert f"no knn.json: no folder {tmp_path / 'data' / other}" in text
+    (reason,) = [line for line in text.splitlines() if "features alone" in line]
+    assert other in reason.partition("no knn.json: ")[2]
     assert "1 of 3" in text and f"{folder}/1.png: no image" in text
     assert np.load(tmp_path / f"out/labels-{split}.npy").tolist() == [0, -1, 0]
     features = np.load(tmp_path / f"out/features-{split}.npy")
@@ -472,4 +473,20 @@ def test_features_of_one_split(split: str, checkpoint: Path, tmp_path: Path, run
     assert not (tmp_path / f"out/features-{other}.npy").exists()
     gone = [*flags[:-2], f"--data_path={tmp_path / 'gone'}", flags[-1], "--save_features"]
     code, _, err = run_main("main_knn", gone)
-    assert code == 2 and "gone/train" in err
+    assert code == 2 and "/gone" in err
+
+
+def test_features_of_a_flat_folder(checkpoint: Path, tmp_path: Path, run_main) -> None:
+    """Photographs without classes and without splits are all of train."""
+    (tmp_path / "flat").mkdir()
+    for i in range(3):
+        Image.new("L", (20, 20), 50 * i).save(tmp_path / "flat" / f"{i}.png")
+    flags = [*FLAGS[1:], f"--checkpoint={checkpoint}", f"--data_path={tmp_path / 'flat'}"]
+    flags += [f"--output_dir={tmp_path / 'out'}"]
+    code, text, err = run_main("main_knn", [*flags, "--save_features"])
+    assert code == 0 and "features alone" in text, err
+    assert np.load(tmp_path / "out/features-train.npy").shape == (3, 128)
+    assert np.load(tmp_path / "out/labels-train.npy").tolist() == [-1] * 3
+    code, text, err = run_main("main_knn", [*flags, "--save_features", "--val_fraction=.4"])
+    assert code == 0 and "has no labels" in text, err
+    assert len(np.load(tmp_path / "out/features-val.npy")) == 1

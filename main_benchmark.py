@@ -37,7 +37,7 @@ from util.benchmark import (
     take_turns,
 )
 from util.children import Answer, preload_children
-from util.config import METHODS, FlagParser, add_data_flags, add_view_flags, number
+from util.config import METHODS, FlagParser, add_data_flags, add_device_flag, add_view_flags, number
 from util.contenders import Arm, name_of, parse_arms, strategy_of
 from util.data_speed import (
     TurnSampler,
@@ -85,8 +85,15 @@ PACKED = {"dataset": "imagefolder", "train_images": None}  # flags of a copy: it
 
 def build_parser() -> FlagParser:
     """The flags."""
-    parser = FlagParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=WHAT)
+    parser = FlagParser(
+        description=__doc__.split("\n")[0],
+        example="python main_benchmark.py step --arms transformers mae mmae",
+        first=(
+            "what", "arms", "model", "batch_size", "input_size", "data_path", "dataset", "repeats",
+            "threads", "device", "json", "plot",
+        ),
+    )  # fmt: skip
+    parser.add_argument("what", choices=WHAT, help="what to measure")
     group = parser.add_argument_group("what is trained")
     group.add_argument(
         "--arms",
@@ -95,21 +102,31 @@ def build_parser() -> FlagParser:
         metavar="ARM",
         help="comma-separated words: transformers|mae|mmae, fp32|bf16|fp16, compile, "
         "checkpointing, cross=SHARE, batch=, size=, mask=, model=, processes=; ratios are to the "
-        f"first. Default of step: {' '.join(ARMS)}",
+        f"first; default of step: {' '.join(ARMS)}",
     )
-    group.add_argument("--model", default="mae_vit_base_patch16", metavar="NAME")
     group.add_argument(
-        "--batch_size", type=number(int, 1, MOST_IN_BATCH), default=32, help="per process"
+        "--model",
+        default="mae_vit_base_patch16",
+        metavar="NAME",
+        help="autoencoder; main_pretrain.py --list_models prints the names",
     )
-    group.add_argument("--mask_ratio", type=number(float, 0, 1, open_low=True), default=0.75)
+    group.add_argument(
+        "--batch_size", type=number(int, 1, MOST_IN_BATCH), default=32, help="images per process"
+    )
+    group.add_argument(
+        "--mask_ratio",
+        type=number(float, 0, 1, open_low=True),
+        default=0.75,
+        help="share of the patches that are hidden",
+    )
     add_data_flags(parser, list(DATASETS))
     add_view_flags(parser)
     group = parser.add_argument_group("data, benchmarks")
-    group.add_argument("--images", type=number(int, 1), default=1024, help="of one repeat")
+    group.add_argument("--images", type=number(int, 1), default=1024, help="images of one repeat")
     group.add_argument(
         "--usual_path",
         type=expanded_path,
-        help="JPEG folder for the peer, where --data_path is none",
+        help="JPEG folder for the peer, where --data_path is none; default: --data_path",
     )
     group.add_argument(
         "--packed_path",
@@ -118,32 +135,64 @@ def build_parser() -> FlagParser:
         "is removed at the end",
     )
     group.add_argument(
-        "--made", type=expanded_path, metavar="DIR", help="new folder, for files and jpegs"
+        "--made",
+        type=expanded_path,
+        metavar="DIR",
+        help="new folder for files and jpegs; no default",
     )
     group.add_argument("--count", type=number(int, 1), default=2000, help="files to make")
     group = parser.add_argument_group("sweeps of scaling")
     mask = number(float, 0, 1, open_low=True, open_high=True)
-    for flag, kind, values in (
-        ("batches", number(int, 1, MOST_IN_BATCH), [1, 4, 8, 16, 32, 64]),
-        ("sizes", number(int, 1, MOST_SIDE), [64, 96, 128, 160, 192, 224, 320, 448]),
-        ("masks", mask, [0.25, 0.5, 0.6, 0.75, 0.9]),
-        ("processes", processes_flag(1), [1, 2]),
+    sides = [64, 96, 128, 160, 192, 224, 320, 448]
+    for flag, kind, values, what in (
+        ("batches", number(int, 1, MOST_IN_BATCH), [1, 4, 8, 16, 32, 64], "sizes of the batch"),
+        ("sizes", number(int, 1, MOST_SIDE), sides, "sides of the image, in pixels"),
+        ("masks", mask, [0.25, 0.5, 0.6, 0.75, 0.9], "shares of hidden patches"),
+        ("processes", processes_flag(1), [1, 2], "numbers of processes"),
     ):
-        group.add_argument(f"--{flag}", type=kind, nargs="*", default=values)
+        group.add_argument(
+            f"--{flag}", type=kind, nargs="*", default=values, help=f"{what}; none: no such sweep"
+        )
     names = [f"mae_vit_{size}_patch16" for size in ("tiny", "small", "base", "large")]
-    group.add_argument("--models", nargs="*", default=names)
     group.add_argument(
-        "--plot", type=expanded_path, metavar="PNG", help="draw the sweeps; needs matplotlib"
+        "--models", nargs="*", default=names, help="names of models; none: no such sweep"
+    )
+    group.add_argument(
+        "--plot",
+        type=expanded_path,
+        metavar="PNG",
+        help="draw the sweeps there (needs matplotlib); default: no plot",
     )
     group = parser.add_argument_group("run")
-    group.add_argument("--repeats", type=number(int, 1), default=5, help="turns that count")
-    group.add_argument("--warmup", type=number(int, 0), default=1, help="turns before them")
-    group.add_argument("--steps", type=number(int, 1), help="of a repeat: 1; of curves: 200")
-    group.add_argument("--threads", type=processes_flag(1), help="of torch; default: the cores")
-    group.add_argument("--device", default="auto", help="auto | cpu | cuda")
-    group.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0)
-    group.add_argument("--peak_tflops", type=number(float, 0, open_low=True), help="for the MFU")
-    group.add_argument("--json", type=expanded_path, metavar="PATH", help="write all repeats there")
+    group.add_argument(
+        "--repeats", type=number(int, 1), default=5, help="measured turns of each arm"
+    )
+    group.add_argument(
+        "--warmup", type=number(int, 0), default=1, help="turns before those that count"
+    )
+    group.add_argument(
+        "--steps",
+        type=number(int, 1),
+        help="steps of a repeat; default: 1, of curves 200, of others by --images",
+    )
+    group.add_argument(
+        "--threads", type=processes_flag(1), help="threads of torch; default: the cores"
+    )
+    add_device_flag(group)
+    group.add_argument(
+        "--seed", type=number(int, 0, 2**32 - 1), default=0, help="of weights, masks and order"
+    )
+    group.add_argument(
+        "--peak_tflops",
+        type=number(float, 0, open_low=True),
+        help="what the device can do at most, for the MFU; default: no MFU",
+    )
+    group.add_argument(
+        "--json",
+        type=expanded_path,
+        metavar="PATH",
+        help="write all repeats there; default: nowhere",
+    )
     return parser
 
 

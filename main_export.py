@@ -134,38 +134,66 @@ class Source:
 
 def build_parser() -> FlagParser:
     """The flags."""
-    parser = FlagParser(description=__doc__.split("\n")[0])
+    parser = FlagParser(
+        description=__doc__.split("\n")[0],
+        example="python main_export.py --checkpoint RUN/checkpoint-last.pth --to timm \\\n"
+        "  --output vit.safetensors",
+        first=(
+            "checkpoint", "to", "output", "part", "input_size", "keep_lscale", "ema", "model",
+            "num_heads",
+        ),
+    )  # fmt: skip
     parser.add_argument(
         "--checkpoint",
         type=expanded_path,
-        help="of ours, official MAE, timm, mmsegmentation, ONNX of ours; a folder of transformers; "
-        "path or https URL",
+        metavar="FILE",
+        help="of ours, official MAE, timm, mmsegmentation, ONNX; or a folder of transformers; "
+        "path or https URL; no default",
     )
-    parser.add_argument("--to", choices=list(TARGETS), help="whose file to write")
+    parser.add_argument("--to", choices=list(TARGETS), help="whose file to write; no default")
     parser.add_argument(
         "--output",
         type=expanded_path,
-        help="file to write; for transformers a new folder, for timm either",
+        help="file to write; for transformers a new folder, for timm either; no default",
     )
     parser.add_argument(
-        "--part", choices=PARTS, default="auto", help="auto: all that the file has and --to takes"
+        "--part",
+        choices=PARTS,
+        default="auto",
+        help="what to take along; auto: all that the file has and --to takes",
     )
     parser.add_argument(
         "--keep_lscale",
         action="store_true",
         help="timm: leave LScale as timm's LayerScale instead of folding it; mmseg always does",
     )
-    parser.add_argument("--ema", action="store_true", help="the averaged weights of a fine-tuning")
-    parser.add_argument("--input_size", type=size_pair, help="to run at; default: the file's")
-    parser.add_argument("--pos_resize", choices=("rescale", "extend"), default="rescale")
+    parser.add_argument(
+        "--ema", action="store_true", help="take the averaged weights of a fine-tuning"
+    )
+    parser.add_argument(
+        "--input_size", type=size_pair, help="pixels to run at; default: the file's"
+    )
+    parser.add_argument(
+        "--pos_resize",
+        choices=("rescale", "extend"),
+        default="rescale",
+        help="positions at another --input_size: rescale keeps the image's extent, extend the "
+        "distance of patches",
+    )
     group = parser.add_argument_group("for weights that do not say what they are")
-    group.add_argument("--model", metavar="NAME")
+    group.add_argument(
+        "--model", metavar="NAME", help="name of the model in the file; default: by the file"
+    )
     add_heads_flag(group)
     add_weights_key_flag(group)
     group.add_argument(
-        "--decoder_num_heads", type=number(int, 1, MOST_WIDTH), help="the same of the decoder"
+        "--decoder_num_heads",
+        type=number(int, 1, MOST_WIDTH),
+        help="the same of the decoder; default alike",
     )
-    group.add_argument("--norm_pix_loss", action="store_true")
+    group.add_argument(
+        "--norm_pix_loss", action="store_true", help="the decoder predicts normalised pixels"
+    )
     return parser
 
 

@@ -122,12 +122,21 @@ PUBLISHED = {
 
 def build_parser() -> FlagParser:
     """The flags; MAE's keep their names and meaning."""
-    parser = FlagParser(description=__doc__.split("\n")[0])
+    parser = FlagParser(
+        description=__doc__.split("\n")[0],
+        example="python main_finetune.py --finetune CHECKPOINT --data_path DATA \\\n"
+        "  --epochs 100 --blr 5e-4 --output_dir runs/finetuned",
+        first=(
+            "data_path", "dataset", "finetune", "model", "tune", "input_size", "epochs",
+            "batch_size", "blr", "output_dir", "resume", "eval", "device",
+        ),
+        presets=("tune", {"full": FULL, "linear": LINEAR}),
+    )  # fmt: skip
     parser.add_argument(
         "--tune",
         default="full",
-        help="full | partial:K (the last K blocks; 0.5: the last MLP; 0: linear) | linear; presets "
-        "the flags below that say so",
+        help="what is trained: full, partial:K or linear; K: the last blocks, 0.5 the last MLP, 0 "
+        "as linear",
     )
     add_data_flags(parser, list(DATASETS))
     add_split_flags(parser)
@@ -142,16 +151,28 @@ def build_parser() -> FlagParser:
     )
     group = parser.add_argument_group("optimisation, fine-tuning")
     group.add_argument(
-        "--layer_decay", type=number(float, 0, 1, open_low=True), help="by --tune", **UNSET
+        "--layer_decay",
+        type=number(float, 0, 1, open_low=True),
+        help="factor on the learning rate from one block to the one before it",
+        **UNSET,
     )
     group.add_argument(
-        "--betas", type=number(float, 0, 1, open_high=True), nargs=2, default=[0.9, 0.999]
+        "--betas",
+        type=number(float, 0, 1, open_high=True),
+        nargs=2,
+        default=[0.9, 0.999],
+        metavar=("BETA1", "BETA2"),
+        help="of AdamW; a linear probe has LARS and no betas",
     )
     add_shard_flag(parser)
     add_run_flags(parser)
     group = add_checkpoint_flags(parser)
-    group.add_argument("--eval_every", type=number(int, 0), default=1)
-    group.add_argument("--eval", action="store_true", help="measure --resume or --finetune, leave")
+    group.add_argument(
+        "--eval_every", type=number(int, 0), default=1, help="epochs between measurements"
+    )
+    group.add_argument(
+        "--eval", action="store_true", help="measure --resume or --finetune; no training"
+    )
     group.add_argument(
         "--dist_eval", action="store_true", help="accepted; evaluation is exact on any processes"
     )

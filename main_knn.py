@@ -28,6 +28,7 @@ from util.class_names import check_splits
 from util.config import (
     FlagParser,
     add_data_flags,
+    add_device_flag,
     add_dry_run_flags,
     add_heads_flag,
     add_split_flags,
@@ -64,21 +65,35 @@ NAMED = 10  # broken images that are named on the screen; the result names all
 
 def build_parser() -> FlagParser:
     """The flags."""
-    parser = FlagParser(description=__doc__.split("\n")[0])
+    parser = FlagParser(
+        description=__doc__.split("\n")[0],
+        example="python main_knn.py --checkpoint RUN/checkpoint-last.pth --data_path DATA \\\n"
+        "  --output_dir runs/knn",
+        first=(
+            "checkpoint", "model", "data_path", "dataset", "input_size", "features", "k",
+            "train_images", "val_images", "batch_size", "output_dir", "save_features", "device",
+        ),
+    )  # fmt: skip
     group = parser.add_argument_group("model")
     group.add_argument(
         "--checkpoint",
         type=expanded_path,
-        help="of ours, official MAE or timm: a file or https URL",
+        metavar="FILE",
+        help="weights of ours, official MAE or timm: a file or https URL; no default",
     )
-    group.add_argument("--model", metavar="NAME", help="for weights that do not say what they are")
+    group.add_argument(
+        "--model",
+        metavar="NAME",
+        help="encoder's name, for weights that do not say; default: by the file",
+    )
     add_heads_flag(group)
     add_weights_key_flag(group)
     group.add_argument(
         "--pos_resize",
         choices=("rescale", "extend"),
         default="rescale",
-        help="positions at another --input_size: the image keeps its extent, or its scale",
+        help="positions at another --input_size: rescale keeps the image's extent, extend the "
+        "distance of patches",
     )
     add_data_flags(parser, list(DATASETS))
     add_split_flags(parser)
@@ -87,7 +102,7 @@ def build_parser() -> FlagParser:
         "--features",
         choices=FEATURES,
         default="avg",
-        help="class token, mean of the patch tokens, or one after the other",
+        help="class token, mean of the patch tokens, or both, one after the other",
     )
     group.add_argument(
         "--k", type=number(int, 1), nargs="+", default=[20], help="neighbours; several in one pass"
@@ -103,7 +118,7 @@ def build_parser() -> FlagParser:
             f"--{name}", type=number(int, 1), help=f"{what} so many, evenly spaced; default: all"
         )
     group.add_argument(
-        "--batch_size", type=number(int, 1, MOST_IN_BATCH), default=128, help="per process"
+        "--batch_size", type=number(int, 1, MOST_IN_BATCH), default=128, help="images per process"
     )
     group.add_argument(
         "--query_chunk",
@@ -119,15 +134,16 @@ def build_parser() -> FlagParser:
     )
     group = parser.add_argument_group("run")
     group.add_argument(
-        "--output_dir", type=expanded_path, default="./output_dir", help=f"takes {RESULT}"
+        "--output_dir", type=expanded_path, default="./output_dir", help=f"folder for {RESULT}"
     )
-    group.add_argument("--device", default="auto", help="auto | cpu | cuda")
+    add_device_flag(group)
     group.add_argument(
         "--save_features",
         action="store_true",
-        help="write features-{train,val}.npy, float32 [N, D], not normalised, in the order of "
-        "files-{train,val}.txt, and labels-{train,val}.npy, -1 without labels and (beside a row of "
-        "zeros) for undecodable images; without labels or with one split these alone",
+        help="also write the features; features-{train,val}.npy, float32 [N, D], not normalised, in "
+        "the order of files-{train,val}.txt, and labels-{train,val}.npy, -1 without labels and "
+        "(beside a row of zeros) for undecodable images; without labels or with one split these "
+        "alone",
     )
     add_dry_run_flags(parser)
     return parser

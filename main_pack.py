@@ -30,42 +30,55 @@ from util.samples import default_workers
 
 def build_parser() -> FlagParser:
     """The flags."""
-    parser = FlagParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--dataset", choices=list(DATASETS), default="imagefolder")
+    parser = FlagParser(
+        description=__doc__.split("\n")[0],
+        example="python main_pack.py --data_path IMAGENET --output_dir PACKED",
+        first=(
+            "data_path", "dataset", "split", "output_dir", "format", "short_side", "quality",
+            "num_workers", "verify",
+        ),
+    )  # fmt: skip
+    parser.add_argument(
+        "--dataset", choices=list(DATASETS), default="imagefolder", help="name of the data set"
+    )
     parser.add_argument(
         "--data_path",
         type=expanded_path,
-        help="folder of the data set; or hf:NAME_OR_DIR, packed:DIR",
+        help="folder of the data set; or hf:NAME_OR_DIR, packed:DIR; default: the data set's own "
+        "place",
     )
     add_pixels_flag(parser)
-    parser.add_argument("--split", choices=SPLITS, nargs="+", default=list(SPLITS))
     parser.add_argument(
-        "--output_dir", type=expanded_path, help="folder to write train/ and val/ into"
+        "--split", choices=SPLITS, nargs="+", default=list(SPLITS), help="parts of it to pack"
+    )
+    parser.add_argument(
+        "--output_dir", type=expanded_path, help="folder to write train/ and val/ into; no default"
     )
     parser.add_argument(
         "--format",
         choices=FORMATS,
         default="jpeg",
-        help="jpeg: encoded anew; raw: pixels, ten times the space; keep: the files as they are",
+        help="how images are stored; jpeg: encoded anew; raw: pixels, ten times the space; keep: "
+        "the files as they are",
     )
     parser.add_argument(
         "--short_side",
         type=number(int, 0, MOST_SIDE),
         default=256,
-        help="shrink larger images to this; 0: never; --format keep never does",
+        help="pixels to shrink larger images to; 0: none is; nor by --format keep",
     )
-    parser.add_argument("--quality", type=number(int, 1, 95), default=90, help="of JPEG")
+    parser.add_argument("--quality", type=number(int, 1, 95), default=90, help="of --format jpeg")
     parser.add_argument(
         "--max_bad_images",
         type=number(int, 0),
         default=100,
-        help="more that cannot be decoded end it; until then they are left out and listed",
+        help="more images that cannot be decoded end it; until then they are left out and listed",
     )
     parser.add_argument(
-        "--num_workers", type=processes_flag(0), help="default: the cores, at most 10"
+        "--num_workers", type=processes_flag(0), help="processes; default: the cores, at most 10"
     )
     parser.add_argument(
-        "--verify", action="store_true", help="write nothing, compare what is there"
+        "--verify", action="store_true", help="write nothing, compare all checksums"
     )
     return parser
 

@@ -42,6 +42,7 @@ from util.advice import (
     warn_of_shards,
 )
 from util.config import (
+    METHODS,
     PCA_PER_IMAGE,
     FlagParser,
     add_checkpoint_flags,
@@ -109,17 +110,33 @@ HOUSEKEEPING = {"eval_images", "picture_every"}
 
 def build_parser() -> FlagParser:
     """The flags; MAE's keep their names and meaning."""
-    parser = FlagParser(description=__doc__.split("\n")[0])
+    parser = FlagParser(
+        description=__doc__.split("\n")[0],
+        example="python main_pretrain.py --data_path DATA --model mae_vit_base_patch16 \\\n"
+        "  --norm_pix_loss --epochs 400 --output_dir runs/pretrained",
+        first=(
+            "config", "data_path", "dataset", "model", "method", "mask_ratio", "norm_pix_loss",
+            "input_size", "epochs", "batch_size", "blr", "output_dir", "resume", "device",
+        ),
+        presets=("method", METHODS),
+    )  # fmt: skip
     add_method_flags(parser)
     add_data_flags(parser, list(DATASETS))
     add_view_flags(parser)
     add_split_flags(parser)
     group = parser.add_argument_group("model (unset sizes follow --model)")
-    group.add_argument("--model", default="mae_vit_base_patch16", metavar="NAME")
-    group.add_argument("--list_models", action="store_true", help="print the names and leave")
-    group.add_argument("--patch_size", type=size_pair, help="overrides the name's")
     group.add_argument(
-        "--in_chans", type=number(int, 1, MOST_CHANNELS), help="default: the data set's"
+        "--model",
+        default="mae_vit_base_patch16",
+        metavar="NAME",
+        help="autoencoder; --list_models prints the names",
+    )
+    group.add_argument("--list_models", action="store_true", help="print the names and leave")
+    group.add_argument("--patch_size", type=size_pair, help="pixels; default: the name's")
+    group.add_argument(
+        "--in_chans",
+        type=number(int, 1, MOST_CHANNELS),
+        help="channels of an image; default: the data set's",
     )
     group.add_argument(
         "--decoder",
@@ -133,10 +150,20 @@ def build_parser() -> FlagParser:
         default=1.0,
         help="share of the masked patches that --decoder cross predicts; the lr follows it",
     )
-    group.add_argument("--decoder_depth", type=number(int, 1, MOST_BLOCKS))
-    group.add_argument("--decoder_embed_dim", type=number(int, 4, MOST_WIDTH), help="decoder width")
-    group.add_argument("--decoder_num_heads", type=number(int, 1, MOST_WIDTH))
-    group.add_argument("--mask_ratio", type=number(float, 0, 1, open_low=True), default=0.75)
+    for name, low, most, what in (
+        ("depth", 1, MOST_BLOCKS, "blocks of the decoder"),
+        ("embed_dim", 4, MOST_WIDTH, "width of the decoder"),
+        ("num_heads", 1, MOST_WIDTH, "attention heads of the decoder"),
+    ):
+        group.add_argument(
+            f"--decoder_{name}", type=number(int, low, most), help=f"{what}; default: the model's"
+        )
+    group.add_argument(
+        "--mask_ratio",
+        type=number(float, 0, 1, open_low=True),
+        default=0.75,
+        help="share of the patches that are hidden",
+    )
     group.add_argument(
         "--encoder_mask_tokens",
         action="store_true",
@@ -148,9 +175,21 @@ def build_parser() -> FlagParser:
     add_shard_flag(parser)
     add_run_flags(parser)
     group = add_checkpoint_flags(parser)
-    group.add_argument("--picture_every", type=number(int, 0), default=20)
-    group.add_argument("--eval_every", type=number(int, 0), default=0, help="PSNR and SSIM")
-    group.add_argument("--eval_images", type=number(int, 1), default=256)
+    group.add_argument(
+        "--picture_every",
+        type=number(int, 0),
+        default=20,
+        help="epochs between pictures of held-out images",
+    )
+    group.add_argument(
+        "--eval_every",
+        type=number(int, 0),
+        default=0,
+        help="epochs between measurements of PSNR and SSIM on held-out images",
+    )
+    group.add_argument(
+        "--eval_images", type=number(int, 1), default=256, help="held-out images to measure on"
+    )
     add_dry_run_flags(parser)
     return parser
 

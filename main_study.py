@@ -56,28 +56,38 @@ SIGNALS = (*STOP_SIGNALS, signal.SIGINT, signal.SIGHUP)
 
 def build_parser() -> FlagParser:
     """The flags."""
-    parser = FlagParser(description=__doc__.split("\n")[0])
+    parser = FlagParser(
+        description=__doc__.split("\n")[0],
+        example="python main_study.py --plan recipes/tables/study.yaml --jobs 2",
+        first=("plan", "output_dir", "docs", "jobs", "only", "seeds", "report"),
+    )
     parser.add_argument(
         "--plan",
         type=expanded_path,
         default="recipes/tables/study.yaml",
-        help="YAML with a `study`",
+        help="YAML file with a `study`",
     )
     parser.add_argument(
         "--output_dir", type=expanded_path, default="output_dir/study", help="folder of the runs"
     )
     parser.add_argument(
-        "--docs", type=expanded_path, default="docs", help=f"takes {RESULT}, {DOCUMENT} and plots"
+        "--docs",
+        type=expanded_path,
+        default="docs",
+        help=f"folder for {RESULT}, {DOCUMENT} and plots",
     )
-    parser.add_argument("--jobs", type=processes_flag(1), default=1, help="runs at once")
+    parser.add_argument("--jobs", type=processes_flag(1), default=1, help="runs at the same time")
     parser.add_argument(
         "--only",
         metavar="ROW",
         help="run one row of the study again, such as factorial/mask_on-lscale_on-offset_on, and "
-        "compare it with what the study found; nothing is written into --docs",
+        "compare it with what the study found; nothing is written into --docs; default: all rows",
     )
     parser.add_argument(
-        "--seeds", type=number(int, 0, 2**32 - 1), nargs="+", help="of --only; default: one of its"
+        "--seeds",
+        type=number(int, 0, 2**32 - 1),
+        nargs="+",
+        help="seeds of --only; default: one of its own",
     )
     parser.add_argument("--report", action="store_true", help="run nothing, write the document")
     parser.add_argument(

@@ -54,24 +54,32 @@ ROOT = Path(__file__).resolve().parent
 
 def build_parser() -> FlagParser:
     """The flags."""
-    parser = FlagParser(description=__doc__.split("\n")[0])
+    parser = FlagParser(
+        description=__doc__.split("\n")[0],
+        example="python main_tables.py --plan recipes/tables/fashion_mnist.yaml --jobs 2",
+        first=("plan", "output_dir", "seeds", "jobs", "only", "list", "papers", "runs", "compare"),
+    )
     parser.add_argument(
         "--plan",
         type=expanded_path,
-        help="YAML file, for example recipes/tables/fashion_mnist.yaml",
+        help="YAML file of runs and tables; no default",
     )
     parser.add_argument(
-        "--output_dir", type=expanded_path, help="default: output_dir/tables/NAME of the plan"
+        "--output_dir", type=expanded_path, help="default: output_dir/tables/ and the plan's name"
     )
     parser.add_argument(
-        "--seeds", type=number(int, 0, 2**32 - 1), nargs="+", help="default: the plan's"
+        "--seeds",
+        type=number(int, 0, 2**32 - 1),
+        nargs="+",
+        help="seeds to run; default: the plan's",
     )
-    parser.add_argument("--jobs", type=processes_flag(1), default=1, help="cells at once")
+    parser.add_argument("--jobs", type=processes_flag(1), default=1, help="runs at the same time")
     parser.add_argument(
         "--only",
         nargs="+",
         metavar="PATTERN",
-        help="runs (or seed-S/RUN) whose name matches, such as 'knn_*', and what they need",
+        help="runs (or seed-S/RUN) whose name matches, such as 'knn_*', and what they need; "
+        "default: all",
     )
     parser.add_argument("--list", action="store_true", help="print the cells and leave")
     group = parser.add_argument_group("tables of papers, from runs that are there")
@@ -80,7 +88,7 @@ def build_parser() -> FlagParser:
         type=expanded_path,
         nargs="+",
         metavar="FILE",
-        help="such as recipes/papers/mae.yaml",
+        help="tables to fill, such as recipes/papers/mae.yaml; default: none",
     )
     group.add_argument(
         "--runs",
@@ -88,7 +96,7 @@ def build_parser() -> FlagParser:
         nargs="+",
         default=["output_dir"],
         metavar="FOLDER",
-        help="where runs are found",
+        help="folders in which runs are found",
     )
     group.add_argument("--commands", action="store_true", help="print each row's commands instead")
     group = parser.add_argument_group("curves: loss by step")
@@ -97,7 +105,7 @@ def build_parser() -> FlagParser:
         type=expanded_path,
         nargs=2,
         metavar=("RUN", "REFERENCE"),
-        help="how far, and where they part",
+        help="how far two loss curves differ, and where they part; default: none",
     )
     group.add_argument(
         "--tolerance",
@@ -113,7 +121,7 @@ def build_parser() -> FlagParser:
         type=expanded_path,
         nargs=2,
         metavar=("RUN", "FILE"),
-        help="keep a run of this machine and these versions as a reference",
+        help="keep a run of this machine and these versions as a reference; default: none",
     )
     return parser
 

@@ -36,7 +36,14 @@ from engine_pretrain import (
 )
 from util.advice import check_settings, say_warnings, warn_of_flags
 from util.assumed import assumptions
-from util.config import FlagParser, add_heads_flag, add_pixels_flag, add_split_flags, number
+from util.config import (
+    FlagParser,
+    add_device_flag,
+    add_heads_flag,
+    add_pixels_flag,
+    add_split_flags,
+    number,
+)
 from util.console import print_text
 from util.conversions import describe, take
 from util.datasets import DATASETS, DEFAULT, build_dataset
@@ -65,31 +72,66 @@ MEASURED_AT_ONCE = 64
 
 def build_parser() -> FlagParser:
     """The flags."""
-    parser = FlagParser(description=__doc__.split("\n")[0])
+    parser = FlagParser(
+        description=__doc__.split("\n")[0],
+        example="python main_visualize.py --checkpoint RUN/checkpoint-last.pth \\\n"
+        "  --images PHOTOS/ --output_dir pictures",
+        first=(
+            "checkpoint", "images", "dataset", "data_path", "num_images", "mask", "mask_ratio",
+            "seed", "measure", "output_dir", "device",
+        ),
+    )  # fmt: skip
     parser.add_argument(
         "--checkpoint",
         type=expanded_path,
-        help="of ours, or official MAE weights with their decoder",
+        metavar="FILE",
+        help="of ours, or official MAE weights with their decoder; no default",
     )
     parser.add_argument(
-        "--images", type=expanded_path, nargs="+", help="image files and folders of them"
+        "--images",
+        type=expanded_path,
+        nargs="+",
+        help="image files and folders of them; default: those of --dataset",
     )
-    parser.add_argument("--dataset", choices=list(DATASETS), help="held-out images of a data set")
     parser.add_argument(
-        "--data_path", type=expanded_path, help="folder of it; or packed:DIR, hf:NAME_OR_DIR"
+        "--dataset",
+        choices=list(DATASETS),
+        help="held-out images of a data set; default: none, --images are shown",
+    )
+    parser.add_argument(
+        "--data_path",
+        type=expanded_path,
+        help="folder of --dataset; or packed:DIR, hf:NAME_OR_DIR; default: its own place",
     )
     add_split_flags(parser)
     add_pixels_flag(parser)
-    parser.add_argument("--num_images", type=number(int, 1), default=8, help="shown at most")
+    parser.add_argument("--num_images", type=number(int, 1), default=8, help="images, at most")
     group = parser.add_argument_group(
         "masks (default: those of the checkpoint's run; --measure: 75 % random, and the run's)"
     )
-    group.add_argument("--mask", choices=list(STRATEGIES))
-    group.add_argument("--mask_ratio", type=number(float, 0, 1, open_low=True))
-    group.add_argument("--avg_share", type=number(float, 0, 1))
-    group.add_argument("--avg_order", choices=ORDERS)
-    group.add_argument("--avg_temperature", type=number(float, 0))
-    parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of the masks")
+    of_run = "default: the run's"
+    group.add_argument(
+        "--mask", choices=list(STRATEGIES), help=f"which patches are hidden; {of_run}"
+    )
+    group.add_argument(
+        "--mask_ratio",
+        type=number(float, 0, 1, open_low=True),
+        help=f"share of the patches that are hidden; {of_run}",
+    )
+    group.add_argument(
+        "--avg_share",
+        type=number(float, 0, 1),
+        help=f"share of them that --mask mixed picks by their average; {of_run}",
+    )
+    group.add_argument(
+        "--avg_order", choices=ORDERS, help=f"which averages are masked first; {of_run}"
+    )
+    group.add_argument(
+        "--avg_temperature", type=number(float, 0), help=f"noise on their score; {of_run}"
+    )
+    parser.add_argument(
+        "--seed", type=number(int, 0, 2**32 - 1), default=0, help="of the random masks"
+    )
     parser.add_argument(
         "--measure",
         action="store_true",
@@ -101,15 +143,21 @@ def build_parser() -> FlagParser:
         default="./pictures",
         help="folder for grid.png and panels",
     )
-    parser.add_argument("--device", default="auto", help="auto | cpu | cuda")
+    add_device_flag(parser)
     group = parser.add_argument_group("for weights that do not say what they are")
-    group.add_argument("--model", metavar="NAME")
+    group.add_argument(
+        "--model", metavar="NAME", help="name of the model in the file; default: by the file"
+    )
     add_heads_flag(group)
     add_weights_key_flag(group)
     group.add_argument(
-        "--decoder_num_heads", type=number(int, 1, MOST_WIDTH), help="the same of the decoder"
+        "--decoder_num_heads",
+        type=number(int, 1, MOST_WIDTH),
+        help="the same of the decoder; default alike",
     )
-    group.add_argument("--norm_pix_loss", action="store_true")
+    group.add_argument(
+        "--norm_pix_loss", action="store_true", help="the decoder predicts normalised pixels"
+    )
     return parser
 
 

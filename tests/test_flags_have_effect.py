@@ -17,7 +17,7 @@ MAINS = sorted(path.stem for path in ROOT.glob("main_*.py"))
 # What only a dry run calls: a flag that is read there alone does nothing in a run.
 PLANS = ("plan_run", "planned_model", "rate_here")
 # Flags that are for the parser, and those that are accepted and say that they do nothing.
-READ_BY_THE_PARSER, SAID_TO_DO_NOTHING = {"help", "config"}, {"dist_eval"}
+READ_BY_THE_PARSER, SAID_TO_DO_NOTHING = {"help", "help_all", "config"}, {"dist_eval"}
 
 
 class Everything:

@@ -80,20 +80,35 @@ def settings_of(settings: argparse.Namespace) -> dict[str, Any]:
 def add_method_flags(parser: FlagParser) -> None:
     """`--method` and the three terms of M-MAE."""
     group = parser.add_argument_group("method (unset terms follow --method)")
-    group.add_argument("--method", choices=list(METHODS), default="mmae")
-    group.add_argument("--mask", choices=list(STRATEGIES), default=argparse.SUPPRESS)
+    group.add_argument(
+        "--method",
+        choices=list(METHODS),
+        default="mmae",
+        help="mmae: M-MAE's three terms, mae: none of them",
+    )
+    group.add_argument(
+        "--mask",
+        choices=list(STRATEGIES),
+        default=argparse.SUPPRESS,
+        help="which patches are hidden",
+    )
     group.add_argument(
         "--avg_share",
         type=number(float, 0, 1),
         default=argparse.SUPPRESS,
         help="share of the masked patches that --mask mixed picks by their average",
     )
-    group.add_argument("--avg_order", choices=ORDERS, default=argparse.SUPPRESS)
+    group.add_argument(
+        "--avg_order",
+        choices=ORDERS,
+        default=argparse.SUPPRESS,
+        help="which averages are masked first: far from or near the image's own mean, high or low",
+    )
     group.add_argument(
         "--avg_temperature",
         type=number(float, 0),
         default=argparse.SUPPRESS,
-        help="Gumbel noise on the score, 0: strict order",
+        help="factor of the Gumbel noise on the averages' score; 0: strict order",
     )
     group.add_argument(
         "--lscale_init",
@@ -107,7 +122,13 @@ def add_method_flags(parser: FlagParser) -> None:
         default=1.0,
         help="factor on the last weights of each branch at the start (the control of LScale)",
     )
-    group.add_argument("--pos_offset", choices=list(COORDINATES), default=argparse.SUPPRESS)
+    group.add_argument(
+        "--pos_offset",
+        choices=list(COORDINATES),
+        default=argparse.SUPPRESS,
+        help="of the sin-cos positions: none counts from 0 (MAE), center from the image's centre; "
+        "learned: and trained phases; jitter: and a random shift of each training image",
+    )
 
 
 def resolve_method(settings: argparse.Namespace) -> None:
@@ -138,34 +159,45 @@ def add_target_flags(parser: FlagParser) -> None:
         nargs=0,
         const=True,
         default=False,
-        help="MAE's name of --target norm_pixels",
+        help="predict normalised pixels; MAE's name of --target norm_pixels",
     )
     group.add_argument(
-        "--pca_components", type=number(int, 1, MOST_WIDTH), default=96, help="of --target pca"
+        "--pca_components",
+        type=number(int, 1, MOST_WIDTH),
+        default=96,
+        help="coefficients of --target pca",
     )
     group.add_argument(
         "--pca_patches",
         type=number(int, 2, MOST_PATCHES),
         default=65536,
-        help=f"of the training set to fit the PCA on, {PCA_PER_IMAGE} of an image where there are "
+        help=f"training patches to fit the PCA on, {PCA_PER_IMAGE} of an image where there are "
         "enough images; the checkpoint keeps the fit",
     )
 
 
-def add_data_flags(parser: FlagParser, datasets: Sequence[str]) -> None:
-    """Where images come from."""
+def add_data_flags(
+    parser: FlagParser, datasets: Sequence[str], *, size: str = "default: the model's"
+) -> None:
+    """Where images come from.
+
+    Args:
+        size: what is said of `--input_size`.
+    """
     group = parser.add_argument_group("data")
-    group.add_argument("--dataset", choices=list(datasets), default="imagefolder")
+    group.add_argument(
+        "--dataset", choices=list(datasets), default="imagefolder", help="name of the data set"
+    )
     group.add_argument(
         "--data_path",
         type=expanded_path,
-        help="folder of the data set; packed:DIR reads what main_pack.py wrote, hf:NAME_OR_DIR a "
-        "data set of Hugging Face",
+        help="folder of the data set; or packed:DIR (of main_pack.py), hf:NAME_OR_DIR (Hugging "
+        "Face); default: its own place",
     )
     group.add_argument(
         "--input_size",
         type=size_pair,
-        help="224, or 160x224 (height x width); unset: the model's",
+        help=f"pixels: 224 or 160x224 (H x W); {size}",
     )
     for name, what in (("--mean", "mean"), ("--std", "deviation")):
         group.add_argument(
@@ -186,7 +218,12 @@ def add_data_flags(parser: FlagParser, datasets: Sequence[str]) -> None:
         default=2,
         help="batches that each loading process keeps ready",
     )
-    group.add_argument("--no_pin_mem", action="store_false", dest="pin_mem")
+    group.add_argument(
+        "--no_pin_mem",
+        action="store_false",
+        dest="pin_mem",
+        help="no page-locked memory for batches on their way to a GPU",
+    )
 
 
 def add_split_flags(parser: FlagParser) -> None:
@@ -257,28 +294,54 @@ def add_view_flags(parser: FlagParser) -> None:
 
 
 def add_optimisation_flags(
-    parser: FlagParser, unset: Sequence[str] = (), *, lengths: str = "epochs"
+    parser: FlagParser,
+    unset: Sequence[str] = (),
+    *,
+    lengths: str = "epochs",
+    peak: str = "",
 ) -> None:
     """Batches, lengths, learning rates and precision; each main sets its own defaults.
 
     Args:
         unset: flags that are to be absent where nobody gave them, for `fill_unset`.
         lengths: what the run is measured in, epochs or iterations (optimiser steps).
+        peak: the learning rate where neither `--lr` nor `--blr` is given; empty: `--blr` has a
+            default.
     """
     group = parser.add_argument_group("optimisation")
     images = number(int, 1, MOST_IN_BATCH)
-    group.add_argument("--batch_size", type=images, default=64, help="per process")
-    group.add_argument("--accum_iter", type=images, default=1, help="micro-steps per step")
-    group.add_argument(f"--{lengths}", type=number(int, 1))
-    # Only epochs have fractions.
-    group.add_argument(f"--warmup_{lengths}", type=number(float if lengths == "epochs" else int, 0))
+    group.add_argument("--batch_size", type=images, default=64, help="images per process and step")
+    group.add_argument(
+        "--accum_iter", type=images, default=1, help="batches per step: multiplies --batch_size"
+    )
+    group.add_argument(f"--{lengths}", type=number(int, 1), help="length of the training")
+    group.add_argument(
+        f"--warmup_{lengths}",
+        # Only epochs have fractions.
+        type=number(float if lengths == "epochs" else int, 0),
+        help=f"{lengths} over which the learning rate rises",
+    )
     rate = number(float, 0, MOST_RATE)
-    group.add_argument("--blr", type=rate, help="base lr: lr = blr x global batch / 256")
-    group.add_argument("--lr", type=rate, help="absolute; overrides --blr")
-    group.add_argument("--min_lr", type=rate, default=0.0)
-    group.add_argument("--weight_decay", type=rate, default=0.05)
-    group.add_argument("--clip_grad", type=number(float, 0, open_low=True), help="largest norm")
-    group.add_argument("--precision", choices=list(PRECISIONS), default="fp32")
+    unset_blr = f"; default: --lr {peak}" if peak else ""
+    group.add_argument("--blr", type=rate, help=f"lr = blr x global batch / 256{unset_blr}")
+    group.add_argument(
+        "--lr",
+        type=rate,
+        help=f"peak learning rate, overrides --blr; default: {peak or 'by --blr'}",
+    )
+    group.add_argument("--min_lr", type=rate, default=0.0, help="learning rate at the end")
+    group.add_argument("--weight_decay", type=rate, default=0.05, help="of the optimiser")
+    group.add_argument(
+        "--clip_grad",
+        type=number(float, 0, open_low=True),
+        help="largest norm of a step's gradient; default: no clipping",
+    )
+    group.add_argument(
+        "--precision",
+        choices=list(PRECISIONS),
+        default="fp32",
+        help="of matrix products; bf16 and fp16 are torch's autocast, weights stay float32",
+    )
     group.add_argument(
         "--grad_checkpointing",
         action="store_true",
@@ -288,7 +351,7 @@ def add_optimisation_flags(
         "--nan_policy",
         choices=("stop", "skip"),
         default="stop",
-        help="after a loss or gradient that is not finite; its update is left out in any case",
+        help="what to do after a loss or gradient that is not finite; its update is left out",
     )
     group.add_argument("--tf32", action="store_true", help="allow TF32 products on a GPU")
     for flag, wanted in (("--compile", True), ("--no-compile", False)):
@@ -333,26 +396,36 @@ def add_checkpoint_flags(parser: FlagParser, lengths: str = "epochs") -> Any:
         lengths: what the run is measured in, epochs or iterations.
     """
     group = parser.add_argument_group(f"checkpoints and measurement ({lengths}; 0: never)")
-    group.add_argument("--save_every", type=number(int, 0), default=20)
+    group.add_argument(
+        "--save_every",
+        type=number(int, 0),
+        default=20,
+        help=f"{lengths} between numbered checkpoints; checkpoint-last is always written",
+    )
     group.add_argument(
         "--save_minutes",
         type=number(float, 0),
         default=30.0,
-        help="by the clock, in between; 0: never",
+        help="minutes between saves of checkpoint-last, whatever the epoch; 0: none",
     )
-    group.add_argument("--keep", type=number(int, 0), default=0, help="numbered ones; 0: all")
+    group.add_argument(
+        "--keep",
+        type=number(int, 0),
+        default=0,
+        help="numbered checkpoints to keep, the newest; 0: all",
+    )
     group.add_argument(
         "--max_bad_images",
         type=number(int, 0),
         default=100,
-        help="more that cannot be decoded end the run; until then others take their places",
+        help="more images that cannot be decoded end the run; until then others replace them",
     )
     group.add_argument(
         "--resume",
         type=expanded_path,
         default="auto",
-        help="auto: the newest checkpoint of the run folder, if any; or a checkpoint to start from "
-        "where there is none; none: start anew, in a folder without one",
+        help="auto: go on from the newest checkpoint of the run folder, if any; or a checkpoint to "
+        "go on from where it has none; none: start anew, in a folder without one",
     )
     group.add_argument(
         "--allow_changes",
@@ -384,7 +457,8 @@ def add_heads_flag(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--num_heads",
         type=number(int, 1, MOST_WIDTH),
-        help="of attention, for weights that do not say it",
+        help="attention heads of weights that do not say it; default: --model's, or those of our "
+        "model of that width and depth",
     )
 
 
@@ -392,14 +466,31 @@ def add_run_flags(parser: FlagParser) -> None:
     """Where a run computes and writes."""
     group = parser.add_argument_group("run")
     group.add_argument(
-        "--output_dir", type=expanded_path, default="./output_dir", help="run folder"
+        "--output_dir",
+        type=expanded_path,
+        default="./output_dir",
+        help="run folder",
     )
     group.add_argument(
         "--log_dir", type=expanded_path, help="TensorBoard's folder; default: the run folder"
     )
-    group.add_argument("--device", default="auto", help="auto | cpu | cuda")
-    group.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0)
-    group.add_argument("--log_every", type=number(int, 1), default=20, help="steps")
+    add_device_flag(group)
+    group.add_argument(
+        "--seed", type=number(int, 0, 2**32 - 1), default=0, help="of all random numbers of the run"
+    )
+    group.add_argument(
+        "--log_every", type=number(int, 1), default=20, help="steps between records in the metrics"
+    )
+
+
+def add_device_flag(group: argparse._ActionsContainer) -> None:
+    """`--device`, which means the same in every command."""
+    group.add_argument(
+        "--device",
+        default="auto",
+        help="where to compute; auto: NVIDIA's GPU, else Apple's, else the CPU; or cuda, "
+        "cuda:INDEX, mps (we have not run it on a Mac), cpu",
+    )
 
 
 def add_dry_run_flags(parser: FlagParser) -> None:
@@ -411,21 +502,24 @@ def add_dry_run_flags(parser: FlagParser) -> None:
         help="print what the run would do and cost, check it, and leave; nothing is written",
     )
     group.add_argument(
-        "--dry_run_images", type=number(int, 1), help="assume so many training images"
+        "--dry_run_images",
+        type=number(int, 1),
+        help="assume so many training images; default: those there are",
     )
     group.add_argument(
         "--dry_run_processes",
         type=number(int, 1, MOST_TASKS),
-        help="assume so many; default: those started",
+        help="assume so many processes; default: those started",
     )
     group.add_argument(
         "--images_per_second",
         type=number(float, 0, open_low=True),
-        help="of all processes together, for the hours",
+        help="of all processes together, to tell the hours; default: no hours",
     )
     group.add_argument(
         "--dry_run_measure",
         type=number(int, 1),
         metavar="STEPS",
-        help="measure images/s of one process on drawn images now, over so many steps",
+        help="measure images/s of one process on drawn images now, over so many steps; default: "
+        "not measured",
     )

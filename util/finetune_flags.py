@@ -42,13 +42,13 @@ LINEAR: dict[str, Any] = {
 def add_model_flags(parser: FlagParser) -> None:
     """What is trained, and where it starts."""
     group = parser.add_argument_group("model")
-    group.add_argument("--model", metavar="NAME", help="default: the checkpoint's")
+    group.add_argument("--model", metavar="NAME", help="encoder; default: the checkpoint's")
     group.add_argument("--list_models", action="store_true", help="print the names and leave")
     group.add_argument(
         "--finetune",
         type=expanded_path,
         metavar="CHECKPOINT",
-        help="path or https URL to start from",
+        help="path or https URL of weights to start from; default: from scratch",
     )
     group.add_argument(
         "--pos_resize",
@@ -58,27 +58,45 @@ def add_model_flags(parser: FlagParser) -> None:
         "patches",
     )
     group.add_argument(
-        "--nb_classes", type=number(int, 1, MOST_CLASSES), help="default: the data set's"
+        "--nb_classes",
+        type=number(int, 1, MOST_CLASSES),
+        help="outputs of the head; default: the data set's classes",
     )
     group.add_argument(
-        "--in_chans", type=number(int, 1, MOST_CHANNELS), help="from scratch; default: the data's"
+        "--in_chans",
+        type=number(int, 1, MOST_CHANNELS),
+        help="channels, from scratch; default: the data's",
     )
     add_heads_flag(group)
     add_weights_key_flag(group)
-    group.add_argument("--patch_size", type=size_pair, help="from scratch; overrides the name's")
+    group.add_argument("--patch_size", type=size_pair, help="from scratch; default: the name's")
     group.add_argument(
         "--lscale_init",
         type=optional(number(float, 0, MOST_LSCALE, open_low=True)),
-        help="from scratch: LScale's gamma at the start",
+        help="from scratch: LScale's gamma at the start; default: no LScale",
     )
     group.add_argument(
-        "--global_pool", nargs="?", const="avg", choices=("avg", "cls"), help="by --tune", **UNSET
+        "--global_pool",
+        nargs="?",
+        const="avg",
+        choices=("avg", "cls"),
+        help="what the head reads: the mean of the patch tokens, or the class token; without a "
+        "value: avg",
+        **UNSET,
     )
     group.add_argument(
-        "--cls_token", action="store_const", const="cls", dest="global_pool", **UNSET
+        "--cls_token",
+        action="store_const",
+        const="cls",
+        dest="global_pool",
+        help="MAE's name of --global_pool cls",
+        **UNSET,
     )
     group.add_argument(
-        "--drop_path", type=number(float, 0, 1, open_high=True), help="by --tune", **UNSET
+        "--drop_path",
+        type=number(float, 0, 1, open_high=True),
+        help="probability that the last block's branches are left out of a training step",
+        **UNSET,
     )
 
 
@@ -86,9 +104,16 @@ def add_augmentation_flags(parser: FlagParser) -> None:
     """Of single images, of batches, and of the weights."""
     group = parser.add_argument_group("augmentation and regularisation")
     group.add_argument(
-        "--aa", type=optional(str), help="timm's policy, by --tune; none: crop and flip", **UNSET
+        "--aa",
+        type=optional(str),
+        help="timm's policy of automatic augmentation; none: crop and flip only",
+        **UNSET,
     )
-    group.add_argument("--color_jitter", type=number(float, 0, 10), help="without --aa")
+    group.add_argument(
+        "--color_jitter",
+        type=number(float, 0, 10),
+        help="strength of colour changes where --aa is none; default: none",
+    )
     group.add_argument(
         "--crop_scale",
         type=number(float, LEAST_CROP, 1),
@@ -101,20 +126,57 @@ def add_augmentation_flags(parser: FlagParser) -> None:
     group.add_argument(
         "--smoothing",
         type=number(float, 0, 1, open_high=True, why="no label would be left"),
-        help="of labels, by --tune",
+        help="label smoothing: share of a label spread over all classes",
         **UNSET,
     )
-    group.add_argument("--reprob", type=number(float, 0, 1), help="erasing, by --tune", **UNSET)
-    group.add_argument("--remode", choices=("pixel", "rand", "const"), default="pixel")
-    group.add_argument("--recount", type=number(int, 1, 1000), default=1)
-    group.add_argument("--mixup", type=number(float, 0), default=0.0, help="alpha; 0: off")
-    group.add_argument("--cutmix", type=number(float, 0), default=0.0, help="alpha; 0: off")
-    group.add_argument("--cutmix_minmax", type=number(float, 0, 1), nargs=2)
-    group.add_argument("--mixup_prob", type=number(float, 0, 1), default=1.0)
-    group.add_argument("--mixup_switch_prob", type=number(float, 0, 1), default=0.5)
-    group.add_argument("--mixup_mode", choices=("batch", "pair", "elem"), default="batch")
+    group.add_argument(
+        "--reprob",
+        type=number(float, 0, 1),
+        help="probability that a part of an image is erased",
+        **UNSET,
+    )
+    group.add_argument(
+        "--remode",
+        choices=("pixel", "rand", "const"),
+        default="pixel",
+        help="erased parts become: noise by pixel, one random colour, or zero",
+    )
+    group.add_argument(
+        "--recount", type=number(int, 1, 1000), default=1, help="erased parts of an image, at most"
+    )
+    group.add_argument(
+        "--mixup", type=number(float, 0), default=0.0, help="alpha of mixup (.8 is usual); 0: off"
+    )
+    group.add_argument(
+        "--cutmix", type=number(float, 0), default=0.0, help="alpha of CutMix (1 is usual); 0: off"
+    )
+    group.add_argument(
+        "--cutmix_minmax",
+        type=number(float, 0, 1),
+        nargs=2,
+        metavar=("MIN", "MAX"),
+        help="CutMix with boxes of such shares of each side, in place of alpha; default: by alpha",
+    )
+    group.add_argument(
+        "--mixup_prob",
+        type=number(float, 0, 1),
+        default=1.0,
+        help="probability of mixup or CutMix, for each --mixup_mode",
+    )
+    group.add_argument(
+        "--mixup_switch_prob",
+        type=number(float, 0, 1),
+        default=0.5,
+        help="probability of CutMix rather than mixup, where both are on",
+    )
+    group.add_argument(
+        "--mixup_mode",
+        choices=("batch", "pair", "elem"),
+        default="batch",
+        help="mixup's parameters are drawn for a batch, a pair of images, or each image",
+    )
     group.add_argument(
         "--ema_decay",
         type=number(float, 0, 1, open_high=True, why="the averages would never move"),
-        help="also keep averaged weights, measured too",
+        help="also keep averaged weights with this decay, measured too; default: none",
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from util.errors import BadInput
+from util.flag_help import FlagHelp, Help, Presets, example_text, first_screen
 from util.flag_types import SHOWN, expanded_path, shown
 from util.recipes import read_layers
 
@@ -26,20 +27,41 @@ class StrictParser(argparse.ArgumentParser):
 class FlagParser(StrictParser):
     """The flags of a main and their recipe; a wrong name is an error that names the nearest one.
 
+    Args:
+        example: a command that works, for `--help`; a long one has lines that end with a backslash.
+        first: the flags (their dest) that most runs need; `--help` shows them, in this order.
+        presets: of a flag that presets others: its name, and for each value what that presets.
+
     Attributes:
         given: what the last `parse` found in recipe or command line, by the flags' dest; the rest
             have their defaults.
     """
 
     given: frozenset[str] = frozenset()
+    presets: Presets | None
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(
+        self,
+        *,
+        example: str = "",
+        first: Sequence[str] = (),
+        presets: Presets | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            add_help=False,
+            usage="python %(prog)s [flags]",
+            formatter_class=lambda prog: FlagHelp(prog, self.presets),
+            **kwargs,
+        )
+        self.example, self.first, self.presets = example, tuple(first), presets
+        self.add_argument("-h", "--help", action=Help, help="show the flags that most runs need")
+        self.add_argument("--help_all", action=Help, help="show all flags, by group")
         self.add_argument(
             "--config",
             type=expanded_path,
             metavar="RECIPE",
-            help="YAML file of flags; flags given win",
+            help="YAML file of flags; those of the command line win; default: none",
         )
 
     def parse(self, argv: Sequence[str] | None) -> argparse.Namespace:
@@ -63,18 +85,18 @@ class FlagParser(StrictParser):
         return settings
 
     def format_help(self) -> str:
-        """As argparse's, with each default that is a value, of flags without a help text too."""
-        for action in self._actions:
-            unsaid = action.default is None or isinstance(action.default, bool)
-            text = action.help or ""
-            if not unsaid and action.default != argparse.SUPPRESS and "%(default)" not in text:
-                action.help = f"{text} (default: %(default)s)".lstrip()
-        return super().format_help()
+        """All flags by group, each with its default."""
+        text = super().format_help()
+        return f"{text}\n{example_text(self.example)}" if self.example else text
+
+    def first_screen(self) -> str:
+        """The flags that most runs need."""
+        return first_screen(self, self.first, self.example, self.presets)
 
     def _nearest(self, flag: str) -> str:
         flags = [f for action in self._actions for f in action.option_strings]
         near = difflib.get_close_matches(flag.split("=")[0], flags, n=1)
-        return f" (did you mean {near[0]}?)" if near else "; --help lists the flags"
+        return f" (did you mean {near[0]}?)" if near else "; --help_all lists the flags"
 
     def _recipe_tokens(self, recipe: Path) -> list[str]:
         """A recipe as command-line words, so that each value is cast and checked as its flag's."""
@@ -83,7 +105,7 @@ class FlagParser(StrictParser):
         resolved: dict[str, tuple[Any, Path]] = {}
         for file, flags_there in read_layers(recipe):
             for key, value in flags_there.items():
-                if key not in flags or key in ("config", "help"):
+                if key not in flags or key in ("config", "help", "help_all"):
                     near = difflib.get_close_matches(str(key), flags, n=1)
                     hint = f" (did you mean {near[0]}?)" if near else ""
                     self.error(f"unknown key {key!r} in {file}{hint}")

@@ -30,7 +30,7 @@ from submitit.core.utils import FailedSubmissionError, JobPaths, UncompletedJobE
 from submitit.helpers import DelayedSubmission
 
 from util.advice import check_settings
-from util.config import number
+from util.config import FlagParser, number
 from util.console import print_text
 from util.errors import BadInput, RunFailed, Stopped
 from util.files import build_whole, sweep
@@ -60,12 +60,14 @@ def add_job_flags(parser: argparse.ArgumentParser) -> None:
         default="output_dir/%j",
         help="logs of the job, and the run folder where --output_dir is not given; %%j: job number",
     )
-    group.add_argument("--nodes", type=number(int, 1, MOST_TASKS), default=1)
+    group.add_argument(
+        "--nodes", type=number(int, 1, MOST_TASKS), default=1, help="machines of the job"
+    )
     group.add_argument(
         "--ngpus",
         type=number(int, 0, MOST_PER_NODE),
         default=8,
-        help="per node, a task each; 0: CPU tasks",
+        help="GPUs per node, a task each; 0: CPU tasks",
     )
     group.add_argument(
         "--cpu_tasks",
@@ -73,28 +75,35 @@ def add_job_flags(parser: argparse.ArgumentParser) -> None:
         default=1,
         help="tasks per node with --ngpus 0",
     )
-    group.add_argument("--timeout", type=number(int, 1, MOST_MINUTES), default=4320, help="minutes")
+    group.add_argument(
+        "--timeout",
+        type=number(int, 1, MOST_MINUTES),
+        default=4320,
+        help="time limit in minutes; then it saves and is queued again",
+    )
     group.add_argument(
         "--signal_seconds",
         type=number(int, 1, 65535),
         default=120,
-        help="before the time limit the job is told, saves and is queued again",
+        help="seconds before the time limit at which the job is told to save",
     )
-    group.add_argument("--partition", help="default: the cluster's")
-    group.add_argument("--qos")
-    group.add_argument("--account")
-    group.add_argument("--constraint", help="features that nodes must have")
-    group.add_argument("--use_volta32", action="store_true", help="--constraint volta32gb")
-    group.add_argument("--comment")
+    group.add_argument("--partition", help="partition to queue in; default: the cluster's")
+    group.add_argument("--qos", help="quality of service; default: the cluster's")
+    group.add_argument("--account", help="account that is charged; default: the cluster's")
+    group.add_argument("--constraint", help="features that nodes must have; default: none")
+    group.add_argument(
+        "--use_volta32", action="store_true", help="short for --constraint volta32gb"
+    )
+    group.add_argument("--comment", help="text that Slurm keeps with the job; default: none")
     group.add_argument(
         "--mem_gb",
         type=number(float, 0, MOST_MEMORY, open_low=True),
-        help="per node; default: the cluster's",
+        help="gigabytes of memory per node; default: the cluster's",
     )
     group.add_argument(
         "--cpus_per_task",
         type=number(int, 1, MOST_PER_NODE),
-        help="default: 10 with a GPU, 1 without",
+        help="cores of each task; default: 10 with a GPU, 1 without",
     )
     group.add_argument(
         "--setup",
@@ -103,7 +112,9 @@ def add_job_flags(parser: argparse.ArgumentParser) -> None:
         metavar="LINE",
         help="shell line to run before the tasks, such as 'module load cuda'; can be repeated",
     )
-    group.add_argument("--local", action="store_true", help="on this machine, in the background")
+    group.add_argument(
+        "--local", action="store_true", help="run on this machine, in the background"
+    )
     # A main's own --dry_run says what the run costs; here it says the job as well.
     if "--dry_run" not in parser._option_string_actions:
         group.add_argument(
@@ -172,6 +183,21 @@ def local_places(here: submitit.JobEnvironment, port: int) -> dict[str, str]:
 # ---- Submission --------------------------------------------------------------------------------
 
 
+def job_parser(main: ModuleType) -> FlagParser:
+    """The flags of a main and of its job together."""
+    parser: FlagParser = main.build_parser()
+    add_job_flags(parser)
+    parser.description = f"Submit to Slurm: {parser.description}"
+    parser.example = parser.example.replace("python main_", "python submitit_").replace(
+        "--output_dir", "--nodes 1 --ngpus 8 --job_dir"
+    )
+    # Slurm gives the device, the job's folder is the run's, and most jobs train.
+    left_out = ("config", "output_dir", "device", "resume", "eval", "predict", "input_size")
+    own = [dest for dest in parser.first if dest not in left_out]
+    parser.first = ("job_dir", "nodes", "ngpus", "timeout", "partition", *own)
+    return parser
+
+
 def submit(main: ModuleType, argv: Sequence[str] | None) -> None:
     """Check everything that can be known here, then submit, and tell how to follow the job.
 
@@ -183,9 +209,7 @@ def submit(main: ModuleType, argv: Sequence[str] | None) -> None:
         BadInput: a flag of either; no cluster; a partition, node or folder that is not there.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    both = main.build_parser()
-    add_job_flags(both)
-    both.parse(argv)  # help for all flags, and a hint for a mistyped one
+    job_parser(main).parse(argv)  # help for all flags, and a hint for a mistyped one
     only_job = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     add_job_flags(only_job)
     job, words = only_job.parse_known_args(argv)

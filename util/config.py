@@ -469,7 +469,7 @@ def add_run_flags(parser: FlagParser) -> None:
         "--output_dir",
         type=expanded_path,
         default="./output_dir",
-        help="run folder",
+        help="folder of the run",
     )
     group.add_argument(
         "--log_dir", type=expanded_path, help="TensorBoard's folder; default: the run folder"

@@ -47,7 +47,8 @@ from util.images import ImageSource, Subset
 from util.knn import Bank, neighbours, rank_of, unit, vote
 from util.load_table import LOADED
 from util.loading import say_conversions
-from util.logger import prepare_folder, progress_bar, rank_log, say
+from util.logger import prepare_folder, rank_log, say
+from util.progress import Progress
 from util.randomness import EvalSampler, evenly
 from util.replace import fault_of
 from util.results import MEASURED, identity_of, set_others_aside
@@ -353,8 +354,8 @@ def extract(
         torch.empty(share, dtype=torch.int64),
     )
     done, bad, finite, labelled = 0, [], True, True
-    with progress_bar(len(sampler), 0, show=procs.main) as bar:
-        bar.set_description(source.split)
+    name = f"features of {source.split}"
+    with Progress(len(sampler), show=procs.main, unit="batch", where=lambda _: name) as bar:
         for batch in loader:
             images = batch["image"].to(procs.device, non_blocking=True)
             features = features_of(model, images, kind, source)
@@ -561,9 +562,8 @@ def measure(args: argparse.Namespace, procs: Processes, warnings: Sequence[str])
         # -------------------------------------------------------------------- neighbours
         classes = len(train.classes)
         hits = torch.zeros(len(args.k), 2, dtype=torch.int64)
-        with progress_bar(len(banks["val"].label), 0, show=procs.main) as bar:
-            bar.set_description("neighbours")
-            bar.unit = "query"
+        queries = len(banks["val"].label)
+        with Progress(queries, show=procs.main, unit="query", where=lambda _: "neighbours") as bar:
             for found, label in neighbours(
                 banks["val"],
                 banks["train"],

@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import ParamSpec, TypeVar
 
 from util.console import forget, print_text
+from util.progress import EARLY
 from util.signals import EXIT_INTERRUPTED, EXIT_STOPPED, StoppedAtStart, begin, end
 
 P = ParamSpec("P")
@@ -81,6 +82,7 @@ def command(main: Callable[P, R]) -> Callable[P, R]:
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         begin()
         forget()
+        EARLY.take()  # what an earlier command of this process said
         try:
             return main(*args, **kwargs)
         except (BadInput, RunFailed) as error:

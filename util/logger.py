@@ -18,21 +18,19 @@ import numpy as np
 import torch
 import yaml
 from torch import Tensor
-from tqdm import tqdm
 
-from util.console import first_time, printable, visible, visible_line
+from util.console import first_time, visible, visible_line
 from util.conversions import Tally
 from util.dist import Processes
 from util.errors import BadInput, RunFailed, Stopped
 from util.events import EventFile
 from util.files import AppendedFile, at_start, check_folder, sweep, write_text, writing
+from util.progress import EARLY, Progress, log, say
 from util.step import StepResult
 
 METRICS = "metrics.jsonl"
 SETTINGS = "config.yaml"
 BAD_IMAGES = "bad_images.txt"
-
-log = logging.getLogger("mmae")
 
 
 def prepare_folder(folder: Path) -> None:
@@ -181,26 +179,6 @@ def save_settings(path: Path, settings: dict[str, Any]) -> None:
     write_text(path, yaml.safe_dump(settings))
 
 
-def progress_bar(total: int, initial: int, show: bool) -> tqdm:
-    """Steps done of the run, with the time left; a line every 30 s where no one watches live."""
-    watched = sys.stderr.isatty()
-    return tqdm(
-        total=total,
-        initial=initial,
-        disable=not show,
-        unit="step",
-        dynamic_ncols=watched,
-        mininterval=0.5 if watched else 30,
-    )
-
-
-def say(text: str) -> None:
-    """A line for the reader, which does not tear the progress bar, and for the process's log."""
-    tqdm.write(printable(text, sys.stdout), file=sys.stdout)
-    sys.stdout.flush()
-    log.info(text)
-
-
 def say_once(text: str) -> None:
     """As `say`, by the main process alone and once in a command, however often it is told."""
     main = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
@@ -243,6 +221,8 @@ class RankLog(logging.FileHandler):
 def rank_log(folder: Path, rank: int) -> Iterator[None]:
     """Keep what this process says, and how it ends, in `log-rank{rank}.txt` of the run folder.
 
+    The file also gets what the command said before, when there was no folder yet.
+
     Raises:
         BadInput: it cannot be opened.
     """
@@ -252,10 +232,11 @@ def rank_log(folder: Path, rank: int) -> Iterator[None]:
         handler = RankLog(path, encoding="utf-8")
     handler.setFormatter(_VisibleFormatter("%(asctime)s %(message)s"))
     log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    log.propagate = False
     try:
+        early = EARLY.take()
         log.info("starts: process %d on %s", rank, platform.node())
+        for line in early:
+            log.info(line)
         yield
         log.info("done")
     except BaseException as error:
@@ -264,6 +245,7 @@ def rank_log(folder: Path, rank: int) -> Iterator[None]:
         raise
     finally:
         log.removeHandler(handler)
+        EARLY.take()  # they are in the file
         handler.close()
 
 
@@ -377,7 +359,7 @@ class StepLog:
         nan_policy: str,
         bad_images: BadImages,
         last_good: Callable[[], Path | None],
-        bar: tqdm,
+        bar: Progress,
     ) -> None:
         self.logger, self.folder, self.procs, self.bar = logger, folder, procs, bar
         self.bad_images, self.last_good = bad_images, last_good
@@ -434,7 +416,7 @@ class StepLog:
         if skipped:
             values["skipped"] = round(skipped / self.procs.world_size)
         self.logger.record("train", step, **values)
-        self.bar.set_postfix(loss=f"{values['loss']:.4f}", lr=f"{lr:.2e}")
+        self.bar.report(values["loss"], lr, values["images_per_s"])
         history, self.history = self.history, []
         self.recent.zero_()
         self.restart_clock()

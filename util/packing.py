@@ -24,7 +24,7 @@ from util.files import open_whole, sweep
 from util.images import BadImage, ImageSource, decode_image
 from util.listing import Names
 from util.loading import Loader
-from util.logger import progress_bar, say
+from util.logger import say
 from util.manifest import (
     CHECKSUM,
     MANIFEST,
@@ -39,6 +39,7 @@ from util.manifest import (
     shard_name,
 )
 from util.packed import RECORD, check_files, check_tables, checksum
+from util.progress import Progress
 
 SETTINGS, BAD_IMAGES = "packing.json", "bad_images.txt"
 # A few hundred shards: few enough to keep them open, enough to lose little when one is cut off.
@@ -146,7 +147,7 @@ def pack(
         prefetch_factor=1 if num_workers else None,
     )
     bad = sum(len(part_of(root, shard)["bad"]) for shard in kept)
-    with progress_bar(number, len(kept), show=True) as bar:
+    with Progress(number, len(kept), show=True, unit="shard") as bar:
         check_bad(root, bad, max_bad_images)
         for found, fault in loader:
             if fault:
@@ -363,7 +364,7 @@ def verify(root: Path) -> tuple[int, bool]:
     check_files(root, about)
     check_tables(root, about)
     damaged = []
-    with progress_bar(len(about["shards"]), 0, show=True) as bar:
+    with Progress(len(about["shards"]), show=True, unit="shard") as bar:
         for shard in about["shards"]:
             if checksum(root / shard["file"]) != shard["sha256"]:
                 damaged.append(str(root / shard["file"]))

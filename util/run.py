@@ -21,11 +21,11 @@ from util.logger import (
     StepLog,
     StepReport,
     prepare_folder,
-    progress_bar,
     rank_log,
     save_settings,
     say,
 )
+from util.progress import Progress
 from util.replace import NamedSource, fault_of
 from util.resume import VERSION
 from util.timeline import Timeline
@@ -138,7 +138,14 @@ class Run:
             nan_policy=nan_policy,
             bad_images=self.bad_images,
             last_good=lambda: self.own(ckpt.LAST),
-            bar=progress_bar(timeline.total, self.step, show=procs.main),
+            bar=Progress(
+                timeline.total,
+                self.step,
+                show=procs.main,
+                # Each tenth of an epoch, and no more than a hundred lines.
+                every=max(-(-timeline.steps_per_epoch // 10), -(-timeline.total // 100)),
+                where=timeline.words,
+            ),
         )
         if state is not None:
             self.step_log.load_state(state["sums"])

@@ -50,6 +50,10 @@ class Timeline:
         """The epoch, from 0, that the `step`-th step, from 1, is part of."""
         return self.first + (step - 1 - self.start) // self.steps_per_epoch
 
+    def words(self, step: int) -> str:
+        """Where the `step`-th step is, for the reader: epochs counted from 1."""
+        return "" if self.epochs is None else f"epoch {self.epoch_of(step) + 1} of {self.epochs}"
+
     def scheduled(self, step: int) -> int:
         """What a learning rate schedule goes by after `step` steps.
 

@@ -15,7 +15,6 @@ if __name__ == "__main__":  # before the imports that take seconds
     take_signals()
 
 import argparse
-import json
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -65,7 +64,7 @@ from util.config import (
     run_options,
     settings_of,
 )
-from util.console import print_text
+from util.console import counted, print_text
 from util.convert import read_encoder
 from util.cost import classifier_layers, cost_of
 from util.datasets import DATASETS, build_dataset
@@ -709,10 +708,11 @@ def finetune(
         learning = sum(sizes[name] for name in tuned)
         say(
             f"{args.tune}: {learning:,} of {sum(sizes.values()):,} parameters learn "
-            f"({len(tuned)} tensors); {len(source):,} images of {args.dataset}, "
-            f"{num_classes} classes; global batch {sampler.global_batch} = {args.batch_size} x "
-            f"{procs.world_size} processes x {args.accum_iter}; lr {lr:.3g}; {args.precision} on "
-            f"{device}, {placed}"
+            f"({counted(len(tuned), 'tensor')}); {counted(len(source), 'image')} of "
+            f"{args.dataset}, {counted(num_classes, 'class')}; global batch "
+            f"{sampler.global_batch} = {args.batch_size} x "
+            f"{counted(procs.world_size, 'process')} x {args.accum_iter}; lr {lr:.3g}; "
+            f"{args.precision} on {device}, {placed}"
         )
 
     # ----------------------------------------------------------------------------- epochs
@@ -754,7 +754,8 @@ def finetune(
                 if better:
                     best = {"top1": result.summary()["top1"], "epoch": epoch}
                 if procs.main:
-                    say_accuracy(f"epoch {epoch}{', averaged weights' if ema else ''}", result)
+                    done = f"after {counted(epoch + 1, 'epoch')}"
+                    say_accuracy(f"{done}{', averaged weights' if ema else ''}", result)
                     if epoch == args.epochs - 1:
                         more = {**values, "best": best, "epoch": epoch, "dataset": args.dataset}
                         where = hold_out_of(vars(args)).words
@@ -770,7 +771,8 @@ def finetune(
         if procs.main:
             run.say_results()
             if path := run.own(ckpt.BEST):
-                say(f"best        {json.dumps(best)}  {path}")
+                after = counted(best["epoch"] + 1, "epoch")
+                say(f"best        top-1 {best['top1']:.2f} % after {after}: {path}")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from util.config import (
     add_split_flags,
     number,
 )
-from util.console import print_text, visible_line
+from util.console import counted, print_text, visible_line
 from util.cost import classifier_layers, cost_of
 from util.datasets import DATASETS, SPLITS, build_dataset
 from util.dist import Processes, processes
@@ -141,8 +141,8 @@ def build_parser() -> FlagParser:
     group.add_argument(
         "--save_features",
         action="store_true",
-        help="also write the features; features-{train,val}.npy, float32 [N, D], not normalised, in "
-        "the order of files-{train,val}.txt, and labels-{train,val}.npy, -1 without labels and "
+        help="also write the features; features-{train,val}.npy, float32 [N, D], not normalised, "
+        "in the order of files-{train,val}.txt, and labels-{train,val}.npy, -1 without labels and "
         "(beside a row of zeros) for undecodable images; without labels or with one split these "
         "alone",
     )
@@ -475,9 +475,8 @@ def measure(args: argparse.Namespace, procs: Processes, warnings: Sequence[str])
         sources, no_vote = open_sets(args)
     votes = no_vote is None
     if votes and max(args.k) > len(sources["train"]):
-        raise BadInput(
-            f"k is {max(args.k)}, but the bank holds {len(sources['train'])} images; lower --k"
-        )
+        size = counted(len(sources["train"]), "image")
+        raise BadInput(f"k is {max(args.k)}, but the bank holds {size}; lower --k")
 
     # ------------------------------------------------------------------------------ model
     with procs.main_first():
@@ -544,12 +543,14 @@ def measure(args: argparse.Namespace, procs: Processes, warnings: Sequence[str])
             names = [f"{source.file_name(i)}: {fault_of(source, i)}" for i in named]
             if broken and votes and source.split == "val":
                 raise BadInput(
-                    f"{len(broken)} of {len(source)} images to classify cannot be decoded, and an "
-                    f"accuracy without them would be another; replace them: {'; '.join(names)}"
+                    f"{len(broken)} of {counted(len(source), 'image')} to classify cannot be "
+                    "decoded, and an accuracy without them would be another; replace them: "
+                    f"{'; '.join(names)}"
                 )
             if broken and procs.main:
                 kind = "training" if source.split == "train" else source.split
-                say(f"{len(broken)} of {len(source)} {kind} images cannot be decoded, left out:")
+                whole = counted(len(source), f"{kind} image")
+                say(f"{len(broken)} of {whole} cannot be decoded, left out:")
                 say("\n".join(f"  {name}" for name in names))
                 if len(broken) > len(named):
                     say(f"  and {len(broken) - len(named)} more, which the result will name")
@@ -611,7 +612,7 @@ def measure(args: argparse.Namespace, procs: Processes, warnings: Sequence[str])
             set_others_aside(folder, [RESULT], summary[MEASURED])
             write_text(folder / RESULT, json.dumps(summary, indent=1) + "\n")
             say(
-                f"{args.features} features of {args.checkpoint}: {len(val):,} images of "
+                f"{args.features} features of {args.checkpoint}: {counted(len(val), 'image')} of "
                 f"{args.dataset} among {summary['bank_images']:,}, temperature {args.temperature}"
             )
             for result in results:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from util.advice import check_settings, say_warnings, warn_of_flags
 from util.config import FlagParser, add_pixels_flag, number
+from util.console import counted
 from util.datasets import DATASETS, SPLITS, build_dataset
 from util.errors import BadInput, command
 from util.flag_types import MOST_SIDE, expanded_path, processes_flag
@@ -134,8 +135,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         size = sum(shard["bytes"] for shard in about["shards"])
         say(
-            f"{folder / split}: {about['images']:,} of {len(source):,} images, "
-            f"{len(about['shards'])} shards, {size / 1e6:,.1f} MB"
+            f"{folder / split}: {about['images']:,} of {counted(len(source), 'image')}, "
+            f"{counted(len(about['shards']), 'shard')}, {size / 1e6:,.1f} MB"
         )
         if about["images"] < len(source):
             say(f"left out, for they cannot be decoded: {folder / split / BAD_IMAGES}")

@@ -63,7 +63,7 @@ from util.config import (
     settings_of,
     size_pair,
 )
-from util.console import print_text
+from util.console import counted, print_text
 from util.cost import autoencoder_layers, cost_of
 from util.datasets import DATASETS, build_dataset
 from util.dist import Processes, choose_device, distribute, processes
@@ -584,8 +584,9 @@ def pretrain(
     if procs.main:
         say(
             f"{args.model} ({args.method}), {sum(p.numel() for p in model.parameters()):,} "
-            f"parameters; {len(source):,} images of {args.dataset}; global batch "
-            f"{sampler.global_batch} = {args.batch_size} x {procs.world_size} processes x "
+            f"parameters; {counted(len(source), 'image')} of {args.dataset}; global batch "
+            f"{sampler.global_batch} = {args.batch_size} x "
+            f"{counted(procs.world_size, 'process')} x "
             f"{args.accum_iter}; lr {lr:.3g}; {args.precision} on {device}, {placed}"
         )
 
@@ -635,7 +636,8 @@ def pretrain(
                         report(run.logger, parts, tables, step, epoch)
                     if drawing and procs.main:
                         shown = "training" if val_source is source else "held-out"
-                        title = f"{args.model} ({args.method}) after epoch {epoch}, {shown} images"
+                        after = counted(epoch + 1, "epoch")
+                        title = f"{args.model} ({args.method}) after {after}, {shown} images"
                         picture = draw_pictures(whole, parts[-1], device, title)
                         save_png(folder / "pictures" / f"epoch-{epoch}.png", picture)
                         run.logger.picture("reconstruction", step, np.asarray(picture))

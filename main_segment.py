@@ -14,7 +14,6 @@ if __name__ == "__main__":  # before the imports that take seconds
     take_signals()
 
 import argparse
-import json
 from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -64,7 +63,7 @@ from util.config import (
     size_pair,
 )
 from util.confusion import Segmentation
-from util.console import print_text
+from util.console import counted, print_text
 from util.convert import read_encoder
 from util.cost import cost_of
 from util.cost_upernet import segmenter_layers
@@ -859,11 +858,15 @@ def segment(
         **run_options(args),
     )
     if procs.main:
+        whole = sum(p.numel() for p in model.parameters())
+        encoder = sum(p.numel() for p in model.encoder.parameters())
         say(
-            f"UPerNet, {sum(p.numel() for p in model.parameters()):,} parameters; {len(source):,} "
-            f"images of {args.dataset}, {len(source.classes)} classes; global batch "
-            f"{sampler.global_batch} = {args.batch_size} x {procs.world_size} processes x "
-            f"{args.accum_iter}; lr {lr:.3g}; {args.precision} on {device}"
+            f"UPerNet, {whole:,} parameters: encoder {encoder:,}, neck and heads of --channels "
+            f"{args.channels} {whole - encoder:,}; {counted(len(source), 'image')} of "
+            f"{args.dataset}, {counted(len(source.classes), 'class')}; global batch "
+            f"{sampler.global_batch} = {args.batch_size} x "
+            f"{counted(procs.world_size, 'process')} x {args.accum_iter}; lr {lr:.3g}; "
+            f"{args.precision} on {device}"
         )
 
     # ------------------------------------------------------------------------- iterations
@@ -925,7 +928,8 @@ def segment(
         if procs.main:
             run.say_results()
             if path := run.own(ckpt.BEST):
-                say(f"best        {json.dumps(best)}  {path}")
+                after = counted(best["step"], "iteration")
+                say(f"best        mIoU {best['miou']:.2f} after {after}: {path}")
 
 
 def check_data(sources: Sequence[SegmentationSource], procs: Processes) -> None:
@@ -944,7 +948,8 @@ def check_data(sources: Sequence[SegmentationSource], procs: Processes) -> None:
         if faults := [text for text, _, _ in found if text]:
             raise BadInput(faults[0])
         if procs.main:
-            say(f"checked {sum(n for _, n, _ in found):,} pairs of {source.name} {source.split}")
+            pairs = counted(sum(n for _, n, _ in found), "pair")
+            say(f"checked {pairs} of {source.name} {source.split}")
             there = set().union(*(classes for _, _, classes in found))
             if absent := [name for i, name in enumerate(source.classes) if i not in there]:
                 say(f"note: no mask of {source.split} holds {listed(absent)}")

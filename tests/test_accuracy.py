@@ -242,7 +242,7 @@ def test_an_image_that_cannot_be_decoded_is_not_left_out() -> None:
     with pytest.raises(BadInput, match=r"2 images .*numbers 4, 11\)"):
         of(classifier(), Broken([11, 4]), 8)
     # Also where another process met it: all end together.
-    with pytest.raises(BadInput, match=r"1 images .*numbers 17\)"):
+    with pytest.raises(BadInput, match=r"1 image .*numbers 17\)"):
         of(classifier(), held_out(20), 8, gather=lambda mine: [mine, [17]])
 
 

@@ -174,7 +174,7 @@ def test_another_batch_goes_on_at_its_place(
     first = [*order(1)[ahead * batch : length * batch]]
     assert seen == [*first, *order(2)[: length * batch]]
     gap = ahead * batch - (stop - 10) * 24
-    assert (f"{gap} images of epoch 1 are left out" in said) == (gap > 0)
+    assert (f"{gap} images of epoch 2 are left out" in said) == (gap > 0)
 
     # The rates are those of a run of such epochs.
     lr = [r["lr"] for r in train[stop:]]
@@ -241,7 +241,7 @@ def test_more_or_fewer_images(
     ahead = math.ceil((stop - was) * length / was)
     assert len(taken) == 2 * length - ahead
     assert [r["epoch"] for r in job.records(tmp_path, "epoch")] == [0, 1, 2]
-    again = "the order of the images is another in the middle of epoch 1"
+    again = "the order of the images is another in the middle of epoch 2"
     assert (again in capfd.readouterr().out) == (stage == "training")
     later = Counter(index for _, indices in taken[-length:] for index in indices)
     assert set(later.values()) == {1}
@@ -325,7 +325,7 @@ def test_what_is_said_of_images_is_what_happens(crops: int, batch_before: int, b
         twice = sum((seen & rest).values())
         said = [note for note in notes if "second time" in note]
         if ahead < after.steps_per_epoch and twice:
-            assert len(said) == 1 and f"{twice} images of epoch {goes_on} " in said[0]
+            assert len(said) == 1 and f"{twice} images of epoch {goes_on + 1} " in said[0]
         elif not said:
             assert not twice
         if goes_on > epoch:  # what is still due after it, and saved, is that epoch's

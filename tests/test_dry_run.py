@@ -125,7 +125,7 @@ def test_plan_of_ade20k_on_8_gpus(run_main) -> None:
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (["--iterations=1500"], "warm-up of 1500 iterations is as long as training"),
+        (["--iterations=1500"], "warm-up of 1,500 iterations is as long as training"),
         (["--lr=1e-2"], "100 x the published recipe's 0.0016 (that of ViT-B on ADE20K)"),
         (["--dry_run_images=10"], "is larger than the data, 10 images"),
         (["--batch_size=2"], "far below the published recipe's 16"),
@@ -317,7 +317,7 @@ def test_knn_counts_its_features() -> None:
         ("pretrain", "mae/pretrain_vit_base_800.yaml", ["--accum_iter=2"],
          "4,096 = 64 x 32 processes x 2 micro-steps"),
         ("segment", "ade20k.yaml", ["--model=vit_base_patch16"],
-         "64 = 2 x 32 processes x 1 micro-steps"),
+         "64 = 2 x 32 processes x 1 micro-step"),
     ],
 )  # fmt: skip
 def test_submitted_dry_run_says_the_run_and_the_job(

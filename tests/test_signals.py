@@ -181,7 +181,7 @@ def test_a_swallowed_stop_is_acted_on_by_the_loop(
     (tmp_path / "go-on").touch()
     assert wait(children) == [EXIT_STOPPED] * world
     if world == 1:
-        assert "stopped: SIGTERM after step 1, in epoch 0" in (tmp_path / "out").read_text()
+        assert "stopped: SIGTERM after step 1, in epoch 1" in (tmp_path / "out").read_text()
         assert load_file(tmp_path / "run" / LAST)["step"] == 1
     else:
         assert "SIGTERM before the first step" in (tmp_path / "out.1").read_text()
@@ -289,7 +289,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
     assert wait(children) == [EXIT_STOPPED]
     text = (tmp_path / "out").read_text()
     assert "press again to leave at once" in text and "Traceback" not in text
-    assert "stopped: SIGINT after step 5, in epoch 0" in text
+    assert "stopped: SIGINT after step 5, in epoch 1" in text
     assert wait(launch([*flags, f"--output_dir={folder}"], tmp_path / "out")) == [0]
     assert wait(launch([*flags, f"--output_dir={whole}"], tmp_path / "out")) == [0]
     assert [r["step"] for r in records(folder, "train")] == list(range(1, 11))

@@ -196,7 +196,7 @@ def check_went_on(stopped: "Job", kind: str, other: Path, by_us: bool) -> None:
     folder, job = stopped.folder, stopped.number
     wait_for_end(folder, job)
     text = story(folder, job)
-    step = int(re.search(rf"stopped: {kind} after step (\d+), in epoch 1", text).group(1))
+    step = int(re.search(rf"stopped: {kind} after step (\d+), in epoch 2", text).group(1))
     assert 10 < step < 20
     # A slow start may itself have been stopped once, before it could say so.
     assert f"job {job} starts again, restart {restarts(job)}" in text and restarts(job) >= 1
@@ -342,7 +342,7 @@ def test_srun_without_submitit(disturbed: dict[str, Job], undisturbed: Path) -> 
     folder, job = disturbed["srun"].folder, disturbed["srun"].number
     wait_for_end(folder, job)
     text = (folder / "log.txt").read_text()
-    step = int(re.search(r"stopped: SIGUSR2 after step (\d+), in epoch 1", text).group(1))
+    step = int(re.search(r"stopped: SIGUSR2 after step (\d+), in epoch 2", text).group(1))
     assert restarts(job) == 1 and f"{step} steps done" in text
     check_same(folder, undisturbed)
 
@@ -354,7 +354,7 @@ def test_a_cancelled_job_saves_and_stays_cancelled(disturbed: dict[str, Job]) ->
     folder, job = disturbed["cancelled"].folder, disturbed["cancelled"].number
     wait_for_end(folder, job, "CANCELLED")
     text = story(folder, job)
-    step = int(re.search(r"stopped: SIGTERM after step (\d+), in epoch 1", text).group(1))
+    step = int(re.search(r"stopped: SIGTERM after step (\d+), in epoch 2", text).group(1))
     assert load_file(folder / LAST)["step"] == step
     assert restarts(job) == 0 and "requeued" not in text
 

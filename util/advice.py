@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from util.console import counted
 from util.errors import BadInput
 from util.logger import say
 
@@ -161,9 +162,11 @@ def warn_of_course(
             f"other ones in each epoch: the global batch {global_batch:,} is large for the data"
         )
     if warmup >= length:
+        one = unit.removesuffix("s")
         found.append(
-            f"the warm-up of {warmup:g} {unit} is as long as training ({length} {unit}) or longer: "
-            f"the learning rate never falls; shorten it by --warmup_{unit}"
+            f"the warm-up of {counted(warmup, one)} is as long as training "
+            f"({counted(length, one)}) or longer: the learning rate never falls; shorten it by "
+            f"--warmup_{unit}"
         )
     blr = lr * 256 / global_batch
     ratio = blr / published.blr

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from util.console import counted
 from util.errors import EXIT_STOPPED, RunFailed, Stopped
 from util.files import write_text, writing
 from util.logger import METRICS, prepare_folder, say
@@ -331,7 +332,8 @@ def run_cells(
                 return progress.failed
             time.sleep(POLL)
             if stop.times > acted:
-                say(f"stopping {len(running)} runs ({stop.reason}); asked again, they are killed")
+                what = counted(len(running), "run")
+                say(f"stopping {what} ({stop.reason}); asked again, they are killed")
                 end_children(running, kill=acted > 0)
                 acted = stop.times
             for child in list(running):

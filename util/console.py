@@ -36,6 +36,13 @@ def _written_out(match: re.Match[str]) -> str:
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
 
 
+def counted(count: float, noun: str) -> str:
+    """A number and its noun: 1 image, 12,345 images, 2.5 epochs, 3 processes."""
+    ending = "es" if noun.endswith(("s", "tch")) else "s"
+    shown = f"{int(count):,}" if count == int(count) else f"{count:,.4g}"
+    return f"{shown} {noun}" if count == 1 else f"{shown} {noun}{ending}"
+
+
 def printable(text: str, stream: TextIO) -> str:
     """`visible`, with \\uNNNN for what the stream's encoding lacks (LANG=C)."""
     encoding = getattr(stream, "encoding", None) or "utf-8"

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from util.advice import warn_of_course
+from util.console import counted
 from util.cost import FULL, numbered_checkpoints
 from util.dry_run import Data, Plan
 
@@ -63,13 +64,13 @@ def describe(plan: Plan) -> str:
     data = plan.data
     rows = [
         (plan.task, plan.what),
-        ("data", f"{data.images:,} images of {plan.dataset} ({data.note})"),
+        ("data", f"{counted(data.images, 'image')} of {plan.dataset} ({data.note})"),
         (
             "batch",
-            f"{plan.global_batch:,} = {plan.batch_size} x {plan.processes} processes x "
-            f"{plan.accum_iter} micro-steps",
+            f"{plan.global_batch:,} = {plan.batch_size} x {counted(plan.processes, 'process')} x "
+            f"{counted(plan.accum_iter, 'micro-step')}",
         ),
-        ("steps", f"{length_of(plan)}, {plan.images:,} images"),
+        ("steps", f"{length_of(plan)}, {counted(plan.images, 'image')}"),
         (
             "lr",
             f"{plan.lr:.4g} at its peak (base lr {plan.lr * 256 / plan.global_batch:.4g}), warm-up "
@@ -92,15 +93,15 @@ def length_of(plan: Plan) -> str:
     """The number of steps, in all and of an epoch."""
     each = plan.steps_per_epoch
     if plan.iterations is None:
-        return f"{each:,} an epoch, {plan.steps:,} in {plan.epochs} epochs"
+        return f"{each:,} an epoch, {plan.steps:,} in {counted(plan.epochs or 0, 'epoch')}"
     epochs = plan.steps / each if each else 0
-    return f"{plan.steps:,}, {epochs:.4g} epochs of {each:,}"
+    return f"{plan.steps:,}, {counted(epochs, 'epoch')} of {each:,}"
 
 
 def warmup_of(plan: Plan) -> str:
     """The length of the warm-up."""
-    epochs = f" ({plan.warmup_epochs:g} epochs)" if plan.iterations is None else ""
-    return f"{plan.warmup_steps:,.0f} steps{epochs}"
+    epochs = f" ({counted(plan.warmup_epochs, 'epoch')})" if plan.iterations is None else ""
+    return f"{counted(round(plan.warmup_steps), 'step')}{epochs}"
 
 
 def cost_rows(plan: Plan) -> list[tuple[str, str]]:
@@ -113,7 +114,7 @@ def cost_rows(plan: Plan) -> list[tuple[str, str]]:
         "gradients": memory.gradients,
         OPTIMIZER_NAMES[plan.optimizer] + " state": memory.optimizer,
         "averaged weights": memory.averages,
-        f"activations of {plan.batch_size} images": memory.activations,
+        f"activations of {counted(plan.batch_size, 'image')}": memory.activations,
         "images": memory.images,
     }
     again = ", blocks computed again" if plan.grad_checkpointing else ""
@@ -142,8 +143,8 @@ def time_rows(plan: Plan) -> list[tuple[str, str]]:
     return [
         (
             "disk",
-            f"{plan.disk / GIGA:.2f} GB: {count} checkpoints of {plan.checkpoint / GIGA:.3f} GB, "
-            "and one while it is written",
+            f"{plan.disk / GIGA:.2f} GB: {counted(count, 'checkpoint')} of "
+            f"{plan.checkpoint / GIGA:.3f} GB, and one while it is written",
         ),
         ("time", f"{hours}; measurement on held-out images not counted"),
     ]
@@ -181,7 +182,7 @@ def describe_features(plan: Features) -> str:
         hours = f"{plan.used / plan.images_per_second / 3600:.2f} h (as given)"
     rows = [
         ("knn", plan.what),
-        ("data", f"{plan.used:,} of {plan.data.images:,} images of {plan.dataset} "
+        ("data", f"{plan.used:,} of {counted(plan.data.images, 'image')} of {plan.dataset} "
                  f"({plan.data.note}), and the held-out ones"),
         ("parameters", f"{plan.parameters:,}, none learns"),
         ("FLOPs", f"{plan.forward / GIGA:.2f} G an image, {plan.forward * plan.used:.3g} in all; "

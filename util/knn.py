@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from util.console import counted
 from util.dist import Processes
 from util.errors import BadInput
 
@@ -156,7 +157,7 @@ def neighbours(
     """
     size = sum(procs.gather(len(bank.features)))
     if k > size:
-        raise BadInput(f"k is {k}, but the bank holds {size} images; give a smaller --k")
+        raise BadInput(f"k is {k}, but the bank holds {counted(size, 'image')}; give a smaller --k")
     rows = max(1, query_chunk // procs.world_size)
     for start in range(0, max(procs.gather(len(queries.features))), rows):
         features, _, label = (tensor[start : start + rows] for tensor in queries)

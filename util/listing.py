@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from util.console import counted
 from util.endings import is_hidden, readable_endings, unread_endings
 from util.errors import BadInput
 from util.files import open_whole, sweep
@@ -254,7 +255,7 @@ def write_cache(cache: Path, listing: Listing, stamps: dict[str, int]) -> None:
     except OSError as error:
         count = len(listing.files) + len(listing.loose)
         say(
-            f"the listing of {count:,} images is not kept, cannot write {cache}: "
+            f"the listing of {counted(count, 'image')} is not kept, cannot write {cache}: "
             f"{error.strerror}; point MMAE_CACHE at a folder that can be written"
         )
 

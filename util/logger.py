@@ -19,7 +19,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from util.console import first_time, visible, visible_line
+from util.console import counted, first_time, visible, visible_line
 from util.conversions import Tally
 from util.dist import Processes
 from util.errors import BadInput, RunFailed, Stopped
@@ -302,8 +302,8 @@ class BadImages:
                     say(f"another image takes the place of {self.describe(i)}")
         if len(self.indices) > self.limit:
             raise RunFailed(
-                f"{len(self.indices)} images cannot be decoded, more than --max_bad_images "
-                f"{self.limit}; they are listed in {self.path}"
+                f"{counted(len(self.indices), 'image')} cannot be decoded, more than "
+                f"--max_bad_images {self.limit}; they are listed in {self.path}"
             )
         return len(self.indices)
 

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from util.console import visible_line
+from util.console import counted, visible_line
 from util.conversions import Conversion, Found, describe, merge, take
 from util.errors import BadInput, RunFailed
 from util.files import open_whole, sweep
@@ -212,8 +212,8 @@ def check_bad(root: Path, bad: int, limit: int) -> None:
     if bad > limit:
         write_bad(root)
         raise RunFailed(
-            f"{bad} images cannot be decoded, more than --max_bad_images {limit}; they are listed "
-            f"in {root / BAD_IMAGES}"
+            f"{counted(bad, 'image')} cannot be decoded, more than --max_bad_images {limit}; they "
+            f"are listed in {root / BAD_IMAGES}"
         )
 
 

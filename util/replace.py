@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from util.console import counted
 from util.errors import BadInput
 from util.images import BadImage
 from util.randomness import Key, seed_of
@@ -78,7 +79,7 @@ def refuse_bad(bad: Iterable[int], gather: Callable[[Any], list[Any]]) -> None:
     found = sorted({i for of in gather([i for i in bad if i >= 0]) for i in of})
     if found:
         raise BadInput(
-            f"{len(found)} images of the evaluation set cannot be decoded (numbers "
+            f"{counted(len(found), 'image')} of the evaluation set cannot be decoded (numbers "
             f"{', '.join(map(str, found[:8]))}{' ...' if len(found) > 8 else ''}): replace the "
             "files, evaluation leaves none out"
         )

@@ -175,8 +175,8 @@ def move(
     same_order = all(saved.get(name) == current.get(name) for name in ORDER)
     if inside and not same_order:
         notes.append(
-            f"the order of the images is another in the middle of epoch {epoch}: some that it took "
-            "before come again, others do not come"
+            f"the order of the images is another in the middle of epoch {epoch + 1}: some that "
+            "it took before come again, others do not come"
         )
     batch, batch_before = current["global_batch"], saved["global_batch"]
     if (length, batch) == (was, batch_before):
@@ -193,7 +193,7 @@ def move(
         gap = (epoch % crops * length + ahead) * batch - taken
         if gap:
             what = "left out, to go on with a whole batch" if gap > 0 else "taken a second time"
-            notes.append(f"{abs(gap) // crops} images of epoch {epoch} are {what}")
+            notes.append(f"{abs(gap) // crops} images of epoch {epoch + 1} are {what}")
     return replace(timeline, first=epoch, start=step - ahead), notes
 
 

@@ -195,7 +195,7 @@ class Run:
         """
         if self.stopped_by:
             raise Stopped(
-                f"{signal.Signals(self.stopped_by).name} after step {step}, in epoch {epoch}; "
+                f"{signal.Signals(self.stopped_by).name} after step {step}, in epoch {epoch + 1}; "
                 "the checkpoint is written, the same command goes on from there",
                 self.stopped_by,
             )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from util.errors import RunFailed
+from util.float64 import float64_home
 from util.logger import StepReport
 from util.masking import MaskStrategy, count_visible, strategy_of
 from util.metrics import (
@@ -79,7 +80,9 @@ class Masker:
         averages = None
         if self.strategy.uses_averages:
             averages = patch_averages(images, self.patch_size)
-        return self.strategy.mask(noise, averages, self.num_visible)
+        # On the CPU where the device has no float64, and for every strategy alike.
+        mask = self.strategy.mask(noise.to(float64_home(noise.device)), averages, self.num_visible)
+        return mask.to(images.device)
 
 
 def masker_of(settings: Mapping[str, Any], model: Any) -> Masker:
@@ -183,19 +186,27 @@ def reconstruct(
         images: uint8 [B, C, H, W]; mask: bool [B, L].
 
     Returns:
-        float32 [B, C, H, W], gray levels, clipped to 0..255; visible patches are the image's own.
+        float32 [B, C, H, W], gray levels, clipped to 0..255; visible patches are the image's own;
+        on the CPU if the device has no float64.
     """
     x = normalize(images, mean, std)
     pred = model.pixels_of(model(x, mask, num_visible)["pred"].float())
+    images, mask, x, pred = at_home(images, mask, x, pred)
     if model.norm_pix_loss:
         pred = apply_statistics(pred, masked_patches(x, mask, model.patch_size))
     return compose(images, mask, to_gray_levels(pred, mean, std), model.patch_size)
+
+
+def at_home(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors of one device where float64 can be computed with, see `util.float64`."""
+    return tuple(tensor.to(float64_home(tensor.device)) for tensor in tensors)
 
 
 def fills_of(
     model: PretrainModel, images: Tensor, mask: Tensor, mean: Stats, std: Stats
 ) -> dict[str, Tensor]:
     """The trivial fills by name, on the model's own terms; arguments as `reconstruct`."""
+    images, mask = at_home(images, mask)
     x = normalize(images, mean, std)
     pictures = {}
     for name in FILLS:
@@ -294,11 +305,11 @@ def evaluate(
     for batch in loader:
         images = batch["image"].to(device)
         mask = masker(images, batch["noise"].to(device))
-        original = images.float()
+        original = at_home(images)[0].float()
         pictures = {"model": reconstruct(model, images, mask, masker.num_visible, mean, std)}
         pictures |= fills_of(model, images, mask, mean, std)
         for name, picture in pictures.items():
-            meter.update(name, original, picture, mask, masker.patch_size)
+            meter.update(name, original, picture, at_home(mask)[0], masker.patch_size)
     total = ReconstructionMeter(meter.arms)
     total.merge(sum_over_ranks(meter.state()))
     table = total.result()

@@ -17,6 +17,7 @@ from util.confusion import ConfusionMeter, Segmentation
 from util.dist import Processes
 from util.errors import BadInput, RunFailed
 from util.files import write_text
+from util.float64 import to_float64
 from util.folders import image_files
 from util.images import BadImage
 from util.label_maps import IGNORE, overlay, save_label_map
@@ -69,7 +70,7 @@ class PixelLoss:
         """How many pixels of a label the mean is over: float64 []."""
         if self.mean == "all":
             return torch.tensor(float(label.numel()), dtype=torch.float64)
-        return (label != IGNORE).sum(dtype=torch.float64)
+        return to_float64((label != IGNORE).sum())
 
     def __call__(self, output: dict[str, Tensor], label: Tensor, pixels: Tensor) -> Tensor:
         """The loss, in float32.
@@ -153,7 +154,7 @@ def train_iterations(
         lr = schedule(step)
         # The step averages over processes and micro-steps: each divides by its share of all pixels.
         counts = torch.stack([loss.pixels(batch["label"]) for batch in micro_batches]).sum()
-        total = sum_over_ranks(counts.to(device, torch.float32, non_blocking=True))
+        total = sum_over_ranks(counts.float().to(device, non_blocking=True))
         pixels = (total / shares).clamp(min=1)
         result = optimizer_step(forward, enumerate(micro_batches), lr)
         step += 1

@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
+from util.float64 import to_float64
+
 
 class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch normalisation whose statistics are those of the global batch (Ioffe & Szegedy, 2015).
@@ -81,7 +83,7 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
         if self.momentum is not None:
             return self.momentum
         assert self.num_batches_tracked is not None
-        return (self.num_batches_tracked.double() + 1).reciprocal()
+        return (to_float64(self.num_batches_tracked) + 1).reciprocal()
 
     def _track(self, mean: Tensor, var: Tensor) -> None:
         """Take over new running statistics, if they are finite."""

@@ -229,7 +229,8 @@ class MaskedAutoencoderViT(nn.Module):
             return fixed[:, 1:]
         code = sincos_2d(fixed.shape[-1], self.grid, self.pos_offset, phase=phase, shift=shift_B2)
         code = code if code.ndim == 3 else code.unsqueeze(0)
-        return code.to(fixed.dtype)
+        # Rounded first: the device may have no float64, see `util.float64`.
+        return code.to(fixed.dtype).to(fixed.device)
 
     def encode(
         self,

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from util.files import write_text
+from util.float64 import float64_home, to_float64
 
 TOP = 5
 
@@ -68,10 +69,12 @@ class AccuracyMeter:
 
     Args:
         num_classes: C, outputs of the classifier.
-        device: where the counts are kept, so that no batch waits for the host.
+        device: where the counts are kept, so that no batch waits for the host; on the CPU if it
+            has no float64.
     """
 
     def __init__(self, num_classes: int, device: torch.device) -> None:
+        device = float64_home(device)
         self.confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
         # Images, right among five, with a logit that is not finite.
         self.counts = torch.zeros(3, dtype=torch.int64, device=device)
@@ -79,7 +82,8 @@ class AccuracyMeter:
 
     def update(self, logits: Tensor, labels: Tensor) -> None:
         """Take in logits [B, C] and labels int64 [B]."""
-        logits = logits.double()
+        logits = to_float64(logits)
+        labels = labels.to(logits.device)
         classes = logits.shape[1]
         fine = logits.isfinite().all(dim=1)
         own = logits.gather(1, labels.unsqueeze(1))

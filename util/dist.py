@@ -116,14 +116,19 @@ class Processes:
                 self.barrier()
 
 
-def choose_device(name: str, local_rank: int) -> torch.device:
-    """`auto`: a GPU if there is one. Else cpu, cuda, cuda:INDEX or mps.
+def choose_device(name: str, local_rank: int, *, alone: bool = True) -> torch.device:
+    """`auto`: a GPU of NVIDIA's, else Apple's, else the CPU. Or cpu, cuda, cuda:INDEX or mps.
+
+    Args:
+        alone: no other process takes part; gloo has no collectives on Apple's GPUs, so `auto` is
+            the CPU for several where there is no other.
 
     Raises:
         BadInput: no such device, or none that we compute on.
     """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        apple = alone and torch.backends.mps.is_available()
+        name = "cuda" if torch.cuda.is_available() else "mps" if apple else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -132,6 +137,11 @@ def choose_device(name: str, local_rank: int) -> torch.device:
         raise BadInput(f"--device {name} cannot be computed on; use auto, {', '.join(DEVICES)}")
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise BadInput(f"--device {name}, but torch finds no GPU of Apple's; use --device cpu")
+    if device.type == "mps" and not alone:
+        raise BadInput(
+            f"--device {name} is one GPU, and several processes were started; start one, or give "
+            "--device cpu"
+        )
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise BadInput(f"--device {name}, but torch finds no GPU; use --device cpu")
@@ -201,7 +211,7 @@ def processes(device_name: str, folder: Path) -> Iterator[Processes]:
     on. When one process dies, gloo closes its connections, and the others end with `RunFailed`.
 
     Args:
-        device_name: auto | cpu | cuda.
+        device_name: auto | cpu | cuda | mps.
         folder: run folder, see `read_environment`.
 
     Raises:
@@ -209,7 +219,7 @@ def processes(device_name: str, folder: Path) -> Iterator[Processes]:
         RunFailed: another process is gone.
     """
     place = read_environment(os.environ, folder)
-    device = choose_device(device_name, place.local_rank)
+    device = choose_device(device_name, place.local_rank, alone=place.world_size == 1)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     keep_freed_memory(device)

@@ -19,6 +19,7 @@ from torch import Tensor
 from util.console import counted
 from util.dist import Processes
 from util.errors import BadInput
+from util.float64 import to_float64
 
 # Products of such numbers are multiples of 2^-52, and sums of them stay below 2 for unit vectors:
 # float64's 53 bits hold them all. (In float32 a number above 1/4 has no finer steps anyway.)
@@ -62,9 +63,10 @@ def unit(features: Tensor) -> Tensor:
         features: float [N, D].
 
     Returns:
-        float32 [N, D], on the same device; it holds such numbers exactly.
+        float32 [N, D], which holds such numbers exactly; on the same device or, if that has no
+        float64, on the CPU.
     """
-    normalised = torch.nn.functional.normalize(features.double(), dim=1)
+    normalised = torch.nn.functional.normalize(to_float64(features), dim=1)
     return normalised.mul(STEPS).round().div(STEPS).float()
 
 
@@ -80,15 +82,15 @@ def nearest(queries: Tensor, bank: Bank, k: int, bank_chunk: int = 8192) -> Neig
         bank_chunk: R.
 
     Returns:
-        on the queries' device.
+        on the queries' device, or on the CPU if that has no float64.
     """
+    queries = to_float64(queries)
     Q, device = len(queries), queries.device
     found = Neighbours(
         torch.full((Q, k), -torch.inf, dtype=torch.float64, device=device),
         torch.full((Q, k), NOBODY, device=device),
         torch.zeros(Q, k, dtype=torch.int64, device=device),
     )
-    queries = queries.double()
     for start in range(0, len(bank.features), bank_chunk):
         features, number, label = (t[start : start + bank_chunk].to(device) for t in bank)
         similarity, column = largest(queries @ features.double().T, k)

@@ -25,6 +25,7 @@ from util.dist import Processes
 from util.errors import BadInput, RunFailed, Stopped
 from util.events import EventFile
 from util.files import AppendedFile, at_start, check_folder, sweep, write_text, writing
+from util.float64 import widest
 from util.progress import EARLY, Progress, log, say
 from util.step import StepResult
 
@@ -366,8 +367,8 @@ class StepLog:
         self.every, self.global_batch, self.nan_policy = every, global_batch, nan_policy
         # Sums of loss, steps with a finite loss, gradient norm, steps with a finite one, updates
         # left out, faults: since the last log line, and over the epoch.
-        self.recent = torch.zeros(6, dtype=torch.float64, device=procs.device)
-        self.epoch = torch.zeros(6, dtype=torch.float64, device=procs.device)
+        self.recent = torch.zeros(6, dtype=widest(procs.device), device=procs.device)
+        self.epoch = torch.zeros_like(self.recent)
         self.waited, self.since = 0.0, time.perf_counter()
         self.history: list[StepReport] = []
         self.latest: tuple[int, float] | None = None  # step and lr of what no log line has yet
@@ -477,7 +478,7 @@ class StepLog:
         """Go on with the sums of `state`."""
         # Summed over processes when they were saved: each now carries an equal part.
         for name, x in (("epoch", self.epoch), ("recent", self.recent)):
-            x.copy_(torch.tensor(state[name], dtype=torch.float64) / self.procs.world_size)
+            x.copy_(torch.tensor(state[name], dtype=x.dtype) / self.procs.world_size)
         self.latest = state["latest"]
 
 

@@ -37,8 +37,21 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 def create_adamw(
     groups: list[dict[str, Any]], lr: float, betas: tuple[float, float]
 ) -> torch.optim.AdamW:
-    """AdamW, fused: one kernel for all parameters, which can also skip an update on the device."""
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+    """AdamW, fused: one kernel for all parameters, which can also skip an update on the device.
+
+    Not fused on Apple's GPUs: nothing says that the kernel there leaves a step out.
+    """
+    devices = {parameter.device.type for group in groups for parameter in group["params"]}
+    fused = "mps" not in devices
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, fused=fused)
+
+    def keep(optimizer: torch.optim.Optimizer) -> None:
+        for group in optimizer.param_groups:
+            group["fused"] = fused
+
+    # A checkpoint's groups say what was right where it was written.
+    optimizer.register_load_state_dict_post_hook(keep)
+    return optimizer
 
 
 def layer_decay_groups(

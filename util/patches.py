@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from util.float64 import to_float64
+
 Pair = tuple[int, int]
 
 
@@ -62,10 +64,10 @@ def patch_averages(images: Tensor, patch_size: Pair) -> Tensor:
         images: uint8 [B, C, H, W].
 
     Returns:
-        float64 [B, L], gray levels 0 to 255.
+        float64 [B, L], gray levels 0 to 255; on the CPU if the device has no float64.
     """
     if images.dtype != torch.uint8:
         raise ValueError(f"patch averages are defined on uint8 images, not {images.dtype}")
     values = images.shape[1] * patch_size[0] * patch_size[1]
-    exact = torch.float32 if values * 255 < 2**24 else torch.float64
-    return patchify(images.to(exact), patch_size).sum(dim=-1).double() / values
+    exact = images.float() if values * 255 < 2**24 else to_float64(images)
+    return to_float64(patchify(exact, patch_size).sum(dim=-1)) / values

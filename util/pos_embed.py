@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from util.errors import BadInput
+from util.float64 import float64_home, to_float64
 
 Pair = tuple[int, int]
 
@@ -70,7 +71,7 @@ def axis_code(coordinates: Tensor, dim: int, phase: Tensor | None = None) -> Ten
     frequencies = 1.0 / 10000 ** (k / (dim / 2.0))
     angles = coordinates.unsqueeze(-1) * frequencies
     if phase is not None:
-        angles = angles + phase.double()
+        angles = angles + to_float64(phase)
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
@@ -97,7 +98,7 @@ def sincos_2d(
             their distance of 1.
 
     Returns:
-        float64 [gh*gw, dim], or [B, gh*gw, dim] with a shift.
+        float64 [gh*gw, dim], or [B, gh*gw, dim] with a shift; on the CPU if the device has none.
 
     Source: MAE (arXiv 2111.06377), appendix A.1 and its code; the offset is our reading of M-MAE.
     """
@@ -107,6 +108,7 @@ def sincos_2d(
         raise BadInput(f"unknown pos_offset {pos_offset!r}, choose from {sorted(COORDINATES)}")
     for given in (phase, shift):
         device = given.device if given is not None else device
+    device = device if device is None else float64_home(device)
     gh, gw = grid
     rows, columns = (COORDINATES[pos_offset](size, device) for size in grid)
     if extent is not None:
@@ -115,8 +117,8 @@ def sincos_2d(
             for of, size in zip(extent, grid, strict=True)
         )
     if shift is not None:
-        rows = rows + shift[:, 0:1].double()  # [B, gh]
-        columns = columns + shift[:, 1:2].double()  # [B, gw]
+        rows = rows + to_float64(shift[:, 0:1])  # [B, gh]
+        columns = columns + to_float64(shift[:, 1:2])  # [B, gw]
     code_y = axis_code(rows, dim // 2, None if phase is None else phase[0])
     code_x = axis_code(columns, dim // 2, None if phase is None else phase[1])
     batch = code_y.shape[:-2]

@@ -109,6 +109,8 @@ def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
     torch.random.default_generator.manual_seed(seed)
     if device is not None and device.type == "cuda":
         torch.cuda.manual_seed(seed)
+    elif device is not None and device.type == "mps":
+        torch.mps.manual_seed(seed)
     try:
         yield
     finally:

@@ -83,7 +83,8 @@ class OptimizerStep:
     Args:
         model: possibly wrapped for several processes, or in shards; gradients are exchanged on the
             last micro-step only.
-        optimizer: fused, so that it honours `found_inf`.
+        optimizer: fused, so that it honours `found_inf`; one that does not makes each step wait
+            for the device.
         precision: a key of `PRECISIONS`; bf16 and fp16 are autocast, parameters stay float32; fp16
             scales the loss (`scaler`).
         accum_iter: micro-steps per step.
@@ -158,8 +159,15 @@ class OptimizerStep:
             self.scaler.step(self.optimizer)
             self.scaler.update()
         else:
+            self._step_unless(skipped)
+        self.optimizer.zero_grad(set_to_none=True)
+        return StepResult(loss, norm, skipped, broken)
+
+    def _step_unless(self, skipped: Tensor) -> None:
+        """One update of the optimiser, left out where `skipped` is not 0."""
+        if getattr(self.optimizer, "_step_supports_amp_scaling", False):
             # The protocol by which GradScaler tells a fused optimiser to leave a step out.
             vars(self.optimizer).update(grad_scale=None, found_inf=skipped)
             self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return StepResult(loss, norm, skipped, broken)
+        elif not skipped:  # waits for the device: Apple's alone has no such optimiser
+            self.optimizer.step()

@@ -3,8 +3,10 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
-from launch import TINY
+from launch import ROOT, TINY, records
+from PIL import Image
 
 import main_pretrain
 from util.console import counted
@@ -86,3 +88,33 @@ def test_one_of_a_thing_in_a_dry_run(tmp_path: Path, run_main) -> None:
     assert code == 0, err
     assert "24 = 24 x 1 process x 1 micro-step" in out and "in 1 epoch" in out
     assert not re.search(r"\b1 (processes|epochs|micro-steps|checkpoints|images|steps)\b", out)
+
+
+def put_pictures(folder: Path, count: int) -> None:
+    """Pictures with shapes to learn: a bright disc on a shaded ground."""
+    folder.mkdir(parents=True)
+    y, x = np.mgrid[:80, :96]
+    for number in range(count):
+        generator = np.random.default_rng(number)
+        ground = generator.uniform(0, 120, 3) + x[..., None] * generator.uniform(0, 1, 3)
+        cy, cx = generator.uniform(20, 60, 2)
+        disc = (y - cy) ** 2 + (x - cx) ** 2 < generator.uniform(10, 25) ** 2
+        picture = np.where(disc[..., None], generator.uniform(150, 255, 3), ground)
+        Image.fromarray(picture.astype(np.uint8)).save(folder / f"{number:03d}.jpg")
+
+
+@pytest.mark.smoke
+def test_the_recipe_for_an_own_folder(tmp_path: Path, run_main) -> None:
+    put_pictures(tmp_path / "mine" / "train" / "x", 50)
+    argv = [f"--config={ROOT / 'recipes' / 'own_folder.yaml'}", f"--data_path={tmp_path / 'mine'}"]
+    argv += ["--epochs=30", "--log_every=1", "--num_workers=0", "--device=cpu"]
+    argv += [f"--output_dir={tmp_path / 'run'}"]
+    code, out, err = run_main("main_pretrain", argv)
+    assert code == 0, err
+    losses = [record["loss"] for record in records(tmp_path / "run", "epoch")]
+    assert len(losses) == 30 and sum(losses[-5:]) / 5 < 0.75 * losses[0]
+    assert (tmp_path / "run" / "pictures" / "epoch-29.png").exists()
+    assert "45 images of imagefolder" in out  # a tenth is held out for the pictures
+    # Nothing to worry about but images that fill no step, which a small folder has.
+    warnings = [line for line in out.splitlines() if line.startswith("warning")]
+    assert all("fill no step" in line for line in warnings)

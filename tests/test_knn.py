@@ -393,7 +393,7 @@ BAD = {
     "no checkpoint": ([], "--checkpoint is missing"),
     "checkpoint not there": (["--checkpoint={tmp}/no.pth"], "no.pth"),
     "k 0": (["--k", "0"], "0 is not at least 1"),
-    "k too large": (["--k", "5", "1501"], "k is 1501, but the bank holds 1500 images"),
+    "k too large": (["--k", "5", "1501"], "k is 1501, but the bank holds 1,500 images"),
     "temperature 0": (["--temperature=0"], "0 is not above 0"),
     "no classes": (["--dataset=photos"], "photos has no labels in train"),
     "no labels": (["--dataset=stl10_unlabeled", "--data_path={tmp}"], "has no labels in train"),

@@ -105,7 +105,7 @@ def put_pictures(folder: Path, count: int) -> None:
 
 @pytest.mark.smoke
 def test_the_recipe_for_an_own_folder(tmp_path: Path, run_main) -> None:
-    put_pictures(tmp_path / "mine" / "train" / "x", 50)
+    put_pictures(tmp_path / "mine", 50)  # flat
     argv = [f"--config={ROOT / 'recipes' / 'own_folder.yaml'}", f"--data_path={tmp_path / 'mine'}"]
     argv += ["--epochs=30", "--log_every=1", "--num_workers=0", "--device=cpu"]
     argv += [f"--output_dir={tmp_path / 'run'}"]

@@ -9,5 +9,6 @@ def add_weights_key_flag(group: argparse._ArgumentGroup) -> None:
         "--weights_key",
         metavar="NAME",
         help="which weights of a file that holds several: the key that they are under, or what "
-        "their names begin with, such as model_ema, student, target_encoder",
+        "their names begin with, such as model_ema, student, target_encoder; default: "
+        "found, or asked for",
     )

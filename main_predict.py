@@ -25,13 +25,20 @@ from engine_segment import LOOKS_BY_DEFAULT, Inference, write_label_maps
 from util import checkpoint as ckpt
 from util.advice import check_settings, say_warnings, warn_of_flags
 from util.assumed import assumptions
-from util.config import FlagParser, add_heads_flag, add_pixels_flag, number, size_pair
+from util.config import (
+    FlagParser,
+    add_device_flag,
+    add_heads_flag,
+    add_pixels_flag,
+    number,
+    size_pair,
+)
 from util.dist import Processes, processes
 from util.errors import BadInput, RunFailed, command
 from util.flag_types import MOST_CLASSES, MOST_IN_BATCH, expanded_path, processes_flag
 from util.load_table import LOADED
 from util.loading import say_conversions
-from util.logger import prepare_folder, progress_bar, say
+from util.logger import prepare_folder, say
 from util.predictions import (
     FileSamples,
     Prediction,
@@ -40,6 +47,7 @@ from util.predictions import (
     names_of_classes,
     write_predictions,
 )
+from util.progress import Progress
 from util.randomness import EvalSampler
 from util.samples import build_loader, default_workers
 from util.transforms import EvalTransform, has_margin
@@ -53,19 +61,32 @@ NAMED = 5  # images that cannot be decoded and are named on the screen; the tabl
 
 def build_parser() -> FlagParser:
     """The flags."""
-    parser = FlagParser(description=__doc__.split("\n")[0])
+    parser = FlagParser(
+        description=__doc__.split("\n")[0],
+        example="python main_predict.py --checkpoint RUN/checkpoint-best.pth --data_path FOLDER",
+        first=(
+            "checkpoint", "data_path", "output_dir", "top_k", "input_size", "ema", "batch_size",
+            "num_workers", "device",
+        ),
+    )  # fmt: skip
     parser.add_argument(
         "--checkpoint",
         type=expanded_path,
-        help="a fine-tuned classifier or a segmenter, ours or another program's: path or https URL",
+        metavar="FILE",
+        help="a fine-tuned classifier or a segmenter, ours or another program's: path or https "
+        "URL; no default",
     )
     parser.add_argument(
         "--data_path",
         type=expanded_path,
-        help="folder of images, with its sub-folders; or an image; or a .txt file of their names",
+        help="folder of images, with its sub-folders; or an image; or a .txt file of their names; "
+        "no default",
     )
     parser.add_argument(
-        "--output_dir", type=expanded_path, default="./predictions", help=f"takes {RESULT} or maps/"
+        "--output_dir",
+        type=expanded_path,
+        default="./predictions",
+        help=f"folder for {RESULT} or maps/",
     )
     parser.add_argument(
         "--top_k",
@@ -74,13 +95,20 @@ def build_parser() -> FlagParser:
         help="classes of each image, the most likely first",
     )
     group = parser.add_argument_group("model (unset: as the checkpoint says)")
-    group.add_argument("--ema", action="store_true", help="the averaged weights of a fine-tuning")
-    group.add_argument("--input_size", type=size_pair, help="of a classifier: 224, or 160x224")
+    group.add_argument(
+        "--ema", action="store_true", help="take the averaged weights of a fine-tuning"
+    )
+    group.add_argument(
+        "--input_size",
+        type=size_pair,
+        help="pixels, of a classifier: 224 or 160x224 (H x W); default: the checkpoint's",
+    )
     group.add_argument(
         "--pos_resize",
         choices=("rescale", "extend"),
         default="rescale",
-        help="positions at another --input_size: the image keeps its extent, or its scale",
+        help="positions at another --input_size: rescale keeps the image's extent, extend the "
+        "distance of patches",
     )
     for name, what in (("--mean", "mean"), ("--std", "deviation")):
         group.add_argument(
@@ -89,7 +117,11 @@ def build_parser() -> FlagParser:
             nargs="+",
             help=f"{what} of each channel, in 0..1 units; default: the checkpoint's or ImageNet's",
         )
-    group.add_argument("--model", metavar="NAME", help="for weights that do not say what they are")
+    group.add_argument(
+        "--model",
+        metavar="NAME",
+        help="encoder's name, for weights that do not say; default: by the file",
+    )
     add_heads_flag(group)
     add_weights_key_flag(group)
     group = parser.add_argument_group("run")
@@ -97,7 +129,7 @@ def build_parser() -> FlagParser:
         "--batch_size",
         type=number(int, 1, MOST_IN_BATCH),
         default=64,
-        help="per process; a segmenter takes one image at a time",
+        help="images per process; a segmenter takes one at a time",
     )
     group.add_argument(
         "--num_workers",
@@ -105,7 +137,7 @@ def build_parser() -> FlagParser:
         help="loading processes per process; default: its share of the cores, at most 10",
     )
     add_pixels_flag(group)
-    group.add_argument("--device", default="auto", help="auto | cpu | cuda")
+    add_device_flag(group)
     return parser
 
 
@@ -234,7 +266,7 @@ def classify_files(args: argparse.Namespace, procs: Processes) -> None:
     )
     model.to(procs.device)
     own: list[Prediction] = []
-    with progress_bar(len(sampler), 0, show=procs.main) as bar:
+    with Progress(len(sampler), show=procs.main, unit="batch") as bar:
         for some in classify(
             model, loader, top, mean=source.mean, std=source.std, device=procs.device
         ):

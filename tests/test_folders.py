@@ -148,7 +148,7 @@ def test_a_flat_folder_pretrains_and_has_pictures(decode, tmp_path, run_main, mo
     out = pretrained(run_main, root, run, f"--decode={decode}")
     assert out.count(f"{root}: 6 images, 5 of them directly in it") == 1
     assert f"pictures show training images: no val/ in {root}" in out
-    assert titles and titles[0].endswith("after epoch 0, training images")
+    assert titles and titles[0].endswith("after 1 epoch, training images")
     assert (run / "pictures/epoch-0.png").is_file()
     assert "6 images of imagefolder" in out
 
@@ -294,7 +294,7 @@ def test_hidden_names_are_not_packed_nor_shown(checkpoint, tmp_path, run_main):
     root = write(tmp_path / "data", ["train/ant/1.jpg", *HIDDEN])
     argv = [f"--data_path={root}", f"--output_dir={tmp_path / 'packed'}", "--num_workers=0"]
     code, out, err = run_main("main_pack", argv)
-    assert code == 0 and "1 of 1 images" in out and out.count("4 under hidden") == 1, err
+    assert code == 0 and "1 of 1 image" in out and out.count("4 under hidden") == 1, err
     argv = [f"--checkpoint={checkpoint}", f"--images={root}", f"--output_dir={tmp_path / 'v'}"]
     code, out, err = run_main("main_visualize", [*argv, "--device=cpu"])
     assert code == 0 and f"left out in {root}: 4 under hidden names" in out, err

@@ -153,7 +153,7 @@ def test_measurements_refuse_large_images(data: Path, tmp_path: Path, run_main) 
     limit = f"--max_pixels={BETWEEN}"
     flags = ["--eval", f"--resume={checkpoint}", *common, f"--output_dir={tmp_path / 'eval'}"]
     code, _, err = run_main("main_finetune", [*flags, limit])
-    assert code == 2 and "1 images of the evaluation set cannot be decoded" in err
+    assert code == 2 and "1 image of the evaluation set cannot be decoded" in err
     flags = [f"--checkpoint={checkpoint}", *common, "--k=1", f"--output_dir={tmp_path / 'knn'}"]
     code, _, err = run_main("main_knn", [*flags, limit])
     assert code == 2 and "--max_pixels N allows more" in err

@@ -50,12 +50,31 @@ def analyse(report: Mapping[str, Any]) -> dict[str, Any]:
     """The rates that held-out training images choose, and what is compared at them."""
     chosen = best_rates(values_of(report, *CHOOSES))
     tested = values_of(report, *REPORTED)
+    rates = list(next(iter(tested.values())))
     at_study = dict.fromkeys(chosen, STUDY_RATE)
     return {
+        "rates": rates,
         "chosen": chosen,
         "own_rate": compare(tested, chosen, "each at its own rate"),
         "study_rate": compare(tested, at_study, "at the study's rate"),
     }
+
+
+def said(found: Mapping[str, Any]) -> list[str]:
+    """What the comparisons allow to say, and where the rates end, a line each."""
+    lines = []
+    for key in ("own_rate", "study_rate"):
+        rows = found[key]
+        texts = [
+            f"{' − '.join(NAMES[scale] for scale in row['pair'])} {row['mean']:+.2f} "
+            f"({'shown' if row['p_holm'] is not None and row['p_holm'] < 0.05 else 'not shown'})"
+            for row in rows
+        ]
+        lines.append(f"- {rows[0]['family'].capitalize()}: {', '.join(texts)}.")
+    for scale, rate in found["chosen"].items():
+        if rate in (found["rates"][0], found["rates"][-1]):
+            lines.append(f"- {NAMES[scale]} has its best rate at the end of those that were tried.")
+    return lines
 
 
 def markdown(report: Mapping[str, Any]) -> list[str]:
@@ -97,6 +116,6 @@ def markdown(report: Mapping[str, Any]) -> list[str]:
         ]
         for row in (*found["own_rate"], *found["study_rate"])
     ]
-    lines += ["Differences of kNN on test images, in points:", ""]
+    lines += ["Differences of kNN on test images, in points:", "", *said(found), ""]
     lines += table_lines(["rates", "difference", "mean", "95 % interval", "p (Holm)", "n"], rows)
     return lines

@@ -28,7 +28,7 @@ from models_segmenters import holds_segmenter, mmseg_config, segmenter_of, to_mm
 from models_upernet import UperNet
 from models_vit import VisionTransformer
 from util.assumed import assumptions
-from util.checkpoint import load_file, local_file, write_signed
+from util.checkpoint import load_file, local_file, peek, write_signed
 from util.config import FlagParser, add_heads_flag, number, size_pair
 from util.console import print_text
 from util.convert_names import EPS, config_of, to_mmseg, to_transformers
@@ -724,8 +724,12 @@ def check_flags(args: argparse.Namespace) -> None:
         raise BadInput(f"--output {path} must end in {' or '.join(known)} for --to {args.to}")
     if args.keep_lscale and args.to not in ("timm", "mmseg"):
         raise BadInput(f"--keep_lscale is for timm; --to {args.to} folds LScale or always keeps it")
-    if path.exists() and path.resolve() == local_file(args.checkpoint).resolve():
+    if not path.name:
+        raise BadInput(f"--output {path} is no name of a file or of a new folder")
+    if path.exists() and path.resolve() == weights_file(args.checkpoint).resolve():
         raise BadInput(f"--output {path} is the --checkpoint itself; choose another name")
+    if path.is_file() and path.name.startswith("checkpoint-") and peek(path) is not None:
+        raise BadInput(f"--output {path} is a checkpoint of a run; choose another name")
 
 
 @command

@@ -96,7 +96,7 @@ from util.logger import prepare_folder, say
 from util.memory import create_in_memory
 from util.optim import create_adamw, create_lars, layer_decay_groups
 from util.randomness import EpochSampler, evenly
-from util.results import MEASURED, chosen_on, identity_of, set_others_aside
+from util.results import MEASURED, chosen_on, identity_of, measured_on, set_others_aside
 from util.resume import go_on
 from util.run import Run, due
 from util.samples import LabelledSamples, build_loader, default_workers
@@ -483,7 +483,10 @@ def evaluate_checkpoint(args: argparse.Namespace, procs: Processes) -> None:
     if procs.main:
         set_others_aside(folder, EVAL_FILES, identity)
     more: dict[str, Any] = {"checkpoint": str(path), "dataset": args.dataset, MEASURED: identity}
-    more |= {"measured_on": hold_out_of(vars(args)).words, "chosen_on": chosen_on(path, state)}
+    where = measured_on(vars(args), state, path)
+    more |= {**where, "chosen_on": chosen_on(path, state)}
+    if procs.main and "warning" in where:
+        say_warnings([where["warning"]])
     if part:
         more |= {"classes": known, "classes_of_head": len(source.classes)}
     for prefix, weights in arms.items():

@@ -51,7 +51,7 @@ from util.logger import prepare_folder, rank_log, say
 from util.progress import Progress
 from util.randomness import EvalSampler, evenly
 from util.replace import fault_of
-from util.results import MEASURED, identity_of, set_others_aside
+from util.results import MEASURED, identity_of, measured_on, set_others_aside
 from util.samples import LabelledSamples, build_loader, default_workers
 from util.splits import hold_out_of
 from util.transforms import EvalTransform, normalize
@@ -584,7 +584,10 @@ def measure(args: argparse.Namespace, procs: Processes, warnings: Sequence[str])
         for k, row in zip(args.k, hits.tolist(), strict=True):
             top1, top5 = (100 * count / len(val) for count in row)
             results.append({"k": k, "top1": top1} | ({"top5": top5} if classes > 5 else {}))
+        where = measured_on(vars(args), state, args.checkpoint)
         if procs.main:
+            if "warning" in where:
+                say_warnings([where["warning"]])
             summary = results[0] | {
                 "temperature": args.temperature,
                 "features": args.features,
@@ -597,7 +600,7 @@ def measure(args: argparse.Namespace, procs: Processes, warnings: Sequence[str])
                 "input_size": list(model.img_size),
                 "dataset": args.dataset,
                 "data_path": args.data_path,
-                "measured_on": hold_out_of(vars(args)).words,
+                **where,
                 "mean": list(val.mean),
                 "std": list(val.std),
                 "results": results,

@@ -89,7 +89,7 @@ from util.logger import prepare_folder, say
 from util.memory import create_in_memory
 from util.optim import create_adamw, layer_decay_groups
 from util.randomness import IterationSampler, evenly
-from util.results import MEASURED, chosen_on, identity_of, set_others_aside
+from util.results import MEASURED, chosen_on, identity_of, measured_on, set_others_aside
 from util.resume import go_on
 from util.run import Run
 from util.samples import build_loader, default_workers
@@ -618,8 +618,10 @@ def use_checkpoint(args: argparse.Namespace, procs: Processes, given: Container[
         identity = identity_of(path, state.get("step"), settings)
         set_others_aside(folder, EVAL_FILES, identity)
         more = {"checkpoint": str(path), "dataset": args.dataset, "images": len(source)}
-        more |= {MEASURED: identity, "measured_on": hold_out_of(vars(args)).words}
-        more["chosen_on"] = chosen_on(path, state)
+        where = measured_on(vars(args), state, path)
+        more |= {MEASURED: identity, **where, "chosen_on": chosen_on(path, state)}
+        if "warning" in where:
+            say_warnings([where["warning"]])
         save_segmentation(folder, result, source.classes, more, EVAL_FILES)
         draw(args, model, source, procs, f"{args.dataset} val", folder / EVAL_FILES[2])
         say(f"written     {folder}/{', '.join(EVAL_FILES[:2])}")

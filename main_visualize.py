@@ -59,7 +59,7 @@ from util.logger import prepare_folder
 from util.masking import ORDERS, STANDARD, STRATEGIES
 from util.metrics import masked_psnr
 from util.randomness import EvalSampler, evenly, generator_of
-from util.results import MEASURED, identity_of, set_others_aside
+from util.results import MEASURED, identity_of, measured_on, set_others_aside
 from util.samples import PretrainSamples, build_loader
 from util.splits import hold_out_of
 from util.transforms import EvalTransform
@@ -207,6 +207,7 @@ def measure(
     device: torch.device,
     stats: tuple[Stats, Stats],
     identity: Mapping[str, Any],
+    where: Mapping[str, str],
 ) -> None:
     """PSNR and SSIM on held-out images of a set, the model's own or another; see `evaluate`.
 
@@ -215,7 +216,7 @@ def measure(
 
     Args:
         maskers: the masks to measure under, and where nobody chose them the run's own as well.
-        identity: what the numbers are of, see `util.results`.
+        identity: what the numbers are of, and where: on which images, see `util.results`.
     """
     if not args.dataset:
         raise BadInput(
@@ -227,7 +228,7 @@ def measure(
     sampler = EvalSampler(evenly(len(source), args.num_images), MEASURED_AT_ONCE)
     masks = {name: identity[name] for name in ("mask", "mask_ratio")}
     result = {"checkpoint": args.checkpoint, "dataset": args.dataset, **masks}
-    result |= {"images": sampler.total, "measured_on": hold_out_of(vars(args)).words}
+    result |= {"images": sampler.total, **where}
     for prefix, masker in zip(("", OWN), maskers, strict=False):
         samples = PretrainSamples(source, transform, masker.strategy, model.grid, args.seed)
         loader = build_loader(samples, sampler, num_workers=0, pin_memory=False)
@@ -292,7 +293,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         settings["own_mask"] = maskers[-1].words if len(maskers) > 1 else None
         settings |= {"weights_key": args.weights_key} if args.weights_key else {}
         identity = identity_of(args.checkpoint, state.get("step"), settings)
-        measure(args, model, maskers, device, (mean, std), identity)
+        where = measured_on(vars(args), state, args.checkpoint)
+        if "warning" in where:
+            say_warnings([where["warning"]])
+        measure(args, model, maskers, device, (mean, std), identity, where)
         return
     masker = masker_of(own | given, model)
 

@@ -687,6 +687,22 @@ def test_what_was_there_stays(tmp_path: Path, export: Export) -> None:
     assert torch.equal(load_file(checkpoint)["model"]["pos_embed"], model.pos_embed)
 
 
+def test_a_run_keeps_its_checkpoints(tmp_path: Path, export: Export) -> None:
+    """Also where the run folder stands for the last of them."""
+    _, checkpoint = classifier(tmp_path, global_pool="cls")
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("last", "best"):
+        shutil.copy(checkpoint, run / f"checkpoint-{name}.pth")
+    for source, target, said in (
+        (run, "last", "is the --checkpoint itself"), (run, "best", "is a checkpoint of a run"),
+    ):  # fmt: skip
+        path = run / f"checkpoint-{target}.pth"
+        before = path.read_bytes()
+        code, _, err = export(source, "timm", path)
+        assert code == 2 and said in err and path.read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -695,6 +711,8 @@ def test_what_was_there_stays(tmp_path: Path, export: Export) -> None:
         (["--to", "timm", "--output", "a.pth", "--part", "decoder"], "takes no decoder"),
         (["--to", "mmseg", "--output", "a.pth", "--part", "head"], "takes no head"),
         (["--to", "timm"], "--output is missing"),
+        (["--to", "timm", "--output", "."], "no name of a file"),
+        (["--to", "timm", "--output", "/"], "no name of a file"),
         (["--output", "a.pth"], "--to is missing"),
     ],
 )

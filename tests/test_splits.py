@@ -17,8 +17,8 @@ import main_segment
 import main_visualize
 from util.checkpoint import load_file
 from util.datasets import build_dataset
-from util.images import Subset
-from util.splits import HoldOut, hold_out
+from util.images import ArraySource, Subset
+from util.splits import HoldOut, hold_out, ranks_of
 
 TINY = ["--batch_size=6", "--num_workers=0", "--device=cpu", "--log_every=1"]
 PRETRAIN = [
@@ -27,13 +27,20 @@ PRETRAIN = [
 FINETUNE = [*TINY, "--model=vit_micro_patch4", "--input_size=16", "--epochs=2", "--aa=none"]
 
 
+def ranks(count: int, seed: int) -> np.ndarray:
+    """Of so many images in memory, all of one class."""
+    labels = np.zeros(count, dtype=np.int64)
+    images = np.zeros((count, 4, 4), dtype=np.uint8)
+    return ranks_of(ArraySource("some", "train", (images, labels), ((0.5,), (0.5,)), ["x"]), seed)
+
+
 # ---- The draw ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fraction", [0.01, 0.1, 0.25, 0.5, 0.9])
 def test_each_class_gives_its_share(fraction: float) -> None:
     labels = np.random.default_rng(0).integers(0, 7, 1000) ** 2
-    held = hold_out(1000, fraction, 5, labels)
+    held = hold_out(ranks(1000, 5), fraction, labels)
     assert len(held) == round(1000 * fraction) and (np.diff(held) > 0).all()
     for label in np.unique(labels):
         expected = fraction * (labels == label).sum()
@@ -41,30 +48,29 @@ def test_each_class_gives_its_share(fraction: float) -> None:
 
 
 def test_it_is_a_function_of_the_seed() -> None:
-    draws = [hold_out(500, 0.2, seed).tolist() for seed in (0, 0, 1)]
+    draws = [hold_out(ranks(500, seed), 0.2).tolist() for seed in (0, 0, 1)]
     assert draws[0] == draws[1] != draws[2]
     # Of this program for ever: a choice must be repeatable.
-    assert hold_out(20, 0.25, 0).tolist() == GOLDEN
+    assert hold_out(ranks(20, 0), 0.25).tolist() == GOLDEN
     counts = np.zeros(50)
     for seed in range(400):
-        counts[hold_out(50, 0.2, seed)] += 1
+        counts[hold_out(ranks(50, seed), 0.2)] += 1
     assert counts.min() > 45 and counts.max() < 120  # 80 ± 8 each
 
 
-GOLDEN = [1, 3, 4, 8, 13]
+GOLDEN = [3, 6, 13, 14, 16]
 
 
 def test_more_is_these_and_others() -> None:
-    labels = np.arange(300) % 4
-    few, many = (set(hold_out(300, f, 3, labels).tolist()) for f in (0.1, 0.3))
+    few, many = (set(hold_out(ranks(300, 3), f).tolist()) for f in (0.1, 0.3))
     assert few < many
 
 
 def test_a_class_keeps_an_image() -> None:
     labels = [0, 1, 2, 2, 2, 2]
-    held = hold_out(6, 0.7, 0, labels)
+    held = hold_out(ranks(6, 0), 0.7, labels)
     assert set(held.tolist()) < {2, 3, 4, 5} and len(held) == 3
-    assert not len(hold_out(3, 0.5, 0, [0, 1, 2]))
+    assert not len(hold_out(ranks(3, 0), 0.5, [0, 1, 2]))
 
 
 def test_a_copy_of_a_set_holds_out_the_same(tmp_path: Path) -> None:
@@ -79,6 +85,25 @@ def test_a_copy_of_a_set_holds_out_the_same(tmp_path: Path) -> None:
     assert np.array_equal(*(part.labels for part in parts))
     for i in range(0, 150, 30):
         assert np.array_equal(np.asarray(parts[0][i][0]), np.asarray(parts[1][i][0]))
+
+
+def test_a_copy_that_lacks_an_image_holds_out_the_same(shapes: Path, tmp_path: Path) -> None:
+    """Of each class no more than one other: shares are counted anew. Packed, one is broken."""
+
+    def names(place: str) -> set[str]:
+        held = HoldOut(0.25, 3)
+        part = held.open(lambda p: build_dataset("imagefolder", p, place), "val", Subset)
+        return {f"{part.labels[i]}/{Path(part.file_name(i)).name}" for i in range(len(part))}
+
+    before = names(str(shapes))
+    (shapes / "train/a/00.png").write_bytes(b"broken")
+    main_pack.main([f"--data_path={shapes}", f"--output_dir={tmp_path / 'p'}", "--split", "train"])
+    packed = names(f"packed:{tmp_path / 'p'}")
+    (shapes / "train/a/00.png").unlink()
+    assert names(str(shapes)) == packed
+    for label in "012":
+        old, new = ({n for n in part if n[0] == label} - {"0/00.png"} for part in (before, packed))
+        assert len(old ^ new) <= 1
 
 
 # ---- The commands ------------------------------------------------------------------------------
@@ -119,7 +144,8 @@ def test_all_commands_hold_out_the_same(shapes: Path, tmp_path: Path) -> None:
     labels = [np.bincount(np.load(run / f"labels-{s}.npy")).tolist() for s in ("train", "val")]
     assert labels == [[9, 15, 21], [3, 5, 7]]
     # What kNN calls val is what the definition says of the listing.
-    held = hold_out(60, 0.25, 3, np.repeat([0, 1, 2], [12, 20, 28]))
+    train = build_dataset("imagefolder", "train", shapes)
+    held = hold_out(ranks_of(train, 3), 0.25, np.repeat([0, 1, 2], [12, 20, 28]))
     features = [np.load(run / f"features-{s}.npy") for s in ("train", "val")]
     both = [f"--data_path={twice(shapes, tmp_path)}", f"--output_dir={tmp_path / 'all'}"]
     main_knn.main([*out, *both, "--save_features", "--k=3", "--num_workers=0"])
@@ -150,6 +176,25 @@ def test_a_choice_and_the_measurement_after_it(shapes: Path, tmp_path: Path) -> 
         result = json.loads((run / "result-eval.json").read_text())
         assert (result["images"], result["measured_on"]) == (60, "val")
         assert result["chosen_on"] == chosen
+
+
+def test_other_images_than_its_run_held_out_are_told(
+    shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """They are images that it has learnt from."""
+    run, data = tmp_path / "run", f"--data_path={shapes}"
+    main_finetune.main([*FINETUNE, data, "--val_fraction=0.25", f"--output_dir={run}"])
+    last = f"{run}/checkpoint-last.pth"
+    common = [data, f"--output_dir={run}", "--device=cpu", "--num_workers=0"]
+    for held, told in ((["--val_seed=1"], True), ([], False)):
+        flags = [*common, "--val_fraction=0.25", *held]
+        capsys.readouterr()
+        main_finetune.main(["--eval", f"--resume={last}", *flags])
+        assert ("other images (0.25 of train, val_seed 0)" in capsys.readouterr().out) == told
+        assert ("warning" in json.loads((run / "result-eval.json").read_text())) == told
+        main_knn.main([f"--checkpoint={last}", "--k=3", *flags])
+        assert ("learnt from" in capsys.readouterr().out) == told
+        assert ("warning" in json.loads((run / "knn.json").read_text())) == told
 
 
 def test_segmentation_holds_out_too(tmp_path: Path) -> None:

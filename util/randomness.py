@@ -7,7 +7,6 @@ processes.
 """
 
 import random
-import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -29,8 +28,6 @@ class Key(NamedTuple):
 
 # One stream per purpose, so that drawing more for one purpose changes nothing of another.
 STREAMS = {"order": 0, "augment": 1, "mask": 2, "predict": 3, "shift": 4, "model": 5, "fallback": 6}
-# A later one is a hash of its name, so that no two of them meet.
-STREAMS |= {name: zlib.crc32(name.encode()) for name in ("held out",)}
 
 
 def seed_of(seed: int, stream: str, *key: int) -> int:

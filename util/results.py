@@ -7,7 +7,7 @@ from typing import Any
 
 from util.checkpoint import BEST
 from util.logger import say
-from util.splits import hold_out_of
+from util.splits import hold_out_of, leak_of
 
 MEASURED = "measured"
 
@@ -32,6 +32,19 @@ def chosen_on(checkpoint: str, state: Mapping[str, Any]) -> str | None:
     if not Path(checkpoint).name.startswith(BEST[:-4]):
         return None
     return hold_out_of(state.get("arithmetic", {})).words
+
+
+def measured_on(
+    settings: Mapping[str, Any], state: Mapping[str, Any], checkpoint: str
+) -> dict[str, str]:
+    """Which images a result is of; and a warning where the checkpoint may have learnt from them.
+
+    Args:
+        settings: flags of the measurement. state: what the checkpoint holds.
+    """
+    hold_out = hold_out_of(settings)
+    leak = leak_of(state, hold_out, checkpoint)
+    return {"measured_on": hold_out.words} | ({} if leak is None else {"warning": leak})
 
 
 def set_others_aside(folder: Path, names: Sequence[str], identity: Mapping[str, Any]) -> None:

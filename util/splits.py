@@ -4,16 +4,28 @@ The one definition for every command, so that pretraining, fine-tuning, kNN and 
 the same images. Choices (epochs, rates, settings) belong on them, and val is measured once.
 """
 
-from collections.abc import Callable, Mapping, Sequence, Sized
+import hashlib
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from util.errors import BadInput
-from util.randomness import seed_of
 
-S = TypeVar("S", bound=Sized)
+
+class Named(Protocol):
+    """A split of a data set, of images with labels or with label maps."""
+
+    classes: list[str]
+
+    def __len__(self) -> int: ...
+
+    def file_name(self, index: int) -> str: ...
+
+
+S = TypeVar("S", bound=Named)
 
 
 @dataclass(frozen=True)
@@ -54,7 +66,7 @@ class HoldOut:
             return build(split)
         train = build("train")
         labels = getattr(train, "labels", None)
-        held = hold_out(len(train), self.fraction, self.seed, labels)
+        held = hold_out(ranks_of(train, self.seed), self.fraction, labels)
         if not 0 < len(held) < len(train):
             raise BadInput(
                 f"--val_fraction {self.fraction} of {len(train):,} images holds {len(held):,} out; "
@@ -73,26 +85,26 @@ NOTHING_HELD_OUT = HoldOut(None, 0)
 
 
 def hold_out(
-    count: int, fraction: float, seed: int, labels: Sequence[int] | np.ndarray | None = None
+    ranks: np.ndarray, fraction: float, labels: Sequence[int] | np.ndarray | None = None
 ) -> np.ndarray:
-    """Draw a share of `count` images, the same share of each class where labels are given.
+    """The share of images of lowest rank, the same share of each class where labels are given.
 
-    A larger fraction holds out these images and more. A class keeps at least one image to learn
-    from, and what rounding leaves over goes to the classes that lost most by it.
+    A class keeps at least one image to learn from, and what rounding leaves over goes to the
+    classes that lost most by it. Without labels a larger fraction holds out these images and more.
 
     Args:
+        ranks: of N images, random; equal ones go by position.
         fraction: 0 to 1.
-        labels: int [count], equal for images of one class.
+        labels: int [N], equal for images of one class.
 
     Returns:
         int64, ascending.
     """
-    # Raw, for this stream stays what it is in every version of numpy.
-    rank = np.random.PCG64(seed_of(seed, "held out")).random_raw(count)
+    count = len(ranks)
     if labels is None or not count:
         labels = np.zeros(count, dtype=np.int64)
     labels = np.asarray(labels)
-    order = np.lexsort((rank, labels))  # by class, and inside of it by chance
+    order = np.lexsort((ranks, labels))  # by class, and inside of it by chance
     _, first, sizes = np.unique(labels[order], return_index=True, return_counts=True)
     most = sizes - 1
     wanted = fraction * sizes
@@ -103,6 +115,46 @@ def hold_out(
     taken[best[lost[best] > 0]] += 1
     inside = np.arange(count) - np.repeat(first, sizes)
     return np.sort(order[inside < np.repeat(taken, sizes)])
+
+
+def ranks_of(train: Named, seed: int) -> np.ndarray:
+    """A random number for each image: uint64 [N], a function of (seed, class, its file's name).
+
+    Not of its position: a copy of the set that lacks some images, or has more, packed or not,
+    holds out the same of those that both have.
+    """
+    labels = getattr(train, "labels", None)
+    classes = [os.fsencode(name) for name in train.classes]
+
+    def rank(index: int) -> int:
+        own = b"" if labels is None or labels[index] < 0 else classes[labels[index]]
+        name = os.fsencode(os.path.basename(train.file_name(index)))
+        digest = hashlib.blake2b(b"%d/%s/%s" % (seed, own, name), digest_size=8)
+        return int.from_bytes(digest.digest(), "little")
+
+    return np.fromiter(map(rank, range(len(train))), np.uint64, len(train))
+
+
+def leak_of(state: Mapping[str, Any], hold_out: HoldOut, path: str) -> str | None:
+    """What a reader must know where a checkpoint's run held out other images than are measured on.
+
+    Args:
+        state: contents of the checkpoint; weights of other programs say nothing.
+        hold_out: of the measurement.
+        path: of the checkpoint.
+    """
+    if hold_out.fraction is None or "arithmetic" not in state:
+        return None
+    own = hold_out_of(state["arithmetic"])
+    if own == hold_out:
+        return None
+    there = "nothing of train"
+    if own.fraction is not None:
+        there = f"other images ({own.fraction:.4g} of train, val_seed {own.seed})"
+    return (
+        f"the run of {path} held out {there}: if it learnt from this set, then also from images "
+        "that are measured on here; give its --val_fraction and --val_seed, or neither"
+    )
 
 
 def hold_out_of(settings: Mapping[str, Any]) -> HoldOut:

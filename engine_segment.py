@@ -18,11 +18,11 @@ from util.dist import Processes
 from util.errors import BadInput, RunFailed
 from util.files import write_text
 from util.float64 import to_float64
-from util.folders import image_files
 from util.images import BadImage
 from util.label_maps import IGNORE, overlay, save_label_map
 from util.loading import say_conversions
 from util.logger import StepReport, prepare_folder, say
+from util.predictions import find_images
 from util.randomness import EvalSampler, seed_of, seeded
 from util.replace import refuse_bad
 from util.samples import build_loader, default_workers
@@ -277,10 +277,14 @@ def name_maps(places: Sequence[Path], flag: str) -> tuple[list[Path], list[Path]
     Raises:
         BadInput: no images, or two of one name.
     """
-    named = [(place, file) for place in places for file in image_files(place, flag)]
+    named = []
+    for place in places:
+        root, files = find_images(place, flag)
+        # A single image has no folder to tell it apart.
+        named += [(place if place == root / name else root, root / name) for name in files]
     # Sub-folders stay apart; endings are dropped, so two files may still meet in one name.
     names = [
-        (file.relative_to(root) if root.is_dir() else Path(file.name)).with_suffix(".png")
+        (Path(file.name) if file == root else file.relative_to(root)).with_suffix(".png")
         for root, file in named
     ]
     if len(set(names)) < len(names):
@@ -318,6 +322,12 @@ def write_label_maps(
     Raises:
         BadInput: no images, two of one name, or one that cannot be decoded.
     """
+    for place in places:
+        if place.is_dir() and folder.resolve().is_relative_to(place.resolve()):
+            raise BadInput(
+                f"--output_dir {folder} lies in {flag} {place}: the maps would be images of the "
+                "next start; choose another"
+            )
     files, names = name_maps(places, flag)
     classes = classes or [f"class {i}" for i in range(model.num_classes)]
     stats = [tuple(v) if v else None for v in (mean, std)]

@@ -556,6 +556,10 @@ def measure(args: argparse.Namespace, procs: Processes, warnings: Sequence[str])
                     say(f"  and {len(broken) - len(named)} more, which the result will name")
         if args.save_features and procs.main:
             say(f"features    {folder}/features-*.npy, labels-*.npy, files-*.txt")
+            others = [f"features-{split}.npy" for split in SPLITS if split not in sources]
+            others += [RESULT] if no_vote is not None else []
+            if stale := [name for name in others if (folder / name).exists()]:
+                say(f"note: {', '.join(stale)} in {folder}: of an earlier start, of other images")
         if no_vote is not None:
             return
 

@@ -33,6 +33,7 @@ from util.config import (
     number,
     size_pair,
 )
+from util.console import counted
 from util.dist import Processes, processes
 from util.errors import BadInput, RunFailed, command
 from util.flag_types import MOST_CLASSES, MOST_IN_BATCH, expanded_path, processes_flag
@@ -285,7 +286,9 @@ def classify_files(args: argparse.Namespace, procs: Processes) -> None:
         for one in bad[:NAMED]:
             say(f"cannot decode {names[one.number]}: {one.fault}")
         rest = f", {len(bad):,} of them cannot be decoded (column error)" if bad else ""
-        say(f"{len(found):,} images{rest}: {folder / RESULT}")
+        say(f"{counted(len(found), 'image')}{rest}: {folder / RESULT}")
+    if found and all(one.fault for one in found):
+        raise RunFailed(f"no image of {args.data_path} can be decoded")
 
 
 if __name__ == "__main__":

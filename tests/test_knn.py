@@ -490,3 +490,6 @@ def test_features_of_a_flat_folder(checkpoint: Path, tmp_path: Path, run_main) -
     code, text, err = run_main("main_knn", [*flags, "--save_features", "--val_fraction=.4"])
     assert code == 0 and "has no labels" in text, err
     assert len(np.load(tmp_path / "out/features-val.npy")) == 1
+    # What an earlier start left is not of these images.
+    code, text, err = run_main("main_knn", [*flags, "--save_features"])
+    assert code == 0 and "features-val.npy in" in text and "of an earlier start" in text, err

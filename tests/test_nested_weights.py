@@ -485,6 +485,13 @@ def test_under_a_prefix_weights_have_to_fit_as_before(tmp_path: Path) -> None:
         load_encoder(str(path))
 
 
+def test_whole_numbers_are_no_weights(tmp_path: Path) -> None:
+    """Of quantised weights the scale is somewhere else; a batch counter is no weight."""
+    quantised = {name: (8 * tensor).to(torch.int8) for name, tensor in plain().items()}
+    with pytest.raises(BadInput, match=r"whole numbers .*torch\.int8"):
+        load_encoder(str(write(tmp_path / "f.pth", quantised)))
+
+
 def test_two_tensors_that_get_one_name(tmp_path: Path) -> None:
     twice = plain() | {"_orig_mod.cls_token": plain()["cls_token"] + 1}
     with pytest.raises(BadInput, match=r"two different tensors for cls_token"):

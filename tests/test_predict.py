@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -135,8 +136,11 @@ def test_images_that_cannot_be_decoded_have_a_row(
     for name in ("0.jpg", "sub/1.jpg"):
         (tmp_path / "sub").mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"no image")
-    out = predicted(run_main, run / LAST, tmp_path, tmp_path / "none")  # not one is an image
+    flags = [f"--checkpoint={run / LAST}", f"--data_path={tmp_path}", *ALONE]
+    code, out, err = run_main("main_predict", [*flags, f"--output_dir={tmp_path / 'none'}"])
     assert "2 images, 2 of them cannot be decoded" in out and "cannot decode 0.jpg: no image" in out
+    assert code == 1 and "no image of" in err
+    assert all(row["error"] for row in table(tmp_path / "none"))
     Image.new("RGB", (9, 9)).save(tmp_path / "sub/2.png")
     Image.new("RGB", (99, 99)).save(tmp_path / "sub/3.png")
     more = ["--num_workers=1", "--max_pixels=100"]
@@ -216,6 +220,35 @@ def test_what_cannot_predict_is_refused(data: Path, run: Path, tmp_path: Path, r
     assert not (tmp_path / "o").exists() or not list((tmp_path / "o").iterdir())
 
 
+def test_every_image_below_a_folder_is_seen(
+    data: Path, run: Path, tmp_path: Path, run_main
+) -> None:
+    """Also in linked folders; one that contains itself is refused."""
+    images = tmp_path / "images"
+    images.mkdir()
+    (images / "linked").symlink_to(data / "val" / "c")
+    shutil.copy(next((data / "val" / "c").glob("*.png")), images / "own.png")
+    predicted(run_main, run / LAST, images, tmp_path / "o")
+    names = [row["file"] for row in table(tmp_path / "o")]
+    assert len(names) == 7 and sum(name.startswith("linked/more/") for name in names) == 3
+    (images / "deep").mkdir()
+    (images / "deep" / "round").symlink_to(images)
+    flags = [f"--checkpoint={run / LAST}", f"--data_path={images}", *ALONE]
+    code, _, err = run_main("main_predict", [*flags, f"--output_dir={tmp_path / 'p'}"])
+    assert code == 2 and "is a link to a folder that contains it" in err
+
+
+def test_a_list_as_windows_writes_it(data: Path, run: Path, tmp_path: Path, run_main) -> None:
+    """With a mark in front, and names that hold what some take for the end of a line."""
+    names = ["one.png", "two \u2028 lines.png"]
+    for name in names:
+        shutil.copy(next((data / "val" / "c").glob("*.png")), tmp_path / name)
+    (tmp_path / "list.txt").write_bytes(("\ufeff" + "\r\n".join(names) + "\r\n").encode())
+    out = predicted(run_main, run / LAST, tmp_path / "list.txt", tmp_path / "o")
+    assert "2 images" in out and "cannot" not in out
+    assert [row["file"] for row in table(tmp_path / "o")] == names
+
+
 # ---- Label maps --------------------------------------------------------------------------------
 
 
@@ -239,6 +272,13 @@ def test_label_maps_are_those_of_main_segment(tmp_path: Path, run_main) -> None:
     for file in files:
         assert (one / file).read_bytes() == (tmp_path / "some" / file).read_bytes()
     assert not (tmp_path / "some/maps/broken.png").exists()
+    # A list of names; and maps among the images would be images of the next start.
+    (images / "list.txt").write_text("p0.jpg\np1.jpg\n")
+    predicted(run_main, checkpoint, images / "list.txt", tmp_path / "listed")
+    assert len(list((tmp_path / "listed/maps").iterdir())) == 2
+    flags = [f"--checkpoint={checkpoint}", f"--data_path={images}", *ALONE]
+    code, _, err = run_main("main_predict", [*flags, f"--output_dir={images / 'o'}"])
+    assert code == 2 and "would be images of the next start" in err
     flags = [f"--checkpoint={checkpoint}", f"--data_path={images}", "--top_k=2", *ALONE]
     code, _, err = run_main("main_predict", [*flags, f"--output_dir={two}"])
     assert code == 2 and "is a segmenter, which takes no --top_k" in err

@@ -128,6 +128,14 @@ def in_our_names(
         return state
     place = find_weights(state, source, key)
     weights, notes = place.weights, list[str]()
+    whole = [n for n, t in weights.items()
+             if n.endswith((".weight", ".bias")) and not t.is_floating_point()]  # fmt: skip
+    if whole:
+        raise BadInput(
+            f"{source} holds whole numbers where weights are expected ({whole[0]}, "
+            f"{weights[whole[0]].dtype}): it is quantised, or of another kind; save the weights "
+            "as they were before"
+        )
     style = style_of(weights)
     if style == "mmseg":
         weights, notes = from_mmseg(weights, source)

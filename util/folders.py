@@ -284,6 +284,30 @@ def counted(count: int, noun: str) -> str:
 # ---- Images that a flag names ------------------------------------------------------------------
 
 
+def files_below(root: Path) -> list[Path]:
+    """Every file of a folder and of those below it, links followed.
+
+    Raises:
+        BadInput: a folder that cannot be listed, or that contains itself by a link.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise BadInput(f"cannot list {error.filename}: {error.strerror}")
+
+    found = []
+    # Where a folder and those that it lies in really are.
+    above: dict[str, tuple[str, ...]] = {str(root): (os.path.realpath(root),)}
+    for folder, below, names in os.walk(root, followlinks=True, onerror=refuse):
+        for name in below:
+            path = os.path.join(folder, name)
+            real = os.path.realpath(path)
+            if real in above[folder]:
+                raise BadInput(f"{path} is a link to a folder that contains it; remove the link")
+            above[path] = (*above[folder], real)
+        found += [Path(folder, name) for name in names]
+    return found
+
+
 def image_files(path: Path, flag: str) -> list[Path]:
     """The file itself, or the images of a folder and its sub-folders, sorted.
 
@@ -302,9 +326,9 @@ def image_files(path: Path, flag: str) -> list[Path]:
     readable, lacking = readable_endings(), unread_endings()
     both = readable + lacking
     files, hidden, unread = [], list[str](), list[str]()
-    for file in sorted(path.rglob("*")):
+    for file in sorted(files_below(path)):
         name, relative = file.name.lower(), file.relative_to(path)
-        if not name.endswith(both) or file.is_dir():
+        if not name.endswith(both):
             continue
         if any(is_hidden(part) for part in relative.parts):
             hidden.append(str(relative))

@@ -52,10 +52,12 @@ def find_images(path: Path, flag: str) -> tuple[Path, list[str]]:
         root = path if path.is_dir() else path.parent
         return root, [os.fspath(file.relative_to(root)) for file in files]
     try:
-        text = path.read_text(encoding="utf-8", errors="surrogateescape")
+        # utf-8-sig: Windows begins a text with a mark.
+        text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
     except OSError as error:
         raise BadInput(f"cannot read {flag} {path}: {error.strerror}") from error
-    names = [line.strip() for line in text.splitlines() if line.strip()]
+    # Not splitlines, which also ends a line at characters that a name may have.
+    names = [name for line in text.split("\n") if (name := line.strip(" \t\r"))]
     if not names:
         raise BadInput(f"{flag} {path} names no images; expected one a line")
     return path.parent, names

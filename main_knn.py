@@ -201,7 +201,7 @@ def check_labels(sources: dict[str, ImageSource]) -> None:
         if not source.labelled or (labels is not None and labels.min() < 0):
             raise BadInput(
                 f"{source.name} has no labels in {source.split}, and neighbours vote with theirs; "
-                "choose another --dataset"
+                "choose another --dataset, or images in class folders"
             )
     check_splits(train.classes, val.classes, train.name)
     of_train, of_val = known

@@ -119,3 +119,15 @@ def test_long_lists_are_cut_and_orders_are_told():
         check_splits(many, ["x"], "x")
     with pytest.raises(BadInput, match="2 classes, val 2: in another order"):
         check_splits(["a", "b"], ["b", "a"], "x")
+
+
+def test_an_image_beside_the_class_folders_is_named(tmp_path, run_main):
+    """It makes a set without labels of them, and the message must not say that there are none."""
+    root = write(tmp_path / "data", dict.fromkeys(CLASSES, 6))
+    Image.new("RGB", (20, 20)).save(root / "thumb.png")
+    argv = [*TRAIN, f"--data_path={root}", f"--output_dir={tmp_path / 'r'}", "--val_fraction=.2"]
+    code, _, err = run_main("main_finetune", argv)
+    assert code == 2 and f"1 image in {root} lies in no class folder (thumb.png)" in err
+    (root / "thumb.png").unlink()
+    code, _, err = run_main("main_finetune", argv)
+    assert code == 0, err

@@ -1,12 +1,14 @@
 """The names of classes: those of a head against those of a data set, and train's against val's."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from util.console import counted
 from util.errors import BadInput
-from util.images import ImageSource, PathLike
+from util.images import ImageSource, PathLike, Subset
 
 SHOWN = 5  # names of a long list
 
@@ -85,7 +87,22 @@ def need_labels(source: ImageSource, data_path: PathLike | None, labelled: Seque
             f"{source.split} of {data_path} has no class folders; expected train/<class>/* and "
             "val/<class>/*, or <class>/* alone"
         )
+        if stray := beside_folders(source, Path(str(data_path))):
+            instead = (
+                f"{counted(len(stray), 'image')} in {data_path} lie{'s' * (len(stray) == 1)} in no "
+                "class folder "
+                f"({some(stray)}); move them away, and the folders are the classes"
+            )
     raise BadInput(f"{source.name} has no labels to learn from; {instead}")
+
+
+def beside_folders(source: ImageSource, root: Path) -> list[str]:
+    """The images directly in a folder that has others in folders of it; empty: it has none."""
+    while isinstance(source, Subset):  # the image may be among those held out
+        source = source.source
+    paths = [Path(source.file_name(i)) for i in range(len(source))]
+    direct = [path.name for path in paths if path.parent == root]
+    return direct if len(direct) < len(paths) else []
 
 
 # ---- A part of the classes ---------------------------------------------------------------------

@@ -410,6 +410,20 @@ def test_tables_in_docs_follow_from_their_numbers() -> None:
                 assert metric["deviation"] == pytest.approx(statistics.stdev(values))
 
 
+def test_the_readme_prints_what_the_tables_hold() -> None:
+    """The rows of the tables of garments, by their means and deviations."""
+    report = json.loads((DOCS / "results" / "garments.json").read_text())
+    readme = (ROOT / "README.md").read_text().replace("*", "")
+    for row in (row for table in report["tables"] for row in table["rows"]):
+        printed = []
+        for name in ("miou", "pixel_accuracy", "class_accuracy"):
+            values = row["metrics"][name]
+            printed.append(
+                f"{values['mean']:.2f} ± {values['deviation']:.2f}".replace("± 0.", "± .")
+            )
+        assert f"| {' | '.join(printed)} |" in readme, row["label"]
+
+
 def made_up_rates(gains: dict[tuple[str, str], float]) -> dict:
     """Tables as main_tables.py writes them: 5 seeds, values 70 + a gain + something of the seed."""
     rates = ("3e-3", "1.2e-2")

@@ -127,7 +127,7 @@ def test_an_image_beside_the_class_folders_is_named(tmp_path, run_main):
     Image.new("RGB", (20, 20)).save(root / "thumb.png")
     argv = [*TRAIN, f"--data_path={root}", f"--output_dir={tmp_path / 'r'}", "--val_fraction=.2"]
     code, _, err = run_main("main_finetune", argv)
-    assert code == 2 and f"1 image in {root} lies in no class folder (thumb.png)" in err
+    assert code == 2 and f"1 image in {root} beside the class folders (thumb.png)" in err
     (root / "thumb.png").unlink()
     code, _, err = run_main("main_finetune", argv)
     assert code == 0, err

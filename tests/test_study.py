@@ -381,10 +381,10 @@ def test_the_study_in_docs_follows_from_its_numbers(tmp_path: Path) -> None:
     """And says what was changed on the way; `--from_docs` writes the same."""
     report, text = json.loads((DOCS / "study.json").read_text()), (DOCS / "study.md").read_text()
     rates = DOCS / main_study.RATES
+    assert rates.is_file()
     remarks = list(read_study(read_plan(STUDY, main_study.MAINS)).remarks)
     assert len(remarks) >= 5 and report["remarks"] == remarks
-    about_rates = json.loads(rates.read_text()) if rates.is_file() else None
-    assert markdown(report, "pictures", about_rates) == text
+    assert markdown(report, "pictures", json.loads(rates.read_text())) == text
     assert "72.49" in text and round(report["screening"]["scores"]["pos_offset_none"], 2) == 72.49
     copy = tmp_path / "docs"
     copy.mkdir()
@@ -398,7 +398,9 @@ def test_the_study_in_docs_follows_from_its_numbers(tmp_path: Path) -> None:
 
 def test_tables_in_docs_follow_from_their_numbers() -> None:
     """Each printed number is a mean or a deviation of values that are kept by seed."""
-    for path in sorted((DOCS / "results").glob("*.json")):
+    paths = sorted((DOCS / "results").glob("*.json"))
+    assert {"garments.json", "lscale_lr.json"} <= {path.name for path in paths}
+    for path in paths:
         report = json.loads(path.read_text())
         assert path.with_suffix(".md").read_text() == tables_markdown(report)
         assert report["command"].startswith("python main_tables.py --plan recipes/tables/")

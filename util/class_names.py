@@ -89,9 +89,8 @@ def need_labels(source: ImageSource, data_path: PathLike | None, labelled: Seque
         )
         if stray := beside_folders(source, Path(str(data_path))):
             instead = (
-                f"{counted(len(stray), 'image')} in {data_path} lie{'s' * (len(stray) == 1)} in no "
-                "class folder "
-                f"({some(stray)}); move them away, and the folders are the classes"
+                f"{counted(len(stray), 'image')} in {data_path} beside the class folders "
+                f"({some(stray)}); without them the folders are the classes"
             )
     raise BadInput(f"{source.name} has no labels to learn from; {instead}")
 

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from util.console import counted
 from util.endings import count_unread, is_hidden, readable_endings, unread_endings
 from util.errors import BadInput
 from util.images import (
@@ -274,11 +275,6 @@ def say_hidden(root: Path, names: Sequence[str] | Names) -> None:
 def say_left(root: Path, what: str) -> None:
     """Tell of images that were left out."""
     say_once(f"note: images left out in {root}: {what}")
-
-
-def counted(count: int, noun: str) -> str:
-    """The count with its noun: 1 image, 2 images."""
-    return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
 # ---- Images that a flag names ------------------------------------------------------------------

@@ -189,18 +189,15 @@ def resolve_tune(args: argparse.Namespace) -> None:
 
 def open_set(args: argparse.Namespace, split: str, channels: int | None) -> ImageSource:
     """A labelled split of the data set that the flags name, or as much of it as they ask for."""
-    source = hold_out_of(vars(args)).open(
-        lambda part: build_dataset(
-            args.dataset,
-            part,
-            args.data_path,
-            channels=channels,
-            mean=args.mean,
-            std=args.std,
-            max_pixels=args.max_pixels,
-        ),
+    source = build_dataset(
+        args.dataset,
         split,
-        Subset,
+        args.data_path,
+        channels=channels,
+        mean=args.mean,
+        std=args.std,
+        max_pixels=args.max_pixels,
+        hold_out=hold_out_of(vars(args)),
     )
     unlabelled = ("photos", "stl10_unlabeled", "garments")
     need_labels(source, args.data_path, [name for name in DATASETS if name not in unlabelled])
@@ -483,10 +480,8 @@ def evaluate_checkpoint(args: argparse.Namespace, procs: Processes) -> None:
     if procs.main:
         set_others_aside(folder, EVAL_FILES, identity)
     more: dict[str, Any] = {"checkpoint": str(path), "dataset": args.dataset, MEASURED: identity}
-    where = measured_on(vars(args), state, path)
-    more |= {**where, "chosen_on": chosen_on(path, state)}
-    if procs.main and "warning" in where:
-        say_warnings([where["warning"]])
+    more |= measured_on(vars(args), state, path, speaks=procs.main)
+    more["chosen_on"] = chosen_on(path, state)
     if part:
         more |= {"classes": known, "classes_of_head": len(source.classes)}
     for prefix, weights in arms.items():

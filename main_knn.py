@@ -164,12 +164,12 @@ def open_sets(args: argparse.Namespace) -> tuple[dict[str, ImageSource], str | N
     limits = dict(zip(SPLITS, (args.train_images, args.val_images), strict=True))
     for split in SPLITS:
         try:
-            source = hold_out_of(vars(args)).open(
-                lambda part: build_dataset(
-                    args.dataset, part, args.data_path, max_pixels=args.max_pixels
-                ),
+            source = build_dataset(
+                args.dataset,
                 split,
-                Subset,
+                args.data_path,
+                max_pixels=args.max_pixels,
+                hold_out=hold_out_of(vars(args)),
             )
         except BadInput as error:
             absent.append(error)
@@ -413,8 +413,8 @@ def plan_run(args: argparse.Namespace, count: int) -> str:
         args.dataset,
         args.data_path,
         args.dry_run_images,
-        lambda: hold_out_of(vars(args)).open(
-            lambda part: build_dataset(args.dataset, part, args.data_path), "train", Subset
+        lambda: build_dataset(
+            args.dataset, "train", args.data_path, hold_out=hold_out_of(vars(args))
         ),
         hold_out_of(vars(args)),
     )
@@ -588,10 +588,7 @@ def measure(args: argparse.Namespace, procs: Processes, warnings: Sequence[str])
         for k, row in zip(args.k, hits.tolist(), strict=True):
             top1, top5 = (100 * count / len(val) for count in row)
             results.append({"k": k, "top1": top1} | ({"top5": top5} if classes > 5 else {}))
-        where = measured_on(vars(args), state, args.checkpoint)
         if procs.main:
-            if "warning" in where:
-                say_warnings([where["warning"]])
             summary = results[0] | {
                 "temperature": args.temperature,
                 "features": args.features,
@@ -604,7 +601,7 @@ def measure(args: argparse.Namespace, procs: Processes, warnings: Sequence[str])
                 "input_size": list(model.img_size),
                 "dataset": args.dataset,
                 "data_path": args.data_path,
-                **where,
+                **measured_on(vars(args), state, args.checkpoint, speaks=True),
                 "mean": list(val.mean),
                 "std": list(val.std),
                 "results": results,

@@ -166,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 )
             segment_files(args, procs, state)
         else:
-            classify_files(args, procs)
+            classify_files(args, procs, state or None)
 
 
 def segment_files(args: argparse.Namespace, procs: Processes, state: dict[str, Any]) -> None:
@@ -195,13 +195,18 @@ def segment_files(args: argparse.Namespace, procs: Processes, state: dict[str, A
     )
 
 
-def read_classifier(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+def read_classifier(
+    args: argparse.Namespace, read: dict[str, Any] | None
+) -> tuple[Any, dict[str, Any]]:
     """The classifier of --checkpoint, and what else the file holds.
+
+    Args:
+        read: contents of the file, if it was read before.
 
     Raises:
         BadInput: it is none.
     """
-    state = load_state(args.checkpoint, args.weights_key)
+    state = load_state(args.checkpoint, args.weights_key, read)
     if state.get("task") == "pretrain":
         raise BadInput(
             f"{args.checkpoint} is a pretraining checkpoint, which knows no classes; fine-tune it "
@@ -232,9 +237,9 @@ def say_assumed(args: argparse.Namespace, state: dict[str, Any], procs: Processe
             say(line)
 
 
-def classify_files(args: argparse.Namespace, procs: Processes) -> None:
+def classify_files(args: argparse.Namespace, procs: Processes, read: dict[str, Any] | None) -> None:
     """Write the most likely classes of each image."""
-    model, state = read_classifier(args)
+    model, state = read_classifier(args, read)
     with procs.main_first():
         root, names = find_images(Path(args.data_path), "--data_path")
     # The images are looked at as main_finetune.py evaluates.

@@ -224,23 +224,16 @@ def open_set(
     args: argparse.Namespace, split: str, channels: int | None, decoder: str = "pil"
 ) -> ImageSource:
     """A split of the data set that the flags name, or as much of train as they ask for."""
-    source = (
-        hold_out_of(vars(args))
-        .open(
-            lambda part: build_dataset(
-                args.dataset,
-                part,
-                args.data_path,
-                channels=channels,
-                mean=args.mean,
-                std=args.std,
-                max_pixels=args.max_pixels,
-            ),
-            split,
-            Subset,
-        )
-        .with_decoder(decoder)
-    )
+    source = build_dataset(
+        args.dataset,
+        split,
+        args.data_path,
+        channels=channels,
+        mean=args.mean,
+        std=args.std,
+        max_pixels=args.max_pixels,
+        hold_out=hold_out_of(vars(args)),
+    ).with_decoder(decoder)
     limit = args.train_images if split == "train" else None
     return source if limit is None else Subset(source, evenly(len(source), limit))
 

@@ -63,7 +63,7 @@ from util.config import (
     size_pair,
 )
 from util.confusion import Segmentation
-from util.console import counted, print_text
+from util.console import counted, listed, print_text
 from util.convert import read_encoder
 from util.cost import cost_of
 from util.cost_upernet import segmenter_layers
@@ -82,7 +82,7 @@ from util.dry_run import (
 from util.dry_run_report import describe
 from util.errors import BadInput, command
 from util.flag_types import MOST_CLASSES, MOST_LSCALE, MOST_SIDE, MOST_WIDTH, expanded_path
-from util.label_values import label_pair, listed
+from util.label_values import label_pair
 from util.lease import Lease, hold_folder
 from util.load_table import LOADED
 from util.logger import prepare_folder, say
@@ -114,7 +114,6 @@ from util.weights import load_state
 from util.weights_flags import add_weights_key_flag
 
 TASK = "segment"
-EVAL_SEED = 0
 LR = 1e-4
 # The published run, for what is warned of.
 PUBLISHED = Published(LR * 256 / 16, 16, of="ViT-B on ADE20K", images=20_000)
@@ -618,10 +617,8 @@ def use_checkpoint(args: argparse.Namespace, procs: Processes, given: Container[
         identity = identity_of(path, state.get("step"), settings)
         set_others_aside(folder, EVAL_FILES, identity)
         more = {"checkpoint": str(path), "dataset": args.dataset, "images": len(source)}
-        where = measured_on(vars(args), state, path)
-        more |= {MEASURED: identity, **where, "chosen_on": chosen_on(path, state)}
-        if "warning" in where:
-            say_warnings([where["warning"]])
+        more |= {MEASURED: identity, "chosen_on": chosen_on(path, state)}
+        more |= measured_on(vars(args), state, path, speaks=True)
         save_segmentation(folder, result, source.classes, more, EVAL_FILES)
         draw(args, model, source, procs, f"{args.dataset} val", folder / EVAL_FILES[2])
         say(f"written     {folder}/{', '.join(EVAL_FILES[:2])}")

@@ -52,7 +52,7 @@ from util.errors import BadInput, RunFailed, command
 from util.files import write_text
 from util.flag_types import MOST_WIDTH, expanded_path
 from util.folders import image_files
-from util.images import IMAGENET_MEAN, IMAGENET_STD, ImageSource, Subset, read_image
+from util.images import IMAGENET_MEAN, IMAGENET_STD, ImageSource, read_image
 from util.load_table import LOADED
 from util.loading import say_conversions
 from util.logger import prepare_folder
@@ -163,12 +163,13 @@ def build_parser() -> FlagParser:
 
 def open_set(args: argparse.Namespace, channels: int) -> ImageSource:
     """The held-out images of the data set that the flags name."""
-    return hold_out_of(vars(args)).open(
-        lambda split: build_dataset(
-            args.dataset, split, args.data_path, channels=channels, max_pixels=args.max_pixels
-        ),
+    return build_dataset(
+        args.dataset,
         "val",
-        Subset,
+        args.data_path,
+        channels=channels,
+        max_pixels=args.max_pixels,
+        hold_out=hold_out_of(vars(args)),
     )
 
 
@@ -293,9 +294,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         settings["own_mask"] = maskers[-1].words if len(maskers) > 1 else None
         settings |= {"weights_key": args.weights_key} if args.weights_key else {}
         identity = identity_of(args.checkpoint, state.get("step"), settings)
-        where = measured_on(vars(args), state, args.checkpoint)
-        if "warning" in where:
-            say_warnings([where["warning"]])
+        where = measured_on(vars(args), state, args.checkpoint, speaks=True)
         measure(args, model, maskers, device, (mean, std), identity, where)
         return
     masker = masker_of(own | given, model)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from util.console import counted
+from util.console import counted, listed
 from util.errors import BadInput
 from util.images import ImageSource, PathLike, Subset
 
@@ -51,7 +51,7 @@ def check_splits(train: Sequence[str], val: Sequence[str], name: str) -> None:
     if list(train) == list(val):
         return
     alone = [
-        f"in {split} alone {len(names)} ({some(names)})"
+        f"in {split} alone {len(names)} ({listed(names, SHOWN)})"
         for split, names in (
             ("train", [one for one in train if one not in set(val)]),
             ("val", [one for one in val if one not in set(train)]),
@@ -62,12 +62,6 @@ def check_splits(train: Sequence[str], val: Sequence[str], name: str) -> None:
         f"train of {name} has {len(train)} classes, val {len(val)}: "
         f"{'; '.join(alone) or 'in another order'}; expected the same in both"
     )
-
-
-def some(names: Sequence[str]) -> str:
-    """The first few, and how many more."""
-    more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
 
 
 def need_labels(source: ImageSource, data_path: PathLike | None, labelled: Sequence[str]) -> None:
@@ -90,7 +84,7 @@ def need_labels(source: ImageSource, data_path: PathLike | None, labelled: Seque
         if stray := beside_folders(source, Path(str(data_path))):
             instead = (
                 f"{counted(len(stray), 'image')} in {data_path} beside the class folders "
-                f"({some(stray)}); without them the folders are the classes"
+                f"({listed(stray, SHOWN)}); without them the folders are the classes"
             )
     raise BadInput(f"{source.name} has no labels to learn from; {instead}")
 
@@ -158,8 +152,9 @@ def as_trained(
     unknown = [name for name in source.classes if name not in set(expected)]
     if unknown:
         raise BadInput(
-            f"{checkpoint} was trained for {len(expected)} classes ({some(expected)}) and does not "
-            f"know {len(unknown)} of the {len(source.classes)} in the data: {some(unknown)}; leave "
-            "them out, or fine-tune for these classes with --finetune"
+            f"{checkpoint} was trained for {len(expected)} classes ({listed(expected, SHOWN)}) and "
+            f"does not know {len(unknown)} of the {len(source.classes)} in the data: "
+            f"{listed(unknown, SHOWN)}; leave them out, or fine-tune for these classes with "
+            "--finetune"
         )
     return Relabelled(source, expected)

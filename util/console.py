@@ -6,6 +6,7 @@ and bytes that are no UTF-8, which Python keeps as lone surrogates.
 
 import re
 import sys
+from collections.abc import Sequence
 from typing import TextIO
 
 # Control characters (C0 without tab and newline, DEL, C1), line separators, marks that reverse the
@@ -41,6 +42,12 @@ def counted(count: float, noun: str) -> str:
     ending = "es" if noun.endswith(("s", "tch")) else "s"
     shown = f"{int(count):,}" if count == int(count) else f"{count:,.4g}"
     return f"{shown} {noun}" if count == 1 else f"{shown} {noun}{ending}"
+
+
+def listed(values: Sequence[object], most: int = 6) -> str:
+    """The first values of a list, and how many more."""
+    more = f" and {len(values) - most:,} more" if len(values) > most else ""
+    return f"{', '.join(map(str, values[:most]))}{more}"
 
 
 def printable(text: str, stream: TextIO) -> str:

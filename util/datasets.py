@@ -23,10 +23,11 @@ from util.folders import imagefolder
 from util.garments import SIZE as GARMENTS_SIZE
 from util.garments import GarmentImages, GarmentScenes
 from util.hub import hugging_face
-from util.images import ArraySource, ImageSource, PathLike
+from util.images import ArraySource, ImageSource, PathLike, Subset
 from util.packed import packed
 from util.photos import photos
 from util.places import places365
+from util.splits import NOTHING_HELD_OUT, HoldOut
 from util.stl10 import stl10, stl10_unlabeled
 
 SPLITS = ("train", "val")
@@ -245,6 +246,7 @@ def build_dataset(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     max_pixels: int | None = None,
+    hold_out: HoldOut = NOTHING_HELD_OUT,
     **options: object,
 ) -> ImageSource:
     """One split of a data set.
@@ -257,6 +259,7 @@ def build_dataset(
         channels: turn pictures into gray (1) or RGB (3); None leaves them as the set has them.
         mean, std: one number for all channels or one for each, in units of 0..1; None: the set's.
         max_pixels: an image file of more is not decoded; None: see `util.pixel_limits`.
+        hold_out: images of train that stand in for val.
         options: further keywords of the builder (synthetic: size).
 
     Raises:
@@ -276,7 +279,7 @@ def build_dataset(
                 f"--data_path {data_path} says what it holds; leave --dataset {name} out"
             )
         builder, data_path = PLACES[place], str(data_path)[len(place) :]
-    source = builder(split, data_path, **options)
+    source = hold_out.open(lambda part: builder(part, data_path, **options), split, Subset)
     if channels is not None:
         source = source.with_channels(channels)
     return source.with_max_pixels(max_pixels).with_stats(mean, std)

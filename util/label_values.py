@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from util.console import listed
 from util.errors import BadInput
 from util.flag_types import SHOWN, shown
 from util.images import BadImage
@@ -112,12 +113,6 @@ def count_classes(
     missing = sorted(set(range(count)) - set(found))
     notes = [f"no training mask holds the class {listed(missing)}"] if missing else []
     return count, notes
-
-
-def listed(values: Sequence[object]) -> str:
-    """Some of them, and how many more."""
-    more = f" and {len(values) - 6} more" if len(values) > 6 else ""
-    return f"{', '.join(map(str, values[:6]))}{more}"
 
 
 def check_two_classes(

@@ -35,15 +35,18 @@ def chosen_on(checkpoint: str, state: Mapping[str, Any]) -> str | None:
 
 
 def measured_on(
-    settings: Mapping[str, Any], state: Mapping[str, Any], checkpoint: str
+    settings: Mapping[str, Any], state: Mapping[str, Any], checkpoint: str, *, speaks: bool
 ) -> dict[str, str]:
     """Which images a result is of; and a warning where the checkpoint may have learnt from them.
 
     Args:
         settings: flags of the measurement. state: what the checkpoint holds.
+        speaks: whether to tell the reader as well.
     """
     hold_out = hold_out_of(settings)
     leak = leak_of(state, hold_out, checkpoint)
+    if speaks and leak is not None:
+        say(f"warning: {leak}")
     return {"measured_on": hold_out.words} | ({} if leak is None else {"warning": leak})
 
 

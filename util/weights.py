@@ -20,7 +20,9 @@ ONNX_KEY = "mmae"  # our entry in the metadata of ONNX files
 ONNX_PREFIX = "model."  # the model's name in what is traced
 
 
-def load_state(path: str, key: str | None = None) -> dict[str, Any]:
+def load_state(
+    path: str, key: str | None = None, read: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """The contents of a file of weights, with its tensors under `model` in our names.
 
     Args:
@@ -29,6 +31,7 @@ def load_state(path: str, key: str | None = None) -> dict[str, Any]:
             folder of transformers, or the weights in it; a run folder, whose `checkpoint-last.pth`
             is taken; an ONNX file of ours; an https URL of one of these files.
         key: which weights of a file that holds several, as `--weights_key` takes it.
+        read: what `load_file` gave of it, if it was read before.
 
     Raises:
         BadInput: unreadable, or without weights.
@@ -39,7 +42,7 @@ def load_state(path: str, key: str | None = None) -> dict[str, Any]:
     elif place.suffix == ".onnx":
         state = read_onnx(place)
     else:
-        state = load_file(place)
+        state = load_file(place) if read is None else read
         if place.name in FILES and (place.parent / CONFIG).is_file():
             state = {"model": state} | said_by(place.parent, state)
     return dict(in_our_names(state, path if "://" in path else str(place), key))

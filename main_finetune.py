@@ -516,12 +516,9 @@ def measured_settings(args: argparse.Namespace, model: Any) -> dict[str, Any]:
     """The flags that decide what an evaluation measures."""
     names = (
         "dataset", "data_path", "val_fraction", "val_seed", "val_images", "mean", "std",
-        "precision",
+        "precision", "weights_key",
     )  # fmt: skip
-    settings = {name: getattr(args, name) for name in names}
-    # Only where it is given: results of before it came are of the same.
-    settings |= {"weights_key": args.weights_key} if args.weights_key else {}
-    return settings | {"input_size": list(model.img_size)}
+    return {name: getattr(args, name) for name in names} | {"input_size": list(model.img_size)}
 
 
 def finetune(

@@ -609,9 +609,10 @@ def measure(args: argparse.Namespace, procs: Processes, warnings: Sequence[str])
             settings = {n: getattr(args, n) for n in ("train_images", "val_images", "k")}
             kept = ("dataset", "data_path", "features", "temperature", "input_size", "mean", "std")
             settings |= {name: summary[name] for name in kept}
-            settings |= {n: getattr(args, n) for n in ("val_fraction", "val_seed")}
+            more = ("val_fraction", "val_seed", "weights_key")
+            settings |= {name: getattr(args, name) for name in more}
             if args.weights_key:
-                summary["weights_key"] = settings["weights_key"] = args.weights_key
+                summary["weights_key"] = args.weights_key
             summary[MEASURED] = identity_of(args.checkpoint, state.get("step"), settings)
             set_others_aside(folder, [RESULT], summary[MEASURED])
             write_text(folder / RESULT, json.dumps(summary, indent=1) + "\n")

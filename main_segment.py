@@ -126,7 +126,7 @@ LOOKS = ("resize", "inference", "window", "stride", "scene_size", "label_map")
 # Flags that decide what --eval measures.
 MEASURED_BY = (
     *LOOKS, "dataset", "data_path", "val_images", "mean", "std", "multi_scale", "flip",
-    "val_fraction", "val_seed",
+    "val_fraction", "val_seed", "weights_key",
 )  # fmt: skip
 # Beside those of every main: what is only measured, shown or looked at.
 HOUSEKEEPING = {"eval", "predict", "check_data", "pictures"}
@@ -611,10 +611,7 @@ def use_checkpoint(args: argparse.Namespace, procs: Processes, given: Container[
     result = measure(model)
     if procs.main:
         say_result(f"{args.dataset} val", result, len(source))
-        settings = {n: getattr(args, n) for n in MEASURED_BY}
-        # Only where it is given: results of before it came are of the same.
-        settings |= {"weights_key": args.weights_key} if args.weights_key else {}
-        identity = identity_of(path, state.get("step"), settings)
+        identity = identity_of(path, state.get("step"), {n: getattr(args, n) for n in MEASURED_BY})
         set_others_aside(folder, EVAL_FILES, identity)
         more = {"checkpoint": str(path), "dataset": args.dataset, "images": len(source)}
         more |= {MEASURED: identity, "chosen_on": chosen_on(path, state)}

@@ -289,10 +289,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         maskers = [masker_of(settings, model)]
         if not given and masker_of(own, model).differs_from(maskers[0]):
             maskers.append(masker_of(own, model))
-        measured = ("dataset", "data_path", "num_images", "seed", "val_fraction", "val_seed")
+        measured = (
+            "dataset", "data_path", "num_images", "seed", "val_fraction", "val_seed", "weights_key",
+        )  # fmt: skip
         settings |= {name: getattr(args, name) for name in measured}
         settings["own_mask"] = maskers[-1].words if len(maskers) > 1 else None
-        settings |= {"weights_key": args.weights_key} if args.weights_key else {}
         identity = identity_of(args.checkpoint, state.get("step"), settings)
         where = measured_on(vars(args), state, args.checkpoint, speaks=True)
         measure(args, model, maskers, device, (mean, std), identity, where)

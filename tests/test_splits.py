@@ -18,6 +18,7 @@ import main_visualize
 from util.checkpoint import load_file
 from util.datasets import build_dataset
 from util.images import ArraySource, Subset
+from util.results import MEASURED, identity_of, set_others_aside
 from util.splits import HoldOut, hold_out, ranks_of
 
 TINY = ["--batch_size=6", "--num_workers=0", "--device=cpu", "--log_every=1"]
@@ -271,3 +272,20 @@ def test_the_plan_knows_it(given: list[str], shapes: Path, tmp_path: Path) -> No
     args = main_finetune.build_parser().parse([*FINETUNE, *data, "--train_images=30"])
     main_finetune.resolve_tune(args)
     assert main_finetune.plan_run(args, 1).data.images == 30
+
+
+def test_a_result_of_before_these_flags_is_of_the_same(tmp_path: Path) -> None:
+    """What was not given leaves no trace, and what was given does."""
+    settings = {"dataset": "digits", "val_images": None}
+    old = {"checkpoint": str(tmp_path / "c.pth"), "step": 7, **settings}
+    path = tmp_path / "result.json"
+    path.write_text(json.dumps({MEASURED: old}))
+    settings |= {"val_fraction": None, "val_seed": 0, "weights_key": None}
+    same = identity_of(old["checkpoint"], 7, settings)
+    set_others_aside(tmp_path, ["result.json"], same)
+    assert path.is_file()
+    for name, value in (("val_fraction", 0.1), ("weights_key", "teacher"), ("val_images", 3)):
+        path.write_text(json.dumps({MEASURED: old}))
+        other = identity_of(old["checkpoint"], 7, settings | {name: value})
+        set_others_aside(tmp_path, ["result.json"], other)
+        assert not path.exists(), name

@@ -17,10 +17,19 @@ def identity_of(checkpoint: str, step: Any, settings: Mapping[str, Any]) -> dict
 
     Args:
         checkpoint: path or address. step: of its training, None where it does not say.
-        settings: flags that decide what is measured, in plain types.
+        settings: flags that decide what is measured, in plain types; those that were not given
+            (None) are left out, so that results of before a flag came are of the same.
     """
     place = checkpoint if "://" in checkpoint else str(Path(checkpoint).resolve())
-    return {"checkpoint": place, "step": step, **settings}
+    return {"checkpoint": place, "step": step, **given(settings)}
+
+
+def given(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that were given; a seed of nothing held out is none."""
+    found = {name: value for name, value in settings.items() if value is not None}
+    if "val_fraction" not in found:
+        found.pop("val_seed", None)
+    return found
 
 
 def chosen_on(checkpoint: str, state: Mapping[str, Any]) -> str | None:
@@ -65,8 +74,9 @@ def set_others_aside(folder: Path, names: Sequence[str], identity: Mapping[str, 
         held = json.loads(first.read_text())
     except (ValueError, RecursionError):
         held = None
+    before = held.get(MEASURED) if isinstance(held, dict) else None
     # Through JSON, which has no tuples.
-    if isinstance(held, dict) and held.get(MEASURED) == json.loads(json.dumps(identity)):
+    if isinstance(before, dict) and given(before) == given(json.loads(json.dumps(identity))):
         return
     number = 1
     while any(_numbered(folder / name, number).exists() for name in names):

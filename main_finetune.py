@@ -480,8 +480,8 @@ def evaluate_checkpoint(args: argparse.Namespace, procs: Processes) -> None:
     if procs.main:
         set_others_aside(folder, EVAL_FILES, identity)
     more: dict[str, Any] = {"checkpoint": str(path), "dataset": args.dataset, MEASURED: identity}
-    more |= measured_on(vars(args), state, path, speaks=procs.main)
-    more["chosen_on"] = chosen_on(path, state)
+    where = measured_on(vars(args), state, path, speaks=procs.main)
+    more |= {**where, "chosen_on": chosen_on(path, state)}
     if part:
         more |= {"classes": known, "classes_of_head": len(source.classes)}
     for prefix, weights in arms.items():
@@ -490,7 +490,7 @@ def evaluate_checkpoint(args: argparse.Namespace, procs: Processes) -> None:
         more |= {f"{prefix}{k}": v for k, v in result.summary().items()}
         if procs.main:
             whose = " (averaged weights)" if prefix else ""
-            say_accuracy(f"{args.dataset} val{whose}{part}", result)
+            say_accuracy(f"{args.dataset} {where['measured_on']}{whose}{part}", result)
             save_accuracy(folder, result, source.classes, more, EVAL_FILES)
     if procs.main:
         say(f"written     {folder}/{', '.join(EVAL_FILES)}")

@@ -123,7 +123,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         except NoSplit as error:
             if "split" in parser.given:
                 raise
-            say(f"{split} is not packed: {error}")
+            why = str(error).partition(",")[0]  # the rest is advice for runs
+            say(f"{split} is not packed: {why}")
     for split, source in sources.items():
         about = pack(
             source,

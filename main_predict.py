@@ -80,8 +80,8 @@ def build_parser() -> FlagParser:
     parser.add_argument(
         "--data_path",
         type=expanded_path,
-        help="folder of images, with its sub-folders; or an image; or a .txt file of their names; "
-        "no default",
+        help="folder of images, with its sub-folders; or an image; or a .txt file of names, "
+        "relative to its own folder; no default",
     )
     parser.add_argument(
         "--output_dir",

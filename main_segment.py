@@ -610,7 +610,7 @@ def use_checkpoint(args: argparse.Namespace, procs: Processes, given: Container[
     prepare_folder(folder)
     result = measure(model)
     if procs.main:
-        say_result(f"{args.dataset} val", result, len(source))
+        say_result(f"{args.dataset} {hold_out_of(vars(args)).words}", result, len(source))
         identity = identity_of(path, state.get("step"), {n: getattr(args, n) for n in MEASURED_BY})
         set_others_aside(folder, EVAL_FILES, identity)
         more = {"checkpoint": str(path), "dataset": args.dataset, "images": len(source)}

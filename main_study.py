@@ -157,7 +157,7 @@ def report_of(study: Study, plan: Plan, output: Path) -> dict[str, Any]:
     report = where_from(plan, cells)
     families = {o.label: o.family for o in study.outcomes}
     factorial = plan.arms[study.factorial]
-    report["remarks"] = list(study.remarks)
+    report |= {"about": study.about, "remarks": list(study.remarks)}
     report["outcomes"] = {o.label: f"{o.metric} of {o.run}" for o in study.outcomes}
     rows, found = [], {}
     for stage in (study.factorial, study.settings):
@@ -291,7 +291,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not (docs / RESULT).is_file():
             raise BadInput(f"--from_docs needs {docs / RESULT}, which is not there")
         report = json.loads((docs / RESULT).read_text())
-        write_report(report | {"remarks": list(study.remarks)}, docs)
+        write_report(report | {"about": study.about, "remarks": list(study.remarks)}, docs)
         return
     prepare_folder(output)
     if not args.report:
@@ -303,7 +303,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         run_plan(path, output / "confirm", args.jobs)
 
     # --------------------------------------------------------------------------- document
-    write_report(report_of(study, plan, output), docs)
+    report = report_of(study, plan, output)
+    there = json.loads((docs / RESULT).read_text())["done"] if (docs / RESULT).is_file() else 0
+    if report["done"] < there:
+        raise BadInput(
+            f"{output} holds {report['done']} finished runs, and {docs / RESULT} is of "
+            f"{there}: it would be lost; give another --docs, or --from_docs to write that "
+            "document anew"
+        )
+    write_report(report, docs)
 
 
 if __name__ == "__main__":

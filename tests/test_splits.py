@@ -163,12 +163,15 @@ def twice(shapes: Path, tmp_path: Path) -> Path:
     return root
 
 
-def test_a_choice_and_the_measurement_after_it(shapes: Path, tmp_path: Path) -> None:
+def test_a_choice_and_the_measurement_after_it(
+    shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     """Chosen on held-out images of train, measured on val."""
     root, run = twice(shapes, tmp_path), tmp_path / "run"
     main_finetune.main(
         [*FINETUNE, f"--data_path={root}", "--val_fraction=0.2", f"--output_dir={run}"]
     )
+    assert capsys.readouterr().out.count(f"{root / 'val'} is not used") == 1
     for name, chosen in (("best", "0.2 of train, held out (val_seed 0)"), ("last", None)):
         main_finetune.main(
             ["--eval", f"--resume={run}/checkpoint-{name}.pth", f"--data_path={root}",
@@ -191,8 +194,11 @@ def test_other_images_than_its_run_held_out_are_told(
         flags = [*common, "--val_fraction=0.25", *held]
         capsys.readouterr()
         main_finetune.main(["--eval", f"--resume={last}", *flags])
-        assert ("other images (0.25 of train, val_seed 0)" in capsys.readouterr().out) == told
-        assert ("warning" in json.loads((run / "result-eval.json").read_text())) == told
+        said = capsys.readouterr().out
+        assert ("other images (0.25 of train, val_seed 0)" in said) == told
+        assert f"imagefolder 0.25 of train, held out (val_seed {len(held)}): top-1" in said
+        result = json.loads((run / "result-eval.json").read_text())
+        assert ("warning" in result) == told
         main_knn.main([f"--checkpoint={last}", "--k=3", *flags])
         assert ("learnt from" in capsys.readouterr().out) == told
         assert ("warning" in json.loads((run / "knn.json").read_text())) == told

@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -489,6 +490,17 @@ def test_a_study_that_has_hardly_begun_is_reported(tmp_path: Path, run_main) -> 
     code, _, err = run_main("main_study", [*words, "--report"])
     assert code == 0, err
     assert "0 of " in (tmp_path / "docs" / "study.md").read_text()
+
+
+def test_a_report_of_less_does_not_take_the_place_of_more(tmp_path: Path, run_main) -> None:
+    """A fresh clone has the document and none of its runs."""
+    docs = tmp_path / "docs"
+    shutil.copytree(DOCS, docs)
+    before = {path: path.read_bytes() for path in docs.rglob("*") if path.is_file()}
+    words = [f"--plan={STUDY}", f"--output_dir={tmp_path / 'out'}", f"--docs={docs}", "--report"]
+    code, _, err = run_main("main_study", words)
+    assert code == 2 and "0 finished runs" in err and "is of 375" in err
+    assert all(path.read_bytes() == content for path, content in before.items())
 
 
 @pytest.mark.parametrize(

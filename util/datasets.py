@@ -24,6 +24,7 @@ from util.garments import SIZE as GARMENTS_SIZE
 from util.garments import GarmentImages, GarmentScenes
 from util.hub import hugging_face
 from util.images import ArraySource, ImageSource, PathLike, Subset
+from util.logger import say_once
 from util.packed import packed
 from util.photos import photos
 from util.places import places365
@@ -279,6 +280,9 @@ def build_dataset(
                 f"--data_path {data_path} says what it holds; leave --dataset {name} out"
             )
         builder, data_path = PLACES[place], str(data_path)[len(place) :]
+    unused = Path(str(data_path)) / "val"
+    if hold_out.fraction is not None and builder is imagefolder and unused.is_dir():
+        say_once(f"note: {unused} is not used: --val_fraction holds out images of train")
     source = hold_out.open(lambda part: builder(part, data_path, **options), split, Subset)
     if channels is not None:
         source = source.with_channels(channels)

@@ -63,6 +63,7 @@ class Study:
     best: int
     against: dict[str, dict[str, Any]]
     never: tuple[str, ...]
+    about: str
     remarks: tuple[str, ...]
 
 
@@ -74,7 +75,7 @@ def read_study(plan: Plan) -> Study:
     """
     where = f"study in {plan.path}"
     keys = ("factorial", "settings", "pretrain", "outcomes", "confirm")
-    given = mapping(plan.given.get("study") or {}, where, (*keys, "remarks"))
+    given = mapping(plan.given.get("study") or {}, where, (*keys, "about", "remarks"))
     for key in keys:
         if key not in given:
             raise BadInput(f"{where} has no {key!r}")
@@ -115,6 +116,7 @@ def read_study(plan: Plan) -> Study:
         confirm.get("best", 2),
         mapping(confirm.get("against") or {}, f"against of confirm of {where}"),
         never,
+        str(given.get("about") or ""),
         tuple(map(str, given.get("remarks") or ())),
     )
 

@@ -28,6 +28,7 @@ def markdown(
             "",
             f"Written by `{COMMAND}` from `docs/study.json`; nothing here is typed by hand.",
             "",
+            *([report["about"], ""] if report.get("about") else []),
             *_how(report),
             *_remarks(report),
             *_in_short(report),

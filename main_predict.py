@@ -3,7 +3,8 @@
     python main_predict.py --checkpoint RUN/checkpoint-best.pth --data_path FOLDER --output_dir OUT
 
 FOLDER may be a folder with sub-folders, one image, or a text file that names images; no labels are
-needed. A classifier writes OUT/predictions.csv, a segmenter OUT/maps and OUT/overlays.
+needed. A classifier writes OUT/predictions.csv, and predictions.json with what they are of; a
+segmenter OUT/maps and OUT/overlays.
 Several processes: torchrun --nproc_per_node 8 main_predict.py ...
 """
 
@@ -13,6 +14,7 @@ if __name__ == "__main__":  # before the imports that take seconds
     take_interrupt()
 
 import argparse
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,6 +38,7 @@ from util.config import (
 from util.console import counted
 from util.dist import Processes, processes
 from util.errors import BadInput, RunFailed, command
+from util.files import write_text
 from util.flag_types import MOST_CLASSES, MOST_IN_BATCH, expanded_path, processes_flag
 from util.load_table import LOADED
 from util.loading import say_conversions
@@ -50,12 +53,24 @@ from util.predictions import (
 )
 from util.progress import Progress
 from util.randomness import EvalSampler
+from util.results import MEASURED, identity_of, set_others_aside
 from util.samples import build_loader, default_workers
 from util.transforms import EvalTransform, has_margin
 from util.weights import load_state, weights_file
 from util.weights_flags import add_weights_key_flag
 
-RESULT = "predictions.csv"
+RESULT, ABOUT = "predictions.csv", "predictions.json"
+# Flags that decide what is predicted.
+PREDICTED_BY = (
+    "data_path",
+    "top_k",
+    "ema",
+    "input_size",
+    "pos_resize",
+    "mean",
+    "std",
+    "max_pixels",
+)
 FOR_CLASSES = ("top_k", "ema", "input_size", "pos_resize")  # flags that a segmenter has no use for
 NAMED = 5  # images that cannot be decoded and are named on the screen; the table names all
 
@@ -286,8 +301,13 @@ def classify_files(args: argparse.Namespace, procs: Processes, read: dict[str, A
             f"{names[broken[0].number]}"
         )
     if procs.main:
-        write_predictions(folder / RESULT, names, found, classes, top)
         bad = [one for one in found if one.fault]
+        settings = {name: getattr(args, name) for name in PREDICTED_BY}
+        identity = identity_of(args.checkpoint, state.get("step"), settings)
+        set_others_aside(folder, (ABOUT, RESULT), identity)
+        write_predictions(folder / RESULT, names, found, classes, top)
+        about = {"images": len(found), "cannot_be_decoded": len(bad), MEASURED: identity}
+        write_text(folder / ABOUT, json.dumps(about, indent=1) + "\n")
         for one in bad[:NAMED]:
             say(f"cannot decode {names[one.number]}: {one.fault}")
         rest = f", {len(bad):,} of them cannot be decoded (column error)" if bad else ""

@@ -173,6 +173,14 @@ def test_files_say_what_was_measured(tmp_path: Path) -> None:
             assert float(row[key]) == pytest.approx(expected[key], abs=5e-5)  # four decimals
 
 
+def test_a_class_without_images_has_no_recall_in_the_table(tmp_path: Path) -> None:
+    meter = AccuracyMeter(3, torch.device("cpu"))
+    meter.update(torch.eye(3)[[0, 2]], torch.tensor([0, 0]))
+    save_accuracy(tmp_path, meter.total(lambda counts: counts), ["a", "b", "c"], {})
+    rows = [line.split(",") for line in (tmp_path / "per_class.csv").read_text().splitlines()[1:]]
+    assert [row[1:3] for row in rows] == [["2", "50.0000"], ["0", ""], ["0", ""]]
+
+
 # ---- evaluate ----------------------------------------------------------------------------------
 
 

@@ -1,5 +1,6 @@
 """What somebody sees who runs a command for the first time."""
 
+import json
 import re
 from pathlib import Path
 
@@ -104,7 +105,8 @@ def put_pictures(folder: Path, count: int) -> None:
 
 
 @pytest.mark.smoke
-def test_the_recipe_for_an_own_folder(tmp_path: Path, run_main) -> None:
+def test_the_recipes_for_an_own_folder(tmp_path: Path, run_main) -> None:
+    """Pretraining on a flat folder, then a classifier of two class folders from that run."""
     put_pictures(tmp_path / "mine", 50)  # flat
     argv = [f"--config={ROOT / 'recipes' / 'own_folder.yaml'}", f"--data_path={tmp_path / 'mine'}"]
     argv += ["--epochs=30", "--log_every=1", "--num_workers=0", "--device=cpu"]
@@ -118,3 +120,17 @@ def test_the_recipe_for_an_own_folder(tmp_path: Path, run_main) -> None:
     # Nothing to worry about but images that fill no step, which a small folder has.
     warnings = [line for line in out.splitlines() if line.startswith("warning")]
     assert all("fill no step" in line for line in warnings)
+
+    put_pictures(tmp_path / "classes" / "shaded", 20)
+    put_pictures(tmp_path / "classes" / "dark", 20)
+    for path in (tmp_path / "classes" / "dark").iterdir():
+        Image.open(path).point(lambda value: value // 4).save(path)
+    argv = [f"--config={ROOT / 'recipes' / 'own_folder_finetune.yaml'}", "--epochs=8"]
+    argv += [f"--data_path={tmp_path / 'classes'}", f"--output_dir={tmp_path / 'classifier'}"]
+    argv += [f"--finetune={tmp_path / 'run' / 'checkpoint-last.pth'}", "--device=cpu"]
+    code, out, err = run_main("main_finetune", [*argv, "--num_workers=0"])
+    assert code == 0, err
+    result = json.loads((tmp_path / "classifier" / "result.json").read_text())
+    assert "0.2 of train, held out" in result["best_chosen_on"] and "taken    60 tensors" in out
+    # 8 held-out pictures of two classes that a mean tells apart; 4 of them are chance.
+    assert result["images"] == 8 and result["best"]["top1"] >= 87.5

@@ -70,6 +70,24 @@ def predicted(run_main, checkpoint: Path, images: Path, folder: Path, *more: str
     return out
 
 
+def test_predictions_of_another_checkpoint_are_kept(
+    run: Path, data: Path, tmp_path: Path, run_main
+) -> None:
+    images = data / "val" / CLASSES[0]
+    predicted(run_main, run / LAST, images, tmp_path)
+    first = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    assert first.keys() == {"predictions.csv", "predictions.json"}
+    assert json.loads(first["predictions.json"])["measured"]["checkpoint"] == str(run / LAST)
+    predicted(run_main, run / LAST, images, tmp_path)  # of the same: in its place
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == first
+    out = predicted(run_main, run / LAST, images, tmp_path, "--ema")
+    assert "predictions-1.json, an earlier measurement of something else" in out
+    for name, content in first.items():
+        stem, _, ending = name.partition(".")
+        assert (tmp_path / f"{stem}-1.{ending}").read_bytes() == content
+        assert (tmp_path / name).read_bytes() != content
+
+
 def reference(checkpoint: Path, file: Path) -> torch.Tensor:
     """Probabilities [K] of one image by hand."""
     model, _, state = load_classifier(str(checkpoint), head="own")

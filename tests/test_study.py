@@ -12,6 +12,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -400,7 +401,7 @@ def test_the_study_in_docs_follows_from_its_numbers(tmp_path: Path) -> None:
 def test_tables_in_docs_follow_from_their_numbers() -> None:
     """Each printed number is a mean or a deviation of values that are kept by seed."""
     paths = sorted((DOCS / "results").glob("*.json"))
-    assert {"garments.json", "lscale_lr.json"} <= {path.name for path in paths}
+    assert {path.stem for path in paths} == {"cross", "fashion_mnist", "garments", "lscale_lr"}
     for path in paths:
         report = json.loads(path.read_text())
         assert path.with_suffix(".md").read_text() == tables_markdown(report)
@@ -413,18 +414,42 @@ def test_tables_in_docs_follow_from_their_numbers() -> None:
                 assert metric["deviation"] == pytest.approx(statistics.stdev(values))
 
 
+def printed(metric: dict[str, Any]) -> str:
+    """Mean and deviation as the README prints them: 81.29 ± .57."""
+    return f"{metric['mean']:.2f} ± {metric['deviation']:.2f}".replace("± 0.", "± .")
+
+
+def rows_in(name: str) -> Iterator[dict[str, Any]]:
+    """Rows of all tables of a finished plan."""
+    for table in json.loads((DOCS / "results" / f"{name}.json").read_text())["tables"]:
+        yield from table["rows"]
+
+
 def test_the_readme_prints_what_the_tables_hold() -> None:
-    """The rows of the tables of garments, by their means and deviations."""
-    report = json.loads((DOCS / "results" / "garments.json").read_text())
+    """Each row by its name, with the means and deviations of its values by seed."""
     readme = (ROOT / "README.md").read_text().replace("*", "")
-    for row in (row for table in report["tables"] for row in table["rows"]):
-        printed = []
-        for name in ("miou", "pixel_accuracy", "class_accuracy"):
-            values = row["metrics"][name]
-            printed.append(
-                f"{values['mean']:.2f} ± {values['deviation']:.2f}".replace("± 0.", "± .")
-            )
-        assert f"| {' | '.join(printed)} |" in readme, row["label"]
+    for row in rows_in("garments"):
+        values = [printed(row["metrics"][k]) for k in ("miou", "pixel_accuracy", "class_accuracy")]
+        assert f"| {' | '.join(values)} |" in readme, row["label"]
+    by_blocks = []
+    for row in rows_in("fashion_mnist"):
+        value = printed(row["metrics"]["top1"])
+        if row["label"].startswith("K = "):
+            by_blocks.append(value)
+        else:
+            assert f"| {row['label']} | {value} |" in readme
+    assert len(by_blocks) == 6 and f"| top-1 | {' | '.join(by_blocks)} |" in readme
+    cross = {row["run"]: printed(row["metrics"]["top1"]) for row in rows_in("cross")}
+    names = {"full": "MAE's decoder", "cross": "`--decoder cross --predict_ratio .34`"}
+    for decoder, name in names.items():
+        values = f"{cross[f'linear_{decoder}']} | {cross[f'knn_{decoder}']}"
+        assert f"| {name} | {values} |" in readme, name
+
+
+def test_the_same_run_of_two_plans_gives_the_same_digits() -> None:
+    """MAE's pretraining stands in both; each plan ran its own."""
+    one, two = ({r["run"]: r["metrics"] for r in rows_in(n)} for n in ("fashion_mnist", "cross"))
+    assert one["linear_mae"] == two["linear_full"] and one["knn_mae"] == two["knn_full"]
 
 
 def made_up_rates(gains: dict[tuple[str, str], float]) -> dict:

@@ -136,7 +136,13 @@ def save_accuracy(
     counts = [[name, *row] for name, row in zip(labels, result.confusion.tolist(), strict=True)]
     write_table(confusion, [["true \\ taken for", *labels], *counts])
     rows = [
-        [name, row["images"], *(f"{row[key]:.4f}" for key in ("recall", "precision"))]
+        # Of a class without images there is no recall, which 0 would not say.
+        [
+            name,
+            row["images"],
+            f"{row['recall']:.4f}" if row["images"] else "",
+            f"{row['precision']:.4f}",
+        ]
         for name, row in zip(labels, result.per_class(), strict=True)
     ]
     write_table(per_class, [["class", "images", "recall", "precision"], *rows])

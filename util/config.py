@@ -354,14 +354,11 @@ def add_optimisation_flags(
         help="what to do after a loss or gradient that is not finite; its update is left out",
     )
     group.add_argument("--tf32", action="store_true", help="allow TF32 products on a GPU")
-    for flag, wanted in (("--compile", True), ("--no-compile", False)):
-        group.add_argument(
-            flag,
-            action="store_const",
-            const=wanted,
-            dest="compile",
-            help="train through torch.compile, or not; default: on a GPU, not on a CPU",
-        )
+    for flag, wanted, what in (
+        ("--compile", True, "train through torch.compile; default: on a GPU, not on a CPU"),
+        ("--no-compile", False, "train without torch.compile; default: without on a CPU"),
+    ):
+        group.add_argument(flag, action="store_const", const=wanted, dest="compile", help=what)
     # Not set_defaults, which would put the marker itself into the settings.
     for action in parser._actions:
         if action.dest in unset:

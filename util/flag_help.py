@@ -54,11 +54,10 @@ def default_text(action: argparse.Action, presets: Presets | None) -> str:
     """A flag's default in brackets; empty for a switch, and where the help text has to say it."""
     if action.default == argparse.SUPPRESS:
         flag, values = presets or ("", {})
-        parts = [
-            f"{name} {_shown(preset[action.dest])}"
-            for name, preset in values.items()
-            if action.dest in preset
-        ]
+        shown = {n: _shown(p[action.dest]) for n, p in values.items() if action.dest in p}
+        if len(shown) == len(values) and len(set(shown.values())) == 1:
+            return f"(default: {next(iter(shown.values()))})"
+        parts = [f"{name} {value}" for name, value in shown.items()]
         return f"(default by --{flag}: {', '.join(parts)})" if parts else ""
     if action.default is None or isinstance(action.default, bool):
         return ""

@@ -2,6 +2,8 @@
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
+# Tests run in two lanes, and a third that waits for Slurm first; PARALLEL= runs them in one.
+PARALLEL ?= -n 3 --dist loadfile --no-loadscope-reorder --durations 25
 # More flags of `make bench`, for example --batch_size 8.
 BENCH_ARGS ?=
 # Runs of `make results` and `make study` at once, each with its share of the cores.
@@ -24,7 +26,7 @@ export THP_MEM_ALLOC_ENABLE ?= 1
 .DELETE_ON_ERROR:
 # Two installations into one environment at once would break it.
 .NOTPARALLEL:
-.PHONY: help setup demo results study tables bench test check clean
+.PHONY: help setup demo results study tables bench test test-all check clean
 
 help:
 	@echo "make setup   the virtual environment for everything below"
@@ -34,6 +36,7 @@ help:
 	@echo "make bench   what this machine can do, and the training step beside transformers'"
 	@echo "make tables  the papers' tables, with a column for the runs in RUNS (output_dir)"
 	@echo "make test    all tests; some of them: make test PYTEST_ARGS='-m smoke'"
+	@echo "make test-all  the same with every random repetition"
 	@echo "make check   ruff (lint, format) and mypy"
 	@echo "make clean   remove the virtual environment and caches; runs stay"
 	@echo "PYTHON=python3.12 chooses the interpreter (3.10 or newer) of a new environment."
@@ -59,7 +62,11 @@ tables: $(DEMO)
 	$(BIN)/python main_tables.py --papers recipes/papers/*.yaml --runs $(RUNS)
 
 test: $(DEV)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) $(PYTEST_ARGS)
+
+# With every random repetition of stops and kills; `make test` makes a third of them.
+test-all: $(DEV)
+	MMAE_TEST_ALL=1 $(BIN)/python -m pytest $(PARALLEL) $(PYTEST_ARGS)
 
 check: $(DEV)
 	$(BIN)/ruff check .

@@ -1,9 +1,10 @@
-"""What all tests share: the import path, few threads, `run_main`, and what CI may skip."""
+"""What all tests share: the import path, few threads, `run_main`, lanes, what CI may skip."""
 
 import importlib
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -16,6 +17,9 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Threads that wait by spinning starve whoever shares the two cores: steps took 10 times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# Of the random repetitions; each run has a new one. The lanes of one run read the same.
+SEED = os.environ.setdefault("MMAE_TEST_SEED", str(time.time_ns() % 10**6))
 
 import torch  # noqa: E402  # after the environment that it reads
 
@@ -73,6 +77,48 @@ def few(monkeypatch: pytest.MonkeyPatch) -> int:
     return count
 
 
+def pytest_report_header() -> str:
+    """The seed that repeats this run."""
+    many = "all" if os.environ.get("MMAE_TEST_ALL") == "1" else "few (make test-all: all)"
+    return f"random repetitions: {many}; MMAE_TEST_SEED={SEED} draws the same"
+
+
+# ---- Lanes and seconds -------------------------------------------------------------------------
+# `make test` has two lanes, and a third that waits for Slurm first. A file's tests stay in one
+# lane, for they share fixtures; the longest files come first, so that all lanes end together.
+
+LONGEST = ("test_slurm.py",)
+TIERS = ("slurm", "dist", "parity", "smoke", "gpu")
+SECONDS: dict[str, list[float]] = {}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Sort files; inside of a file the order stays."""
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
+    for item in items:
+        tier = next((t for t in TIERS if item.get_closest_marker(t)), "unit")
+        item.user_properties.append(("tier", tier))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Seconds by tier and of the slowest files; then what failed the run in CI."""
+    if SECONDS and len(SECONDS) > 1:
+        terminalreporter.section("seconds by tier, then by file (of one lane)", sep="-")
+        parts = sorted(SECONDS.items(), key=lambda item: -sum(item[1]))
+        for part, seconds in [p for p in parts if p[0] in (*TIERS, "unit")]:
+            terminalreporter.line(f"{sum(seconds):8.1f} s  {part}")
+        for part, seconds in [p for p in parts if p[0].endswith(".py")][:30]:
+            terminalreporter.line(f"{sum(seconds):8.1f} s  {part}")
+    if AVOIDABLE and os.environ.get("CI") == "true":
+        terminalreporter.section("skips that CI can avoid", sep="=", red=True, bold=True)
+        for line in AVOIDABLE:
+            terminalreporter.line(line)
+        terminalreporter.line("make them run; only a reason that starts with 'gpu:' may skip in CI")
+
+
 # ---- Skips in CI -------------------------------------------------------------------------------
 # A GPU is the one thing that CI cannot install; every other skip would be a hole that nobody sees.
 
@@ -89,8 +135,10 @@ def _note(report: pytest.CollectReport | pytest.TestReport) -> None:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Note skips by mark, by call and in fixtures."""
+    """Note skips by mark, by call and in fixtures; and what each part takes."""
     _note(report)
+    for part in (dict(report.user_properties)["tier"], report.nodeid.partition("::")[0]):
+        SECONDS.setdefault(part, []).append(report.duration)
 
 
 def pytest_collectreport(report: pytest.CollectReport) -> None:
@@ -103,12 +151,3 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     """Under CI=true an avoidable skip fails the run."""
     if AVOIDABLE and os.environ.get("CI") == "true" and session.exitstatus == pytest.ExitCode.OK:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """List what failed the run."""
-    if AVOIDABLE and os.environ.get("CI") == "true":
-        terminalreporter.section("skips that CI can avoid", sep="=", red=True, bold=True)
-        for line in AVOIDABLE:
-            terminalreporter.line(line)
-        terminalreporter.line("make them run; only a reason that starts with 'gpu:' may skip in CI")

@@ -1,10 +1,8 @@
 """Start commands as processes of their own, cheaply: a fork server has torch imported already."""
 
-import json
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -12,14 +10,32 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
+from runs import records
+from torch.distributed import TCPStore
 
 from util.signals import take_signals
 
+# Seconds that a test waits for anything: a hang is meant, and never a busy machine.
+PATIENCE = 600.0
 ROOT = Path(__file__).resolve().parent.parent
 CONTEXT = multiprocessing.get_context("forkserver")
 # The server imports by PYTHONPATH alone: Python 3.11 does not hand it this process's sys.path.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
 CONTEXT.set_forkserver_preload(["main_pretrain", "launch"])
+
+
+def repetitions(few: int, all: int) -> range:
+    """How often a random trial is made: `make test-all` makes all of them.
+
+    The seed of a trial is `trial_seed(number)`; it differs from run to run.
+    """
+    return range(all if os.environ.get("MMAE_TEST_ALL") == "1" else few)
+
+
+def trial_seed(number: int) -> int:
+    """Seed of one of the random trials; MMAE_TEST_SEED, printed by each run, repeats them."""
+    return int(os.environ["MMAE_TEST_SEED"]) + number
+
 
 # 256 drawn images in batches of 24 are 10 steps an epoch; 16 patches each.
 TINY = [
@@ -27,6 +43,39 @@ TINY = [
     "--epochs=3", "--warmup_epochs=1", "--blr=2e-3", "--log_every=1",
     "--num_workers=0", "--device=cpu", "--decoder_depth=1", "--picture_every=0",
 ]  # fmt: skip
+
+
+def meeting(world: int) -> tuple[list[dict[str, str]], TCPStore]:
+    """The variables that torchrun sets for each of several processes, and the store they meet at.
+
+    As with torchrun the store is the parent's, which must keep it: the port is taken before anyone
+    is told its number, so nobody else can have it.
+    """
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    shared = {
+        "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
+    }  # fmt: skip
+    return [{"RANK": str(r), "LOCAL_RANK": str(r), **shared} for r in range(world)], store
+
+
+def start_group(function: Callable, world: int, *rest: object) -> list[BaseProcess]:
+    """Start `function(rank, world, *rest)` on several processes, as torchrun would."""
+    places, store = meeting(world)
+    children = [
+        CONTEXT.Process(target=_place, args=(places[rank], function, rank, world, *rest))
+        for rank in range(world)
+    ]
+    for child in children:
+        child.start()
+        child.store = store  # kept as long as the child is known
+    return children
+
+
+def _place(place: dict[str, str], function: Callable, *rest: object) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(place)
+    function(*rest)
 
 
 def _child(
@@ -63,9 +112,7 @@ def launch(
         log: file that takes the output of all; rank r > 0 writes to `{log}.{r}`.
         prepare: picklable function, run in each child before the command.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    places, store = meeting(world)
     children = []
     for rank in range(world):
         env = {"OMP_NUM_THREADS": "1"}
@@ -76,18 +123,16 @@ def launch(
                 "SLURM_STEP_TASKS_PER_NODE": str(world),
             }  # fmt: skip
         elif world > 1:
-            env |= {
-                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
-                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-            }  # fmt: skip
+            env |= places[rank]
         path = log if rank == 0 else log.with_name(f"{log.name}.{rank}")
         child = CONTEXT.Process(target=_child, args=(module, argv, env, path, prepare))
         child.start()
+        child.store = store  # kept as long as the child is known
         children.append(child)
     return children
 
 
-def wait(children: Sequence[BaseProcess], seconds: float = 100) -> list[int | None]:
+def wait(children: Sequence[BaseProcess], seconds: float = PATIENCE) -> list[int | None]:
     """Exit codes, by rank; whoever is not done by then is killed and has None."""
     deadline = time.monotonic() + seconds
     for child in children:
@@ -100,26 +145,26 @@ def wait(children: Sequence[BaseProcess], seconds: float = 100) -> list[int | No
     return codes
 
 
-def records(folder: Path, kind: str) -> list[dict]:
-    """Records of a run folder; a line that is being written is left out."""
-    path = folder / "metrics.jsonl"
-    found = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return [r for r in found if r["kind"] == kind]
+def until(
+    done: Callable[[], object], what: Callable[[], str] = lambda: "", pause: float = 0.01
+) -> None:
+    """Wait for something; if it never comes it is a failure, which `what` explains."""
+    deadline = time.monotonic() + PATIENCE
+    while not done():
+        assert time.monotonic() < deadline, what()
+        time.sleep(pause)
 
 
-def steps_done(folder: Path) -> int:
+def steps_done(folder: Path, task: str = "pretrain") -> int:
     """The last logged step."""
-    return max((r["step"] for r in records(folder, "train")), default=0)
+    return max((r["step"] for r in records(folder, "train", task)), default=0)
 
 
-def wait_for_step(folder: Path, step: int, children: Sequence[BaseProcess]) -> None:
+def wait_for_step(
+    folder: Path, step: int, children: Sequence[BaseProcess], task: str = "pretrain"
+) -> None:
     """Until the run has logged that step, or has ended."""
-    deadline = time.monotonic() + 60
-    while steps_done(folder) < step and all(c.is_alive() for c in children):
-        assert time.monotonic() < deadline, "the run does not get on"
-        time.sleep(0.01)
+    until(
+        lambda: steps_done(folder, task) >= step or not all(c.is_alive() for c in children),
+        lambda: f"the run does not get on: {steps_done(folder, task)} of {step} steps",
+    )

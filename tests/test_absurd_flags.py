@@ -59,7 +59,6 @@ def words(parser: FlagParser, action: argparse.Action, value: str) -> list[str]:
     return [*first, f"{flag}={value}"]
 
 
-@pytest.mark.timeout(60)
 def test_every_flag_and_every_odd_value() -> None:
     """A value is taken, within bounds, or ends with one short line. Nothing else."""
     taken = 0
@@ -109,7 +108,6 @@ SIZES = ["--decoder_depth=200", "--decoder_embed_dim=32768", "--decoder_num_head
 TINY = ["--dataset=digits", "--num_workers=0", "--device=cpu"]
 
 
-@pytest.mark.timeout(60)
 @pytest.mark.parametrize(
     ("module", "flags"),
     [

@@ -6,8 +6,9 @@ import signal
 from pathlib import Path
 
 import pytest
-from launch import TINY, launch, records, wait, wait_for_step
+from launch import TINY, launch, wait, wait_for_step
 from odd_files import odd_files
+from runs import records
 
 from util.checkpoint import LAST, load_file
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from launch import CONTEXT, wait
+from launch import start_group, wait
 from torch import Tensor, nn
 
 from models_batchnorm import GlobalBatchNorm
@@ -152,9 +152,7 @@ def far_off(total: int) -> Tensor:
 
 def normalise(rank: int, world: int, folder: Path) -> None:
     """One of several processes: all cases, its results into a file."""
-    torch.set_num_threads(1)
-    meeting = f"file://{folder / 'meeting'}"
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world)
+    dist.init_process_group("gloo")
     found: dict[str, Any] = {}
     for kind, sizes in (("", SIZES[world]), (", one empty", EMPTY[world])):
         rows = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
@@ -187,10 +185,7 @@ def normalise(rank: int, world: int, folder: Path) -> None:
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     """Results of each process."""
     world, folder = request.param, tmp_path_factory.mktemp("batchnorm")
-    children = [CONTEXT.Process(target=normalise, args=(r, world, folder)) for r in range(world)]
-    for child in children:
-        child.start()
-    assert wait(children) == [0] * world
+    assert wait(start_group(normalise, world, folder)) == [0] * world
     return [torch.load(folder / f"rank{r}.pt", weights_only=True) for r in range(world)]
 
 

@@ -13,7 +13,6 @@ import pytest
 import torch
 from launch import ROOT
 from PIL import Image
-from transformers import ViTMAEForPreTraining
 
 import main_benchmark
 import main_pack
@@ -163,6 +162,8 @@ def test_matrix_rate_counts_three_products_a_layer() -> None:
 
 
 def test_peer_has_our_sizes() -> None:
+    from transformers import ViTMAEForPreTraining
+
     peer = main_benchmark.create_arm(Arm("transformers", "mae_vit_micro_patch4", size=16))
     assert isinstance(peer, ViTMAEForPreTraining)
     ours = main_benchmark.create_arm(Arm("mae", "mae_vit_micro_patch4", size=16))

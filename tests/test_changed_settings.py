@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from launch import TINY, launch, wait
+from runs import of_training
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_segment_data import write_pairs
 
@@ -28,10 +29,6 @@ from util.run import Run
 from util.schedule import CosineSchedule
 from util.timeline import Timeline
 
-# Whole runs, two or three a test, on a machine that may be busy.
-pytestmark = pytest.mark.timeout(400)
-MACHINE = ("images_per_s", "waiting", "memory_gb")
-
 
 @dataclass(frozen=True)
 class Job:
@@ -45,11 +42,7 @@ class Job:
         self.module.main([*self.flags, f"--output_dir={folder}", *flags])
 
     def records(self, folder: Path, kind: str) -> list[dict[str, Any]]:
-        name = "metrics.jsonl" if self.task == "pretrain" else f"metrics-{self.task}.jsonl"
-        found = map(json.loads, (folder / name).read_text().splitlines())
-        return [
-            {k: v for k, v in r.items() if k not in MACHINE} for r in found if r["kind"] == kind
-        ]
+        return of_training(folder, self.task, (kind,))
 
     def events(self, folder: Path) -> list[int]:
         where = folder if self.task == "pretrain" else folder / self.task

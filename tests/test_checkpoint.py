@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch import CONTEXT, TINY, launch, wait
+from launch import CONTEXT, TINY, launch, repetitions, trial_seed, until, wait
 
 import main_pretrain
 from util import files
@@ -36,16 +36,14 @@ def save_for_ever(folder: Path) -> None:
 
 
 @pytest.mark.dist
-def test_fifty_kills_while_saving_leave_a_readable_checkpoint(tmp_path: Path) -> None:
-    rng = random.Random(time.time_ns())
-    for _ in range(50):
+def test_kills_while_saving_leave_a_readable_checkpoint(tmp_path: Path) -> None:
+    for trial in repetitions(15, 50):
         child = CONTEXT.Process(target=save_for_ever, args=(tmp_path,))
         child.start()
-        started, mark = time.monotonic(), tmp_path / "done"
+        mark = tmp_path / "done"
         mark.unlink(missing_ok=True)
-        while not mark.exists() and time.monotonic() - started < 30:
-            time.sleep(0.002)
-        time.sleep(rng.uniform(0, 0.08))
+        until(mark.exists, pause=0.002)
+        time.sleep(random.Random(trial_seed(trial)).uniform(0, 0.08))
         child.kill()
         child.join()
         text = mark.read_text()

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch._inductor.config
-from launch import TINY, launch, records, wait
+from launch import TINY, launch, wait
+from runs import records
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import main_finetune

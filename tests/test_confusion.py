@@ -6,8 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from launch import CONTEXT, wait
-from sklearn.metrics import accuracy_score, balanced_accuracy_score, confusion_matrix, jaccard_score
+from launch import start_group, wait
 from torch import Tensor
 
 from util.confusion import ConfusionMeter, Segmentation
@@ -38,16 +37,20 @@ def flat() -> tuple[np.ndarray, np.ndarray]:
 
 def check(result: Segmentation, matrix: Tensor) -> None:
     """Against scikit-learn, to rounding in float64."""
+    from sklearn import metrics
+
     pred, label = flat()
-    assert np.array_equal(matrix.numpy(), confusion_matrix(label, pred, labels=range(K)))
+    assert np.array_equal(matrix.numpy(), metrics.confusion_matrix(label, pred, labels=range(K)))
     there = [0, 1, 2, 3, 4, 6]
-    iou = jaccard_score(label, pred, labels=there, average=None)
+    iou = metrics.jaccard_score(label, pred, labels=there, average=None)
     assert result.miou == pytest.approx(100 * iou.mean(), rel=1e-12)
-    assert result.pixel_accuracy == pytest.approx(100 * accuracy_score(label, pred), rel=1e-12)
+    assert result.pixel_accuracy == pytest.approx(
+        100 * metrics.accuracy_score(label, pred), rel=1e-12
+    )
     known = np.isin(label, range(5))  # class 6 has no label, so no accuracy
     assert known.all()
     with pytest.warns(UserWarning, match="not in y_true"):
-        expected = balanced_accuracy_score(label, pred)
+        expected = metrics.balanced_accuracy_score(label, pred)
     assert result.class_accuracy == pytest.approx(100 * expected, rel=1e-12)
     assert [result.classes[k]["iou"] for k in there] == pytest.approx(list(100 * iou), rel=1e-12)
     assert result.classes[5] == {"iou": None, "accuracy": None, "pixels": 0, "predicted": 0}
@@ -75,12 +78,12 @@ def test_ranks_add_up_by_hand(world: int) -> None:
     check(meters[0].result(), meters[0].matrix)
 
 
-def count(rank: int, world: int, store: str, folder: str) -> None:
+def count(rank: int, world: int, folder: Path) -> None:
     """One process of several, on the images that are its turn; the third of 3 has none of its own
     in the second half."""
     import torch.distributed as dist
 
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    dist.init_process_group("gloo")
     meter = ConfusionMeter(K)
     for i in range(rank, len(SIZES), world):
         meter.update(*maps(i))
@@ -91,18 +94,14 @@ def count(rank: int, world: int, store: str, folder: str) -> None:
         return counts
 
     meter.reduce(total)
-    torch.save((meter.result(), meter.matrix), f"{folder}/{rank}.pt")
+    torch.save((meter.result(), meter.matrix), folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize("world", [2, 3])
 def test_processes(world: int, tmp_path: Path) -> None:
-    arguments = [(rank, world, str(tmp_path / "store"), str(tmp_path)) for rank in range(world)]
-    children = [CONTEXT.Process(target=count, args=given) for given in arguments]
-    for child in children:
-        child.start()
-    assert wait(children) == [0] * world
+    assert wait(start_group(count, world, tmp_path)) == [0] * world
     for rank in range(world):
         check(*torch.load(tmp_path / f"{rank}.pt", weights_only=False))
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from launch import ROOT
+from launch import PATIENCE, ROOT
 from PIL import Image
 
 from util.console import print_text, visible, visible_line
@@ -103,7 +103,7 @@ def test_a_folder_of_odd_names_works_in_a_terminal_of_ascii(tmp_path, command):
     def start(module: str, *flags: str) -> subprocess.CompletedProcess:
         done = subprocess.run(
             [sys.executable, str(ROOT / f"{module}.py"), *flags],
-            env=environment, capture_output=True, timeout=110,
+            env=environment, capture_output=True, timeout=PATIENCE,
         )  # fmt: skip
         assert b"Traceback" not in done.stderr, done.stderr.decode(errors="replace")
         assert not any(b in done.stdout + done.stderr for b in (b"\x1b", b"\xe9", b"\xf6"))

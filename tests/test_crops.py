@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from launch import TINY, launch, records, wait
+from launch import TINY, launch, wait
+from runs import records
 from test_resume import different, weights
 
 from util.dist import Agreement, Wish

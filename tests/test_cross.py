@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch import TINY, records
+from launch import TINY
+from runs import records
+from tiny import MMAE, SMALL, VISIBLE, batch, small
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -15,25 +17,17 @@ from util.checkpoint import load_file
 from util.errors import BadInput
 from util.patches import patchify
 
-MMAE = {"lscale_init": 0.1, "pos_offset": "learned"}
-SMALL = {
-    "img_size": (8, 12), "patch_size": 4, "embed_dim": 32, "depth": 3, "num_heads": 2,
-    "decoder_embed_dim": 16, "decoder_depth": 2, "decoder_num_heads": 2, "decoder": "cross",
-}  # fmt: skip
-VISIBLE = 2
+CROSS = {"decoder": "cross", "depth": 3}
 
 
-def small(**kwargs: object) -> MaskedAutoencoderViT:
-    torch.manual_seed(0)
-    return MaskedAutoencoderViT(**(SMALL | kwargs)).double()
+def cross(**arguments: object) -> MaskedAutoencoderViT:
+    return small(**(CROSS | arguments)).double()
 
 
-def batch(B: int = 3) -> tuple[Tensor, Tensor, Tensor]:
+def drawn(model: MaskedAutoencoderViT) -> tuple[Tensor, Tensor, Tensor]:
     """Images, masks that differ from row to row, and an order of the patches."""
-    generator = torch.Generator().manual_seed(1)
-    images = torch.randn(B, 3, 8, 12, generator=generator, dtype=torch.float64)
-    mask = torch.rand(B, 6, generator=generator).argsort(1) >= VISIBLE
-    return images, mask, torch.rand(B, 6, generator=generator)
+    images, mask = batch(model, seed=1)
+    return images, mask, torch.rand(mask.shape, generator=torch.Generator().manual_seed(2))
 
 
 def by_definition(model: MaskedAutoencoderViT, images: Tensor, mask: Tensor) -> Tensor:
@@ -66,7 +60,8 @@ def by_definition(model: MaskedAutoencoderViT, images: Tensor, mask: Tensor) -> 
 
 @pytest.mark.parametrize("terms", [{}, MMAE], ids=["mae", "mmae"])
 def test_forward_is_the_definition(terms: dict[str, object]) -> None:
-    model, (images, mask, _) = small(**terms), batch()
+    model = cross(**terms)
+    images, mask, _ = drawn(model)
     out = model(images, mask)
     expected = by_definition(model, images, mask)
     torch.testing.assert_close(out["pred"], expected, rtol=1e-9, atol=1e-11)
@@ -77,7 +72,8 @@ def test_forward_is_the_definition(terms: dict[str, object]) -> None:
 @pytest.mark.parametrize(("ratio", "count"), [(0.01, 1), (0.25, 1), (0.5, 2), (0.75, 3), (1.0, 4)])
 def test_a_share_is_predicted_and_its_rows_are_the_same(ratio: float, count: int) -> None:
     """Queries do not meet, so predicting fewer changes none of the others."""
-    model, (images, mask, order) = small(predict_ratio=ratio), batch()
+    model = cross(predict_ratio=ratio)
+    images, mask, order = drawn(model)
     assert model.num_predicted(VISIBLE) == count
     every = model(images, mask, VISIBLE)["pred"]
     out = model(images, mask, VISIBLE, None, order)
@@ -93,7 +89,8 @@ def test_a_share_is_predicted_and_its_rows_are_the_same(ratio: float, count: int
 
 
 def test_every_parameter_gets_a_gradient() -> None:
-    model, (images, mask, order) = small(predict_ratio=0.5, **MMAE), batch()
+    model = cross(predict_ratio=0.5, **MMAE)
+    images, mask, order = drawn(model)
     model(images, mask, VISIBLE, None, order)["loss"].backward()
     learning = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
     assert [n for n, g in learning.items() if g is None or not g.isfinite().all()] == []
@@ -102,7 +99,8 @@ def test_every_parameter_gets_a_gradient() -> None:
 
 
 def test_recomputing_activations_changes_no_number() -> None:
-    model, (images, mask, order) = small(predict_ratio=0.5), batch()
+    model = cross(predict_ratio=0.5)
+    images, mask, order = drawn(model)
     gradients = []
     for enable in (False, True):
         model.set_grad_checkpointing(enable)
@@ -113,13 +111,14 @@ def test_recomputing_activations_changes_no_number() -> None:
 
 
 def test_compiles_as_one_graph_without_a_host_sync() -> None:
-    model, (images, mask, order) = small(predict_ratio=0.5, depth=1), batch()
+    model = cross(predict_ratio=0.5, depth=1)
+    images, mask, order = drawn(model)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     expected = model(images, mask, VISIBLE, None, order)
     torch.testing.assert_close(compiled(images, mask, VISIBLE, None, order), expected)
     with FakeTensorMode():  # has no values: whatever asks for one raises
-        fake = MaskedAutoencoderViT(**SMALL, predict_ratio=0.5)
+        fake = MaskedAutoencoderViT(**(SMALL | CROSS), predict_ratio=0.5)
         out = fake(torch.zeros(2, 3, 8, 12), torch.zeros(2, 6, dtype=torch.bool), VISIBLE,
                    None, torch.zeros(2, 6))  # fmt: skip
         out["loss"].backward()
@@ -128,16 +127,16 @@ def test_compiles_as_one_graph_without_a_host_sync() -> None:
 
 def test_the_encoder_is_the_full_models() -> None:
     """What is fine-tuned later does not depend on the decoder it was trained with."""
-    full, cross = small(decoder="full"), small()
+    full, other = cross(decoder="full"), cross()
     shared = [n for n in full.state_dict() if not n.startswith("decoder_")]
-    assert shared == [n for n in cross.state_dict() if not n.startswith("decoder_")]
-    cross.load_state_dict({n: full.state_dict()[n] for n in shared}, strict=False)
-    images, mask, _ = batch()
+    assert shared == [n for n in other.state_dict() if not n.startswith("decoder_")]
+    other.load_state_dict({n: full.state_dict()[n] for n in shared}, strict=False)
+    images, mask, _ = drawn(full)
     ids, _ = split_ids(mask, VISIBLE)
     patches = patchify(images, (4, 4))
     assert take(patches, ids).shape == (3, VISIBLE, 48)
     torch.testing.assert_close(
-        cross.forward_encoder(patches, ids), full.forward_encoder(patches, ids), rtol=0, atol=0
+        other.forward_encoder(patches, ids), full.forward_encoder(patches, ids), rtol=0, atol=0
     )
 
 
@@ -153,7 +152,7 @@ def test_the_encoder_is_the_full_models() -> None:
 )
 def test_bad_settings_are_explained(settings: dict[str, object], message: str) -> None:
     with pytest.raises(BadInput, match=message):
-        MaskedAutoencoderViT(**(SMALL | settings))
+        MaskedAutoencoderViT(**(SMALL | CROSS | settings))
 
 
 @pytest.mark.smoke

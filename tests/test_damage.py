@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch import TINY, records
+from launch import TINY
+from runs import records
 
 import main_pretrain
 from util.checkpoint import LAST, load_file, newest, save_checkpoint

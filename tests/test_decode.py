@@ -83,7 +83,6 @@ def test_every_kind_of_file_gives_the_same_picture_or_fault(tmp_path, channels):
         compare(path, channels)
 
 
-@pytest.mark.timeout(20)
 def test_what_is_no_regular_file_has_the_same_fault(tmp_path):
     for name in odd_files(tmp_path):
         compare(tmp_path / name, 3)

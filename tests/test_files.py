@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from launch import CONTEXT
+from launch import CONTEXT, until
 
 from util import files
 from util.checkpoint import LAST, save_checkpoint
@@ -143,10 +143,7 @@ def test_a_living_writers_file_stays_and_a_killed_ones_goes(tmp_path: Path) -> N
     child = CONTEXT.Process(target=write_for_ever, args=(tmp_path,))
     child.start()
     try:
-        deadline = time.monotonic() + 60
-        while not (tmp_path / "ready").exists():
-            assert child.is_alive() and time.monotonic() < deadline
-            time.sleep(0.01)
+        until(lambda: (tmp_path / "ready").exists() or not child.is_alive())
         assert sweep(tmp_path, owned=True) == 0 and len(list(tmp_path.iterdir())) == 3
     finally:
         os.kill(child.pid, signal.SIGKILL)

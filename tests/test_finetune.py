@@ -5,7 +5,6 @@ import math
 import os
 import random
 import signal
-import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -17,8 +16,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from launch import TINY, launch, wait
+from launch import TINY, launch, wait, wait_for_step
 from PIL import Image, ImageOps
+from runs import different, metrics_file, of_training, records, weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from timm.data import Mixup, create_transform
 from timm.data.random_erasing import RandomErasing
@@ -32,7 +32,7 @@ from engine_finetune import BatchAugmentation, train_one_epoch
 from main_finetune import build_augmentation, build_parser, resolve_tune
 from models_zoo import CLASSIFIERS, MODELS, create_model
 from util.accuracy import Accuracy
-from util.checkpoint import load_file, save_checkpoint
+from util.checkpoint import BEST, LAST, load_file, save_checkpoint
 from util.config import settings_of
 from util.datasets import build_dataset
 from util.dist import Agreement, Wish
@@ -45,10 +45,6 @@ from util.transforms import FinetuneTransform, normalize
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLASSES = ["gradient", "discs", "stripes"]
-METRICS = "metrics-finetune.jsonl"
-LAST, BEST = "checkpoint-last.pth", "checkpoint-best.pth"
-# What a record says of the machine and not of the training.
-MACHINE = ("images_per_s", "waiting", "memory_gb")
 # 32 images in batches of 8 are 4 steps an epoch.
 SMALL = [
     "--dataset=synthetic", "--train_images=32", "--batch_size=8", "--epochs=2", "--warmup_epochs=1",
@@ -63,40 +59,9 @@ PUBLISHED = [
 RANDOM = ["--drop_path=0.3", "--reprob=0.5", "--mixup=0.8", "--cutmix=1", "--blr=0.05"]
 
 
-def records(folder: Path, kind: str) -> list[dict[str, Any]]:
-    """Records of a run; a line that is being written is left out."""
-    path, found = folder / METRICS, []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return [r for r in found if r["kind"] == kind]
-
-
 def training(folder: Path) -> list[dict[str, Any]]:
-    """All records in order of kind, without what they say of the machine."""
-    return [
-        {k: v for k, v in record.items() if k not in MACHINE}
-        for kind in ("train", "epoch", "eval")
-        for record in records(folder, kind)
-    ]
-
-
-def weights(folder: Path, name: str = LAST) -> dict[str, Tensor]:
-    return load_file(folder / name)["model"]
-
-
-def different(a: Any, b: Any, at: str = "") -> list[str]:
-    """Where two checkpoints differ; the log's length is the machine's."""
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return [] if a.dtype == b.dtype and torch.equal(a, b) else [at]
-    if isinstance(a, dict) and isinstance(b, dict):
-        keys = {*a, *b} - {"log_bytes"}
-        return [x for k in keys for x in different(a.get(k), b.get(k), f"{at}/{k}")]
-    if isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
-        return [x for i in range(len(a)) for x in different(a[i], b[i], f"{at}/{i}")]
-    return [] if type(a) is type(b) and a == b else [at]
+    """All that a run says of its training."""
+    return of_training(folder, "finetune", ("train", "epoch", "eval"))
 
 
 def checkpoint(folder: Path, name: str, task: str, settings: dict[str, Any]) -> str:
@@ -150,8 +115,9 @@ def test_the_published_commands_share_a_folder(tmp_path: Path, run_main) -> None
         name, _, path = line.partition("  ")
         if name in ("checkpoint", "metrics", "events"):
             assert Path(path.split("  (")[0].strip()).exists(), line
-    assert [r["step"] for r in records(tmp_path, "train")] == [1, 2, 3, 4]
-    assert len(records(tmp_path, "epoch")) == len(records(tmp_path, "eval")) == 1
+    assert [r["step"] for r in records(tmp_path, "train", "finetune")] == [1, 2, 3, 4]
+    for kind in ("epoch", "eval"):
+        assert len(records(tmp_path, kind, "finetune")) == 1
     events = EventAccumulator(str(tmp_path / "finetune")).Reload()
     assert [e.step for e in events.Scalars("train/loss")] == [1, 2, 3, 4]
     saved = yaml.safe_load((tmp_path / "config-finetune.yaml").read_text())
@@ -168,7 +134,7 @@ def test_the_published_commands_share_a_folder(tmp_path: Path, run_main) -> None
 
     # Pretraining goes on from its first epoch, to the weights that it had.
     expected = torch.load(tmp_path / "checkpoint-1.pth", weights_only=True)["model"]
-    lines = (tmp_path / METRICS).read_bytes()
+    lines = metrics_file(tmp_path, "finetune").read_bytes()
     for name in ("checkpoint-1.pth", "checkpoint-last-pretrain.pth"):
         (tmp_path / name).unlink()
     code, out, err = run_main("main_pretrain", first)
@@ -179,7 +145,7 @@ def test_the_published_commands_share_a_folder(tmp_path: Path, run_main) -> None
     # And fine-tuning knows that it is done.
     code, out, err = run_main("main_finetune", second)
     assert code == 0 and "4 steps done" in out, err
-    assert (tmp_path / METRICS).read_bytes() == lines
+    assert metrics_file(tmp_path, "finetune").read_bytes() == lines
 
 
 NEW = ["--model=vit_micro_patch4", "--input_size=16"]
@@ -223,7 +189,7 @@ def test_every_switch_trains(case: str, pretrained: str, tmp_path: Path) -> None
     if NEW[0] not in flags:
         flags.append(f"--finetune={pretrained}")
     main_finetune.main(flags)
-    train, measured = records(tmp_path, "train"), records(tmp_path, "eval")
+    train, measured = records(tmp_path, "train", "finetune"), records(tmp_path, "eval", "finetune")
     assert len(train) == (2 if case == "accumulation" else 4)
     assert all(math.isfinite(r["loss"]) and r["grad_norm"] > 0 for r in train)
     if case == "no evaluation":
@@ -286,7 +252,10 @@ def test_results_are_those_of_the_last_evaluation(
 ) -> None:
     run, again = tmp_path / "run", tmp_path / "again"
     finetune(run, pretrained, "--save_every=1", "--blr=0.1", *flags)
-    result, last = json.loads((run / "result.json").read_text()), records(run, "eval")[-1]
+    result, last = (
+        json.loads((run / "result.json").read_text()),
+        records(run, "eval", "finetune")[-1],
+    )
     names = [k for k in last if k not in ("kind", "step", "epoch")]
     assert {"top1", "top5", "loss", "images"} <= set(names)
     assert ("ema_loss" in names) == (flags == ["--ema_decay=0.5"])
@@ -305,7 +274,7 @@ def test_results_are_those_of_the_last_evaluation(
     code, text, err = run_main("main_finetune", ["--eval", f"--output_dir={run}", *SMALL])
     assert code == 0 and f"{run}/result-eval.json, confusion-eval.csv" in text, err
     measured = json.loads((run / "result-eval.json").read_text())
-    expected = records(run, "eval")[best]
+    expected = records(run, "eval", "finetune")[best]
     assert {k: measured[k] for k in names} == {k: expected[k] for k in names}
     assert (run / "result.json").read_bytes() == before
     # Another checkpoint's numbers are set aside, with their tables; the same measurement is not.
@@ -375,7 +344,9 @@ def test_the_best_epoch_is_kept(
     assert load_file(tmp_path / LAST)["best"] == known
     assert json.loads((tmp_path / "result.json").read_text())["best"] == known
     assert f"{BEST}" in capsys.readouterr().out
-    assert [r["top1"] for r in records(tmp_path, "eval")] == [100 * n / 64 for n in top1]
+    assert [r["top1"] for r in records(tmp_path, "eval", "finetune")] == [
+        100 * n / 64 for n in top1
+    ]
 
 
 @pytest.mark.smoke
@@ -442,7 +413,7 @@ def test_rates_are_the_closed_form(
 
     monkeypatch.setattr(OptimizerStep, "_update", update)
     finetune(tmp_path, pretrained, "--epochs=3", "--min_lr=1e-5", "--eval_every=0", *flags)
-    train = records(tmp_path, "train")
+    train = records(tmp_path, "train", "finetune")
     assert len(train) == len(used) == 12
     for record, groups in zip(train, used, strict=True):
         epoch = (record["step"] - 1) / 4  # fractional, when the step starts
@@ -791,14 +762,6 @@ def test_averages_follow_each_step_of_an_epoch() -> None:
 LONG = ["--train_images=160", "--epochs=3", "--save_minutes=0", "--ema_decay=0.9", *RANDOM]
 
 
-def wait_for_step(folder: Path, step: int, children: Sequence[BaseProcess]) -> None:
-    """Until the run has logged that step, or has ended."""
-    deadline = time.monotonic() + 60
-    while len(records(folder, "train")) < step and all(c.is_alive() for c in children):
-        assert time.monotonic() < deadline, "the run does not get on"
-        time.sleep(0.01)
-
-
 @pytest.mark.dist
 @pytest.mark.parametrize(("tune", "world"), [("full", 1), ("linear", 1), ("full", 2)])
 def test_stopped_in_an_epoch_it_ends_in_the_same_bits(
@@ -821,7 +784,7 @@ def test_stopped_in_an_epoch_it_ends_in_the_same_bits(
             assert wait(start(folder)) == [0] * world, (folder / "out").read_text()
 
     children = start(two)
-    wait_for_step(two, 7, children)
+    wait_for_step(two, 7, children, "finetune")
     os.kill(children[-1].pid, signal.SIGTERM)
     assert wait(children) == [EXIT_STOPPED] * world, (two / "out").read_text()
     stopped = load_file(two / LAST)
@@ -837,7 +800,7 @@ def test_stopped_in_an_epoch_it_ends_in_the_same_bits(
     assert not different(load_file(one / LAST), load_file(two / LAST))
     assert not different(load_file(one / BEST), load_file(two / BEST))
     assert training(one) == training(two)
-    assert [r["step"] for r in records(two, "train")] == list(range(1, 61))
+    assert [r["step"] for r in records(two, "train", "finetune")] == list(range(1, 61))
     assert (one / "result.json").read_bytes() == (two / "result.json").read_bytes()
     if world == 2:  # TensorBoard orders by second and process number: both starts are to be new
         events = EventAccumulator(str(two / "finetune")).Reload()

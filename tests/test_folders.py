@@ -5,8 +5,9 @@ import os
 from pathlib import Path
 
 import pytest
-from launch import TINY, launch, records, wait
+from launch import TINY, launch, wait
 from PIL import Image
+from runs import records
 
 from util.datasets import build_dataset
 from util.errors import BadInput

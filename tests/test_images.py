@@ -170,7 +170,6 @@ def test_the_reason_says_what_is_wrong(tmp_path, name, reason):
         ("x" * 300 + ".jpg", "name too long"),
     ],
 )
-@pytest.mark.timeout(20)
 def test_what_is_no_regular_file_is_bad_and_does_not_block(tmp_path, name, reason):
     kinds = odd_files(tmp_path / "odd")
     assert kinds.get(name, "bad") == "bad"

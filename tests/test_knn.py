@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from launch import CONTEXT, launch, wait
+from launch import launch, start_group, wait
 from PIL import Image
 
 import main_pretrain
@@ -163,13 +163,8 @@ def test_no_weight_overflows(temperature: float) -> None:
 # ---- Processes ---------------------------------------------------------------------------------
 
 
-def look(rank: int, world: int, port: int, out: Path) -> None:
+def look(rank: int, world: int, out: Path) -> None:
     """One of several processes, each with its share; some get no query in the last round."""
-    torch.set_num_threads(1)
-    os.environ |= {
-        "RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-    }  # fmt: skip
     with processes("cpu", out) as procs:
         queries, bank = crowd(queries=16, size=50)
         queries, bank = (share_of(whole, world, rank) for whole in (queries, bank))
@@ -185,13 +180,7 @@ def look(rank: int, world: int, port: int, out: Path) -> None:
 @pytest.mark.dist
 @pytest.mark.parametrize("world", [2, 3])
 def test_processes_find_what_one_finds(world: int, tmp_path: Path) -> None:
-    port = 20000 + os.getpid() % 20000 + world * 10
-    children = [
-        CONTEXT.Process(target=look, args=(rank, world, port, tmp_path)) for rank in range(world)
-    ]
-    for child in children:
-        child.start()
-    assert wait(children) == [0] * world
+    assert wait(start_group(look, world, tmp_path)) == [0] * world
     queries, bank = crowd(queries=16, size=50)
     whole = (*nearest(queries.features, bank, 20), queries.label)
     few = nearest(queries.features, crowd(size=world - 1)[1], world - 1)

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch import TINY, launch, records, wait, wait_for_step
+from launch import TINY, launch, until, wait, wait_for_step
+from runs import records
 
 from util import lease as leases
 from util.checkpoint import LAST, load_file
@@ -249,18 +250,13 @@ def test_the_heartbeat(
     monkeypatch.setattr(leases, "HEARTBEAT", 0.01)
     taken.append(acquire(tmp_path))
     os.utime(tmp_path / NAME, (1, 1))
-    deadline = time.monotonic() + 60
-    while (tmp_path / NAME).stat().st_mtime == 1:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    until(lambda: (tmp_path / NAME).stat().st_mtime != 1)
 
     def fail(*rest: object) -> None:
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(os, "utime", fail)
-    while taken[0].fault is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    until(lambda: taken[0].fault is not None)
     taken[0].check()
     taken[0].check()
     out = capfd.readouterr()
@@ -335,9 +331,7 @@ def wait_in_step(step: int, go_on: Path) -> None:
 
     def after_step(self: Agreement) -> object:
         if self.steps + 1 == step:
-            deadline = time.monotonic() + 100
-            while not go_on.exists() and time.monotonic() < deadline:
-                time.sleep(0.02)
+            until(go_on.exists)
         return original(self)
 
     Agreement.after_step = after_step

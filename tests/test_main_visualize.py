@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from launch import records
 from PIL import Image
+from runs import records
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main_pretrain

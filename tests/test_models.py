@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import Block
+from tiny import MMAE, batch, small
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -36,32 +37,7 @@ from util.errors import BadInput
 from util.patches import patchify
 from util.pos_embed import COORDINATES
 
-MMAE = {"lscale_init": 0.1, "pos_offset": "learned"}
-SMALL = {
-    "img_size": (8, 12),
-    "patch_size": 4,
-    "embed_dim": 32,
-    "depth": 2,
-    "num_heads": 2,
-    "decoder_embed_dim": 16,
-    "decoder_depth": 2,
-    "decoder_num_heads": 2,
-}
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
-
-
-def small(seed: int = 0, **kwargs: object) -> MaskedAutoencoderViT:
-    torch.manual_seed(seed)
-    return MaskedAutoencoderViT(**(SMALL | kwargs))
-
-
-def batch(model: nn.Module, B: int = 3, visible: int = 2, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Images and a mask that differs from row to row, in the dtype of the model."""
-    generator = torch.Generator().manual_seed(seed)
-    images = torch.randn(B, model.in_chans, *model.img_size, generator=generator)
-    order = torch.rand(B, model.grid[0] * model.grid[1], generator=generator).argsort(dim=1)
-    mask = torch.ones(order.shape, dtype=torch.bool).scatter_(1, order[:, :visible], False)
-    return images.to(model.pos_embed.dtype), mask
 
 
 def randomised(model: nn.Module, seed: int = 1) -> nn.Module:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from launch import ROOT, TINY, records
+from launch import ROOT, TINY
 from PIL import Image
+from runs import records
 
 import main_pretrain
 from util.console import counted

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from faulty_disk import FaultyDisk
-from launch import TINY, records
+from launch import TINY
+from runs import records
 
 import main_pretrain
 from util.checkpoint import LAST, load_file, newest
@@ -77,7 +78,6 @@ def points(done: list[str]) -> list[int]:
 
 
 @pytest.mark.smoke
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("kind", ["once", "from then on"])
 @pytest.mark.parametrize("part", range(PARTS))
 def test_each_file_operation_fails_in_turn(

@@ -1,6 +1,5 @@
 """main_pretrain.py as its users run it: small, on real digits and drawn images."""
 
-import json
 import math
 import subprocess
 import sys
@@ -9,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from launch import PATIENCE
+from runs import different, records, weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main_pretrain
 from models_zoo import create_model
-from util.checkpoint import load_file
 from util.optim import create_adamw, parameter_groups
 from util.schedule import CosineSchedule, scaled_lr
 from util.step import OptimizerStep
@@ -25,21 +25,6 @@ TINY = [
     "--warmup_epochs=1", "--blr=1e-3", "--log_every=1", "--num_workers=0", "--device=cpu",
     "--decoder_depth=1", "--picture_every=0", "--epochs=1",
 ]  # fmt: skip
-
-
-def weights(folder: Path, name: str = "checkpoint-last.pth") -> dict[str, torch.Tensor]:
-    return load_file(folder / name)["model"]
-
-
-def records(folder: Path, kind: str) -> list[dict]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [r for r in map(json.loads, lines) if r["kind"] == kind]
-
-
-def assert_identical(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
-    assert a.keys() == b.keys()
-    different = [k for k in a if not torch.equal(a[k], b[k])]
-    assert not different
 
 
 @pytest.mark.smoke
@@ -76,7 +61,7 @@ def test_saved_settings_are_a_recipe_of_the_same_run(tmp_path: Path) -> None:
     flags = ["--epochs=1", "--avg_share=0.25", "--input_size=16x24", "--no_flip", "--crop_scale"]
     main_pretrain.main([*TINY, *flags, "0.5", "1", f"--output_dir={one}"])
     main_pretrain.main(["--config", str(one / "config.yaml"), f"--output_dir={two}"])
-    assert_identical(weights(one), weights(two))
+    assert not different(weights(one), weights(two))
     saved = [yaml.safe_load((f / "config.yaml").read_text()) for f in (one, two)]
     assert {k for k in saved[0] if saved[0][k] != saved[1][k]} == {"output_dir"}
 
@@ -143,7 +128,7 @@ def test_workers_and_unrelated_flags_change_no_number(tmp_path: Path) -> None:
         [*flags, f"--output_dir={two}", "--num_workers=2", "--eval_every=1", "--picture_every=1",
          "--log_every=3", "--save_every=1"]
     )  # fmt: skip
-    assert_identical(weights(one), weights(two))
+    assert not different(weights(one), weights(two))
 
 
 @pytest.mark.smoke
@@ -154,7 +139,7 @@ def test_a_run_goes_on_from_its_checkpoint_bit_for_bit(tmp_path: Path) -> None:
     for name in ("checkpoint-3.pth", "checkpoint-2.pth", "checkpoint-last.pth"):
         (tmp_path / name).unlink()
     main_pretrain.main(flags)
-    assert_identical(whole, weights(tmp_path))
+    assert not different(whole, weights(tmp_path))
     assert [r["step"] for r in records(tmp_path, "train")] == list(range(1, 21))
     events = EventAccumulator(str(tmp_path)).Reload()
     assert [e.step for e in events.Scalars("train/loss")] == list(range(1, 21))
@@ -251,7 +236,7 @@ def test_two_processes_give_the_numbers_of_one(tmp_path: Path) -> None:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     run = subprocess.run(
         [*launch, "main_pretrain.py", *flags, f"--output_dir={two}", "--batch_size=150"],
-        cwd=ROOT, capture_output=True, text=True, timeout=110,
+        cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     losses = [[r["loss"] for r in records(f, "train")] for f in (one, two)]

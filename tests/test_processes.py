@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch import CONTEXT, TINY, launch, records, wait, wait_for_step
+from launch import CONTEXT, TINY, launch, start_group, wait, wait_for_step
+from runs import records
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import engine_pretrain
@@ -30,13 +31,8 @@ from util.step import OptimizerStep
 HERE = Path("/run/folder")
 
 
-def train(rank: int, world: int, port: int, accum_iter: int, batch: int, out: Path) -> None:
+def train(rank: int, world: int, accum_iter: int, batch: int, out: Path) -> None:
     """Twenty float64 steps at a global batch of 24 images, by one of several processes."""
-    torch.set_num_threads(1)
-    os.environ |= {
-        "RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-    }  # fmt: skip
     with processes("cpu", out) as procs:
         torch.manual_seed(0)
         model = create_model("mae_vit_micro_patch4", img_size=16, depth=2, lscale_init=0.1).double()
@@ -62,15 +58,8 @@ def test_processes_and_accumulation_change_nothing_but_rounding(tmp_path: Path) 
         for accum_iter in (1, 2, 4):
             out = tmp_path / f"{world}-{accum_iter}"
             out.mkdir()
-            port = 20000 + os.getpid() % 20000 + world * 10 + accum_iter
             batch = 24 // world // accum_iter
-            children = [
-                CONTEXT.Process(target=train, args=(r, world, port, accum_iter, batch, out))
-                for r in range(world)
-            ]
-            for child in children:
-                child.start()
-            assert wait(children) == [0] * world
+            assert wait(start_group(train, world, accum_iter, batch, out)) == [0] * world
             results[world, accum_iter] = torch.load(out / "weights.pt")
     whole = results[1, 1]
     for split, weights in results.items():

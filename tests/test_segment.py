@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from launch import ROOT, launch, wait
 from PIL import Image
+from runs import different, of_training
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_segment_data import FAULTS, write_ade20k, write_pairs
 from torch import Tensor, nn
@@ -22,16 +23,12 @@ from engine_segment import Inference, PixelLoss, evaluate, prepare, resized_argm
 from main_segment import is_due, next_stop
 from models_segmenters import load_segmenter
 from models_zoo import create_model
-from util.checkpoint import LAST, load_file, save_checkpoint
+from util.checkpoint import BEST, LAST, load_file, save_checkpoint
 from util.dist import Agreement, Wish
 from util.errors import EXIT_INTERRUPTED, EXIT_STOPPED, RunFailed
 from util.images import IMAGENET_MEAN, IMAGENET_STD
 from util.schedule import PolySchedule
 
-BEST = "checkpoint-best.pth"
-METRICS = "metrics-segment.jsonl"
-# What a record says of the machine and not of the training.
-MACHINE = ("images_per_s", "waiting", "memory_gb")
 # 8 pairs in batches of 2 are 4 steps an epoch; 6 iterations end in the middle of the second.
 SMALL = [
     "--dataset=folder", "--input_size=32", "--resize", "48", "32", "--window=32", "--stride=24",
@@ -55,23 +52,9 @@ def segment(folder: Path, data: str, *flags: str) -> None:
     main_segment.main([*SMALL, *NEW, data, f"--output_dir={folder}", *flags])
 
 
-def records(folder: Path) -> list[dict[str, Any]]:
-    """All records by kind, without what they say of the machine."""
-    found = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
-    kinds = [[r for r in found if r["kind"] == kind] for kind in ("train", "epoch", "eval")]
-    return [{k: v for k, v in r.items() if k not in MACHINE} for of in kinds for r in of]
-
-
-def different(a: Any, b: Any, at: str = "") -> list[str]:
-    """Where two checkpoints differ; the log's length is the machine's."""
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return [] if torch.equal(a, b) else [at]
-    if isinstance(a, dict) and isinstance(b, dict):
-        keys = {*a, *b} - {"log_bytes"}
-        return [x for k in keys for x in different(a.get(k), b.get(k), f"{at}/{k}")]
-    if isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
-        return [x for i in range(len(a)) for x in different(a[i], b[i], f"{at}/{i}")]
-    return [] if a == b else [at]
+def training(folder: Path) -> list[dict[str, Any]]:
+    """All that a run says of its training."""
+    return of_training(folder, "segment", ("train", "epoch", "eval"))
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +183,7 @@ def test_evaluation_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.smoke
 def test_a_run_writes_what_it_names(whole: Path) -> None:
-    found = records(whole)
+    found = training(whole)
     assert [r["step"] for r in found if r["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
     assert [r["step"] for r in found if r["kind"] == "eval"] == [3, 6]
     assert all(0 <= r["miou"] <= 100 for r in found if r["kind"] == "eval")
@@ -239,7 +222,7 @@ SWITCHES = {
 @pytest.mark.parametrize("case", SWITCHES)
 def test_every_switch_trains(case: str, data: str, tmp_path: Path) -> None:
     segment(tmp_path, data, "--iterations=2", "--val_images=2", *SWITCHES[case])
-    found = records(tmp_path)
+    found = training(tmp_path)
     train = [r for r in found if r["kind"] == "train"]
     assert len(train) == 2 and all(np.isfinite(r["loss"]) and r["grad_norm"] > 0 for r in train)
     assert len([r for r in found if r["kind"] == "eval"]) == (case != "no evaluation")
@@ -276,7 +259,7 @@ def test_stopped_and_resumed_ends_in_the_same_bits(
     assert load_file(tmp_path / LAST)["step"] == stop_at
     segment(tmp_path, data)
     assert not different(load_file(whole / LAST), load_file(tmp_path / LAST))
-    assert records(whole) == records(tmp_path)
+    assert training(whole) == training(tmp_path)
     assert load_file(whole / BEST)["step"] == load_file(tmp_path / BEST)["step"]
 
 
@@ -295,7 +278,7 @@ def test_ended_while_measuring(
     assert load_file(tmp_path / LAST)["step"] == 3
     segment(tmp_path, data)
     assert not different(load_file(whole / LAST), load_file(tmp_path / LAST))
-    assert records(whole) == records(tmp_path)
+    assert training(whole) == training(tmp_path)
 
 
 def test_prefetch_factor_reaches_the_loader(
@@ -516,7 +499,7 @@ def test_two_processes_do_what_one_does(mean: str, data: str, tmp_path: Path) ->
         own = [f"--batch_size={4 // world}", f"--output_dir={folder}"]
         children = launch([*flags, *own], folder / "out", world, module="main_segment")
         assert wait(children) == [0] * world, (folder / "out").read_text()
-        losses[world] = [r["loss"] for r in records(folder) if r["kind"] == "train"]
+        losses[world] = [r["loss"] for r in training(folder) if r["kind"] == "train"]
     assert losses[2] == pytest.approx(losses[1], rel=1e-4)  # float32, lr up to 1e-3
     results = []
     for world in (1, 2):  # one checkpoint, measured by one and by two

@@ -1,8 +1,6 @@
 """Models in shards: numbers, checkpoints and decisions of whole ones at a share of the memory."""
 
 import json
-import os
-import socket
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -10,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from launch import CONTEXT, TINY, launch, records, wait, wait_for_step
+from launch import TINY, launch, start_group, wait, wait_for_step
+from runs import records
 from test_processes import NoHostSync, break_loss
 
 from models_zoo import create_model
@@ -46,13 +45,8 @@ def elements(optimizer: torch.optim.Optimizer) -> list[int]:
     return [sum(p.numel() for p in parameters), sum(t.numel() for t in state), stored]
 
 
-def train(rank: int, world: int, port: int, decoder: str, shard: bool, out: Path) -> None:
+def train(rank: int, world: int, decoder: str, shard: bool, out: Path) -> None:
     """Float64 steps on the same images, however many processes; with a load in the middle."""
-    torch.set_num_threads(1)
-    os.environ |= {
-        "RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-    }  # fmt: skip
     with processes("cpu", out) as procs:
         placed, optimizer = build(decoder, procs, shard)
         norms = []
@@ -114,16 +108,7 @@ def test_shards_change_nothing_but_rounding_and_memory(decoder: str, tmp_path: P
     for world, shard in sorted(runs):
         out = tmp_path / f"{world}-{shard}"
         out.mkdir()
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        children = [
-            CONTEXT.Process(target=train, args=(rank, world, port, decoder, shard, out))
-            for rank in range(world)
-        ]
-        for child in children:
-            child.start()
-        assert wait(children) == [0] * world
+        assert wait(start_group(train, world, decoder, shard, out)) == [0] * world
         states[world, shard] = torch.load(out / "state.pt")
         kept[world, shard] = json.loads((out / "kept.json").read_text())
         measured[world, shard] = json.loads((out / "loss.json").read_text())

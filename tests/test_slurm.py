@@ -14,15 +14,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-import torch
-from launch import ROOT, TINY, launch, records, steps_done, wait
+from launch import PATIENCE, ROOT, TINY, launch, steps_done, until, wait
+from runs import different, records, weights
 
 import submitit_finetune
 import submitit_pretrain
@@ -56,7 +56,7 @@ FINETUNE = [
 def run(*command: str | Path, check: bool = True, **options) -> str:
     """Output of a command, which must succeed."""
     words = [str(word) for word in command]
-    answer = subprocess.run(words, capture_output=True, text=True, timeout=100, **options)
+    answer = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE, **options)
     assert not check or answer.returncode == 0, f"{words}: {answer.stdout}{answer.stderr}"
     return answer.stdout
 
@@ -110,14 +110,9 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def weights(folder: Path, name: str = LAST) -> dict[str, torch.Tensor]:
-    return load_file(folder / name)["model"]
-
-
 def check_same(folder: Path, other: Path, name: str = LAST) -> None:
     """The weights bit for bit, and every step logged once, with the same numbers."""
-    a, b = weights(folder, name), weights(other, name)
-    assert a.keys() == b.keys() and [k for k in a if not torch.equal(a[k], b[k])] == []
+    assert not different(weights(folder, name), weights(other, name))
     logged = [
         [(r["step"], r["loss"], r["lr"]) for r in records(f, "train")] for f in (folder, other)
     ]
@@ -139,25 +134,18 @@ def story(folder: Path, job: str) -> str:
     return "\n".join(path.read_text() for path in paths if path.exists())
 
 
-def until(done: Callable[[], object], what: Callable[[], str], seconds: float = 100) -> None:
-    deadline = time.monotonic() + seconds
-    while not done():
-        assert time.monotonic() < deadline, what()
-        time.sleep(0.2)
-
-
-def wait_until_held(folder: Path, job: str, step: int = HOLD, seconds: float = 100) -> None:
+def wait_until_held(folder: Path, job: str, step: int = HOLD) -> None:
     """Until the job has logged the step before the one that it stays in."""
     until(
         lambda: steps_done(folder) >= step - 1,
         lambda: f"{state(job)}: {story(folder, job)}",
-        seconds,
+        pause=0.2,
     )
 
 
-def wait_for_end(folder: Path, job: str, expected: str = "COMPLETED", seconds: float = 100) -> None:
+def wait_for_end(folder: Path, job: str, expected: str = "COMPLETED") -> None:
     busy = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "PREEMPTED")
-    until(lambda: state(job) not in busy, lambda: f"{state(job)}: {story(folder, job)}", seconds)
+    until(lambda: state(job) not in busy, lambda: f"{state(job)}: {story(folder, job)}", pause=0.2)
     assert state(job) == expected, story(folder, job)
 
 
@@ -176,7 +164,7 @@ def minutes_run(job: str) -> int:
 
 def wait_for_restart(folder: Path, job: str) -> None:
     """Until a job has been queued again; from then on its time is long enough for any machine."""
-    until(lambda: restarts(job) > 0, lambda: f"{state(job)}: {story(folder, job)}", 250)
+    until(lambda: restarts(job) > 0, lambda: f"{state(job)}: {story(folder, job)}", pause=0.2)
     set_limit(job, 30)
 
 
@@ -210,7 +198,6 @@ def check_went_on(stopped: "Job", kind: str, other: Path, by_us: bool) -> None:
 
 
 @pytest.mark.slurm
-@pytest.mark.timeout(240)
 @pytest.mark.parametrize("layout", [ONE_BY_TWO, TWO_BY_ONE], ids=["1x2", "2x1"])
 @pytest.mark.usefixtures("cluster")
 def test_a_job_gives_what_the_same_processes_give_without_slurm(
@@ -319,14 +306,12 @@ def submit_script(folder: Path) -> str:
 
 
 @pytest.mark.slurm
-@pytest.mark.timeout(600)
 @pytest.mark.usefixtures("cluster")
 def test_a_signal_by_hand(disturbed: dict[str, Job], undisturbed: Path) -> None:
     check_went_on(disturbed["by hand"], "SIGUSR2", undisturbed, by_us=True)
 
 
 @pytest.mark.slurm
-@pytest.mark.timeout(600)
 @pytest.mark.usefixtures("cluster")
 def test_requeue_by_an_operator_after_the_project_was_edited(
     disturbed: dict[str, Job], undisturbed: Path
@@ -336,7 +321,6 @@ def test_requeue_by_an_operator_after_the_project_was_edited(
 
 
 @pytest.mark.slurm
-@pytest.mark.timeout(600)
 @pytest.mark.usefixtures("cluster")
 def test_srun_without_submitit(disturbed: dict[str, Job], undisturbed: Path) -> None:
     folder, job = disturbed["srun"].folder, disturbed["srun"].number
@@ -348,7 +332,6 @@ def test_srun_without_submitit(disturbed: dict[str, Job], undisturbed: Path) -> 
 
 
 @pytest.mark.slurm
-@pytest.mark.timeout(600)
 @pytest.mark.usefixtures("cluster")
 def test_a_cancelled_job_saves_and_stays_cancelled(disturbed: dict[str, Job]) -> None:
     folder, job = disturbed["cancelled"].folder, disturbed["cancelled"].number
@@ -360,7 +343,6 @@ def test_a_cancelled_job_saves_and_stays_cancelled(disturbed: dict[str, Job]) ->
 
 
 @pytest.mark.slurm
-@pytest.mark.timeout(600)
 @pytest.mark.usefixtures("cluster")
 def test_the_time_limit(disturbed: dict[str, Job], undisturbed: Path) -> None:
     check_went_on(disturbed["time limit"], "SIGUSR2", undisturbed, by_us=True)
@@ -372,7 +354,6 @@ STARTING = ("torch", "main_pretrain", "tensorboard.summary.writer.record_writer"
 
 
 @pytest.mark.slurm
-@pytest.mark.timeout(400)
 @pytest.mark.usefixtures("cluster")
 def test_a_signal_while_a_job_starts(
     undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -406,7 +387,6 @@ def test_a_signal_while_a_job_starts(
 
 
 @pytest.mark.slurm
-@pytest.mark.timeout(240)
 @pytest.mark.usefixtures("cluster", "hold")
 def test_preemption(undisturbed: Path, tmp_path: Path) -> None:
     """The cluster sends the job's own signal."""
@@ -414,7 +394,6 @@ def test_preemption(undisturbed: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slurm
-@pytest.mark.timeout(240)
 @pytest.mark.usefixtures("hold")
 def test_preemption_that_sends_sigterm(
     undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -436,7 +415,6 @@ def preempt(folder: Path) -> Job:
 
 
 @pytest.mark.slurm
-@pytest.mark.timeout(240)
 @pytest.mark.usefixtures("cluster")
 def test_a_killed_task_ends_the_job_and_the_same_command_goes_on(
     undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -447,7 +425,7 @@ def test_a_killed_task_ends_the_job_and_the_same_command_goes_on(
         job = submit(tmp_path, flags)
     wait_until_held(tmp_path, job)
     os.kill(task_of(job, 1), signal.SIGKILL)
-    wait_for_end(tmp_path, job, "FAILED", seconds=60)
+    wait_for_end(tmp_path, job, "FAILED")
     assert "task 1: Killed" in story(tmp_path, job)
     again = submit(tmp_path, flags)
     wait_for_end(tmp_path, again)
@@ -456,7 +434,6 @@ def test_a_killed_task_ends_the_job_and_the_same_command_goes_on(
 
 
 @pytest.mark.slurm
-@pytest.mark.timeout(600)
 @pytest.mark.usefixtures("cluster")
 def test_a_node_that_dies(
     undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -515,7 +492,6 @@ def task_of(job: str, rank: int) -> int:
 
 
 @pytest.mark.slurm
-@pytest.mark.timeout(240)
 @pytest.mark.usefixtures("cluster")
 def test_a_fault_of_the_run_is_a_failed_job_with_its_message(tmp_path: Path) -> None:
     flags = ["--ngpus=0", "--dataset=imagefolder", "--data_path=/nowhere/at/all", "--device=cpu"]
@@ -527,7 +503,6 @@ def test_a_fault_of_the_run_is_a_failed_job_with_its_message(tmp_path: Path) -> 
 
 
 @pytest.mark.slurm
-@pytest.mark.timeout(240)
 @pytest.mark.usefixtures("cluster")
 def test_pretrain_and_finetune_in_one_folder(tmp_path: Path) -> None:
     """The published commands but for size and set; on GPUs that only Slurm believes in, on CPUs."""

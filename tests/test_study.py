@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from launch import PATIENCE
 from scipy import stats
 
 import main_study
@@ -547,7 +548,7 @@ def test_signals_reach_the_runs(tmp_path: Path) -> None:
     (tmp_path / "main_tables.py").write_text(
         "import signal, sys, time\nfrom pathlib import Path\n"
         "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\n"
-        f"Path({str(tmp_path / 'up')!r}).touch()\ntime.sleep(60)\n"
+        f"Path({str(tmp_path / 'up')!r}).touch()\ntime.sleep(900)\n"
     )
     program = (
         "import sys, threading, time, os, signal\nfrom pathlib import Path\n"
@@ -559,7 +560,7 @@ def test_signals_reach_the_runs(tmp_path: Path) -> None:
         "threading.Thread(target=kill, daemon=True).start()\n"
         f"main_study.main(['--plan={STUDY}', '--output_dir={tmp_path / 'out'}'])\n"
     )
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=90)
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=PATIENCE)
     assert ended.returncode == 75, ended.stderr
 
 

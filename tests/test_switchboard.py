@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from launch import TINY, records
+from launch import TINY
 from PIL import Image
-from sklearn.decomposition import PCA
+from runs import records
+from tiny import SMALL, VISIBLE, batch, small
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision.transforms import InterpolationMode, v2
@@ -24,24 +25,6 @@ from util.patches import patch_averages, patchify
 from util.pca import PatchMoments
 from util.step_speed import flop_counter
 from util.transforms import AUGMENTS, EvalTransform, PretrainTransform, pretrain_transform
-
-SMALL = {
-    "img_size": (8, 12), "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2,
-    "decoder_embed_dim": 16, "decoder_depth": 2, "decoder_num_heads": 2,
-}  # fmt: skip
-VISIBLE = 2
-
-
-def small(**kwargs: object) -> MaskedAutoencoderViT:
-    torch.manual_seed(0)
-    return MaskedAutoencoderViT(**(SMALL | kwargs)).double()
-
-
-def batch(B: int = 3) -> tuple[Tensor, Tensor]:
-    """Images, and masks that differ from row to row."""
-    generator = torch.Generator().manual_seed(1)
-    images = torch.randn(B, 3, 8, 12, generator=generator, dtype=torch.float64)
-    return images, torch.rand(B, 6, generator=generator).argsort(1) >= VISIBLE
 
 
 def fitted(model: MaskedAutoencoderViT) -> MaskedAutoencoderViT:
@@ -62,7 +45,8 @@ def fitted(model: MaskedAutoencoderViT) -> MaskedAutoencoderViT:
 def test_encoder_mask_tokens_are_the_definition(terms: dict[str, object]) -> None:
     """Image by image, every token in its raster place, full blocks, and what is not needed cut off
     at the end."""
-    model, (images, mask) = small(encoder_mask_tokens=True, **terms), batch()
+    model = small(encoder_mask_tokens=True, **terms).double()
+    images, mask = batch(model)
     predictions = []
     for image, hidden in zip(images, mask, strict=True):
         x = model.patch_embed.proj(image[None]).flatten(2)[0].T.clone()
@@ -119,6 +103,8 @@ def test_encoder_mask_tokens_cost_at_vit_large() -> None:
 
 
 def test_pca_is_scikit_learns() -> None:
+    from sklearn.decomposition import PCA
+
     generator = np.random.default_rng(0)
     patches = generator.normal(size=(500, 48)) @ generator.normal(size=(48, 48)) + 0.5
     moments = PatchMoments(48)
@@ -134,7 +120,7 @@ def test_pca_is_scikit_learns() -> None:
     assert fit.share == pytest.approx(theirs.explained_variance_ratio_.sum(), rel=1e-9)
     assert fit.patches == 500
 
-    model = small(pca_components=10)
+    model = small(pca_components=10).double()
     model.pca.set(fit.mean, fit.basis)
     given = generator.normal(size=(2, 4, 48))
     expected = theirs.transform(given.reshape(8, 48)) * np.sign(largest)
@@ -162,7 +148,8 @@ def test_pca_sums_add_over_processes() -> None:
 
 
 def test_an_unfitted_target_is_no_number_and_a_fitted_ones_loss_is_by_hand() -> None:
-    model, (images, mask) = small(pca_components=5), batch()
+    model = small(pca_components=5).double()
+    images, mask = batch(model)
     assert model(images, mask)["loss"].isnan()
     out = fitted(model)(images, mask)
     assert out["pred"].shape == (3, 4, 5)
@@ -178,9 +165,9 @@ def test_an_unfitted_target_is_no_number_and_a_fitted_ones_loss_is_by_hand() -> 
 
 
 def test_a_perfect_prediction_of_all_coefficients_is_the_image() -> None:
-    model = fitted(small(pca_components=48).float())
+    model = fitted(small(pca_components=48))
     images = torch.randint(0, 256, (2, 3, 8, 12), dtype=torch.uint8)
-    mask = batch(2)[1]
+    mask = batch(model, 2)[1]
 
     class Oracle:
         norm_pix_loss, patch_size, pca_components = False, (4, 4), 48
@@ -294,7 +281,7 @@ def test_every_pair_trains_every_parameter(one: str, other: str) -> None:
             with pytest.raises(BadInput, match="encoder_mask_tokens"):
                 small(**flags)
             continue
-        model = fitted(small(**flags))
+        model = fitted(small(**flags).double())
         strategy = create_strategy(kind, avg_share=0.5, avg_order="far", avg_temperature=1.0)
         noise = torch.stack([strategy.draw((2, 3), generator) for _ in range(3)])
         mask = strategy.mask(noise, patch_averages(images, (4, 4)), visible)
@@ -316,7 +303,8 @@ def test_every_pair_trains_every_parameter(one: str, other: str) -> None:
 
 
 def test_compiles_as_one_graph() -> None:
-    model, (images, mask) = small(encoder_mask_tokens=True, pca_components=3, depth=1), batch()
+    model = small(encoder_mask_tokens=True, pca_components=3, depth=1).double()
+    images, mask = batch(model)
     fitted(model)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

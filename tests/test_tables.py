@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from launch import TINY, records, steps_done
+from launch import TINY, steps_done, until
+from runs import records
 
 import main_tables
 from util import cell_runs
@@ -39,7 +40,7 @@ with starts.open("a") as file:
 if "meet" in flags:  # wait for the other of the two
     (out / "here").touch()
     other = out.parent / flags["meet"] / "here"
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 600
     while not other.exists():
         assert time.monotonic() < deadline, "the other never came"
         time.sleep(0.01)
@@ -474,9 +475,7 @@ def test_pretraining_stopped_in_the_middle_goes_on(tmp_path: Path, run_main) -> 
     words = [f"--plan={path}", f"--output_dir={tmp_path / 'out'}"]
 
     def stop_at_step_three() -> None:
-        deadline = time.monotonic() + 60
-        while steps_done(folder) < 3 and time.monotonic() < deadline:
-            time.sleep(0.01)
+        until(lambda: steps_done(folder) >= 3)
         os.kill(os.getpid(), signal.SIGTERM)
 
     watcher = threading.Thread(target=stop_at_step_three)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from launch import CONTEXT, wait
+from launch import start_group, wait
 from test_classifier import (
     images_for,
     micro_mae,
@@ -18,9 +18,7 @@ from test_classifier import (
     timm_vit,
     trained,
 )
-from torch import Tensor
-from transformers import UperNetConfig
-from transformers.models.upernet.modeling_upernet import UperNetFCNHead, UperNetHead
+from torch import Tensor, nn
 
 from models_layers import RelativeBias, relative_index
 from models_segmenters import (
@@ -83,8 +81,11 @@ def our_name(name: str) -> str:
     return ".".join(names.get(part, part) for part in name.split("."))
 
 
-def theirs(dropout: float = 0.0) -> tuple[UperNetHead, UperNetFCNHead, UperHead, FcnHead]:
+def theirs(dropout: float = 0.0) -> tuple[nn.Module, nn.Module, UperHead, FcnHead]:
     """Heads of transformers, and ours with the same random weights and running statistics."""
+    from transformers import UperNetConfig
+    from transformers.models.upernet.modeling_upernet import UperNetFCNHead, UperNetHead
+
     channels, C = [6, 8, 10, 12], 7
     config = UperNetConfig(
         hidden_size=C, pool_scales=[1, 2, 3, 6], num_labels=K, auxiliary_channels=9,
@@ -696,12 +697,12 @@ def test_create_model_takes_the_encoder_of_a_segmenter(tmp_path: Path) -> None:
 # ---- Several processes ---------------------------------------------------------------------------
 
 
-def train_part(rank: int, world: int, store: str, folder: str) -> None:
+def train_part(rank: int, world: int, folder: Path) -> None:
     """One step's gradients on this process's images of a batch of 3."""
     import torch.distributed as dist
 
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    torch.save(step(slice(0, 1) if rank == 0 else slice(1, 3)), f"{folder}/{rank}.pt")
+    dist.init_process_group("gloo")
+    torch.save(step(slice(0, 1) if rank == 0 else slice(1, 3)), folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -717,11 +718,7 @@ def step(rows: slice) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 @pytest.mark.dist
 def test_two_processes_are_one_on_the_whole_batch(tmp_path: Path) -> None:
     expected, statistics = step(slice(0, 3))
-    arguments = [(rank, 2, str(tmp_path / "store"), str(tmp_path)) for rank in range(2)]
-    children = [CONTEXT.Process(target=train_part, args=given) for given in arguments]
-    for child in children:
-        child.start()
-    assert wait(children) == [0, 0]
+    assert wait(start_group(train_part, 2, tmp_path)) == [0, 0]
     parts = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     largest = max(float(g.norm()) for g in expected.values())
     for name, gradient in expected.items():

@@ -1,0 +1,444 @@
+"""How tight the net of tests is: small faults are put into the code, one at a time, and tests run.
+
+    python tests/mutate.py --count 160 --json output_dir/mutations.json
+
+Faults are drawn at random, the same for a seed, over the core files: an argument that is not handed
+on, a condition turned round, a call for its effect left out, a number one off, an entry of a
+dictionary or a tuple lost, two operators exchanged. For each, the tests that concern the file run
+until one fails. A fault that none sees is listed; what does not change behaviour (a message, a
+speed) is named in `HARMLESS` with the reason, after someone has looked at it.
+
+Nothing here touches the working tree: each lane has a copy of it.
+"""
+
+import argparse
+import ast
+import json
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+# What a fault may change in: the product's core. Words for people and the laboratory are not in it.
+CORE = (
+    "main_pretrain", "main_finetune", "main_segment", "main_knn", "main_export", "main_predict",
+    "engine_pretrain", "engine_finetune", "engine_segment",
+    "models_mmae", "models_vit", "models_layers", "models_upernet", "models_segmenters",
+    "models_batchnorm", "models_zoo",
+    "util/accuracy", "util/checkpoint", "util/checksums", "util/class_names", "util/confusion",
+    "util/convert", "util/crops", "util/datasets", "util/dist", "util/events", "util/export",
+    "util/files", "util/images", "util/knn", "util/label_maps", "util/label_values", "util/lease",
+    "util/listing", "util/loading", "util/logger", "util/masking", "util/metrics",
+    "util/nested_weights", "util/optim", "util/packed", "util/packing", "util/patches", "util/pca",
+    "util/pixels", "util/pos_embed", "util/predictions", "util/randomness", "util/replace",
+    "util/results", "util/resume", "util/run", "util/samples", "util/schedule",
+    "util/segmentation_results", "util/segmentation_sets", "util/segmentation_transforms",
+    "util/shard", "util/signals", "util/splits", "util/step", "util/timeline", "util/transforms",
+    "util/weights", "util/windows",
+)  # fmt: skip
+# Tests of a file beside those that import it, quickest first. Slurm's are left out: they take
+# minutes, and what they are for (jobs that are stopped) other tests see in a process of its own.
+TRAINING = ("test_every_flag", "test_every_key", "test_every_draw", "test_every_sum",
+            "test_model_switches", "test_durable_files")  # fmt: skip
+BESIDE = {
+    "main_pretrain": ("test_pretrain", "test_changed_settings", "test_resume", "test_shard"),
+    "main_finetune": ("test_finetune", "test_changed_settings"),
+    "main_segment": ("test_segment", "test_changed_settings"),
+    "engine_pretrain": ("test_pretrain", "test_shard", "test_bad_images"),
+    "engine_finetune": ("test_finetune",),
+    "engine_segment": ("test_segment", "test_upernet"),
+    "util/run": ("test_pretrain", "test_resume", "test_finetune", "test_changed_settings"),
+    "util/step": ("test_pretrain", "test_finetune", "test_shard"),
+    "util/dist": ("test_processes", "test_shard", "test_signals"),
+}
+# Functions whose calls are words for people, and statements that a fault may not be put into.
+ASIDE = {"help", "metavar", "strict", "non_blocking", "indent"}  # words, a check, speed, layout
+WORDS = {"say", "say_once", "warn", "print", "BadInput", "add_argument", "needs", "note", "help"}
+
+# ---- Faults ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A piece of a file and what stands in its place.
+
+    Attributes:
+        start, end: bytes of the file.
+    """
+
+    file: str
+    line: int
+    kind: str
+    start: int
+    end: int
+    old: str
+    new: str
+
+    @property
+    def words(self) -> str:
+        """One line for people; also the fault's name."""
+        old, new = (re.sub(r"\s+", " ", text) for text in (self.old, self.new))
+        return f"{self.file}:{self.line} {self.kind}: {old} -> {new or '(nothing)'}"
+
+
+SWAPS: dict[type, tuple[type, str]] = {
+    ast.Lt: (ast.LtE, "<="), ast.LtE: (ast.Lt, "<"), ast.Gt: (ast.GtE, ">="),
+    ast.GtE: (ast.Gt, ">"), ast.Eq: (ast.NotEq, "!="), ast.NotEq: (ast.Eq, "=="),
+    ast.Is: (ast.IsNot, "is not"), ast.IsNot: (ast.Is, "is"), ast.In: (ast.NotIn, "not in"),
+    ast.NotIn: (ast.In, "in"), ast.Add: (ast.Sub, "-"), ast.Sub: (ast.Add, "+"),
+    ast.Mult: (ast.Div, "/"), ast.Div: (ast.Mult, "*"), ast.FloorDiv: (ast.Mult, "*"),
+    ast.Mod: (ast.FloorDiv, "//"),
+}  # fmt: skip
+NAMES = {"max": "min", "min": "max", "any": "all", "all": "any"}
+
+
+class Places(ast.NodeVisitor):
+    """All faults of one file, in its order."""
+
+    def __init__(self, file: str, text: str) -> None:
+        self.file, self.text = file, text
+        self.lines = [0]
+        for line in text.encode().splitlines(keepends=True):
+            self.lines.append(self.lines[-1] + len(line))
+        self.data = text.encode()
+        self.found: list[Fault] = []
+        self.visit(ast.parse(text))
+
+    def place(self, node: ast.expr | ast.stmt | ast.keyword) -> tuple[int, int]:
+        assert node.end_lineno is not None and node.end_col_offset is not None
+        return (
+            self.lines[node.lineno - 1] + node.col_offset,
+            self.lines[node.end_lineno - 1] + node.end_col_offset,
+        )
+
+    def source(self, node: ast.expr | ast.stmt | ast.keyword) -> str:
+        start, end = self.place(node)
+        return self.data[start:end].decode()
+
+    def add(
+        self, node: ast.expr | ast.stmt | ast.keyword, kind: str, new: str, comma: bool = False
+    ) -> None:
+        """Put `new` in the place of a node; of an item of a list its comma goes with it."""
+        start, end = self.place(node)
+        old = self.data[start:end].decode()
+        if comma and (after := re.match(rb"\s*,", self.data[end:])):
+            end += after.end()
+        self.found.append(Fault(self.file, node.lineno, kind, start, end, old, new))
+
+    # Not for faults: annotations, docstrings, words for people, checks of what cannot be.
+
+    def visit_Raise(self, node: ast.Raise) -> None: ...
+    def visit_Assert(self, node: ast.Assert) -> None: ...
+    def visit_JoinedStr(self, node: ast.JoinedStr) -> None: ...
+    def visit_Import(self, node: ast.Import) -> None: ...
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> None: ...
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
+        if node.value is not None:
+            self.visit(node.value)
+
+    def visit_arg(self, node: ast.arg) -> None: ...
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+        for default in (*node.args.defaults, *node.args.kw_defaults):
+            if default is not None:
+                self.visit(default)
+        for statement in node.body:
+            self.visit(statement)
+
+    def visit_Expr(self, node: ast.Expr) -> None:
+        if isinstance(node.value, ast.Call) and self.name(node.value) not in WORDS:
+            self.add(node, "call left out", "pass")
+            self.generic_visit(node)
+
+    @staticmethod
+    def name(call: ast.Call) -> str:
+        return ast.unparse(call.func).rpartition(".")[2]
+
+    def visit_Call(self, node: ast.Call) -> None:
+        if self.name(node) in WORDS:
+            return
+        for keyword in node.keywords:
+            if keyword.arg is not None and keyword.arg not in ASIDE:
+                self.add(keyword, "argument not handed on", "", comma=True)
+        if self.name(node) in NAMES and isinstance(node.func, ast.Name):
+            self.add(node.func, "other function", NAMES[self.name(node)])
+        if self.name(node) in ("seed_of", "generator_of", "seeded") and len(node.args) > 2:
+            for argument in node.args[2:]:
+                self.add(argument, "part of a key lost", "", comma=True)
+        self.generic_visit(node)
+
+    def visit_If(self, node: ast.If) -> None:
+        self.add(node.test, "condition turned round", f"not ({self.source(node.test)})")
+        self.generic_visit(node)
+
+    def visit_IfExp(self, node: ast.IfExp) -> None:
+        for branch in (node.body, node.orelse):
+            self.add(node, "one of two branches", f"({self.source(branch)})")
+        self.generic_visit(node)
+
+    def visit_BoolOp(self, node: ast.BoolOp) -> None:
+        for value in node.values:
+            self.add(node, "one of several conditions", f"({self.source(value)})")
+        self.generic_visit(node)
+
+    def operator(self, node: ast.expr, left: ast.expr, right: ast.expr, op: ast.AST) -> None:
+        if type(op) in SWAPS and not any(
+            isinstance(side, ast.JoinedStr)
+            or (isinstance(side, ast.Constant) and isinstance(side.value, str))
+            for side in (left, right)
+        ):
+            sides = (f"({self.source(side)})" for side in (left, right))
+            self.add(node, "other operator", f" {SWAPS[type(op)][1]} ".join(sides))
+
+    def visit_BinOp(self, node: ast.BinOp) -> None:
+        self.operator(node, node.left, node.right, node.op)
+        self.generic_visit(node)
+
+    def visit_Compare(self, node: ast.Compare) -> None:
+        if len(node.ops) == 1:
+            self.operator(node, node.left, node.comparators[0], node.ops[0])
+        self.generic_visit(node)
+
+    def visit_AugAssign(self, node: ast.AugAssign) -> None:
+        target, value = self.source(node.target), self.source(node.value)
+        self.add(node, "sum forgotten", f"{target} = {value}")
+        self.generic_visit(node)
+
+    def visit_Constant(self, node: ast.Constant) -> None:
+        if isinstance(node.value, bool):
+            self.add(node, "other constant", str(not node.value))
+        elif isinstance(node.value, int):
+            self.add(node, "other constant", str(node.value + 1))
+        elif isinstance(node.value, float):
+            self.add(node, "other constant", f"({node.value!r} * 1.1 + 0.01)")
+
+    def items(self, node: ast.expr, values: Sequence[ast.expr]) -> None:
+        if len(values) > 1 and isinstance(getattr(node, "ctx", ast.Load()), ast.Load):
+            for value in values:
+                self.add(value, "item lost", "", comma=True)
+        self.generic_visit(node)
+
+    def visit_List(self, node: ast.List) -> None:
+        self.items(node, node.elts)
+
+    def visit_Set(self, node: ast.Set) -> None:
+        self.items(node, node.elts)
+
+    def visit_Dict(self, node: ast.Dict) -> None:
+        for key, value in zip(node.keys, node.values, strict=True):
+            if key is None or len(node.keys) < 2:
+                continue
+            start, (_, end) = self.place(key)[0], self.place(value)
+            old = self.data[start:end].decode()
+            if after := re.match(rb"\s*,", self.data[end:]):
+                end += after.end()
+            self.found.append(Fault(self.file, key.lineno, "item lost", start, end, old, ""))
+        for value in node.values:
+            self.visit(value)
+
+    def visit_Continue(self, node: ast.Continue) -> None:
+        self.add(node, "jump left out", "pass")
+
+    def visit_Break(self, node: ast.Break) -> None:
+        self.add(node, "jump left out", "pass")
+
+    def visit_Subscript(self, node: ast.Subscript) -> None:
+        self.visit(node.value)
+        self.visit(node.slice)
+
+
+def compiles(fault: Fault, text: str) -> bool:
+    """Whether the file with the fault in it is Python, and another program."""
+    try:
+        return ast.dump(ast.parse(put(fault, text))) != ast.dump(ast.parse(text))
+    except SyntaxError:
+        return False
+
+
+def put(fault: Fault, text: str) -> str:
+    """The file with the fault in it."""
+    data = text.encode()
+    return (data[: fault.start] + fault.new.encode() + data[fault.end :]).decode()
+
+
+def draw(seed: int, count: int, files: Sequence[str]) -> list[Fault]:
+    """Faults, each file as often as its share of the places goes, and each at least once."""
+    rng, found = random.Random(seed), []
+    places = {}
+    for file in files:
+        text = (ROOT / f"{file}.py").read_text()
+        here = [f for f in Places(f"{file}.py", text).found if compiles(f, text)]
+        rng.shuffle(here)
+        if here:
+            places[file] = here
+    order = [file for file, here in places.items() for _ in range(round(len(here) ** 0.5))]
+    rng.shuffle(order)
+    order = [*rng.sample(list(places), len(places)), *order]
+    while len(found) < count and order:
+        file = order.pop(0)
+        if places[file]:
+            found.append(places[file].pop())
+            order.append(file)
+    return found
+
+
+# ---- Tests -------------------------------------------------------------------------------------
+
+
+def importers(module: str) -> list[str]:
+    """Test files that name a module, those that bear its name first, then the smallest."""
+    name = module.rpartition("/")[2]
+    dotted = module.replace("/", ".")
+    found = []
+    for path in sorted((ROOT / "tests").glob("test_*.py")):
+        text = path.read_text()
+        if re.search(rf"\b{re.escape(dotted)}\b", text):
+            found.append((path.stem != f"test_{name}", len(text), path.stem))
+    return [stem for _, _, stem in sorted(found)]
+
+
+def tests_for(module: str) -> list[str]:
+    """Files of tests in the order in which they are tried."""
+    chosen = [*importers(module), *TRAINING, *BESIDE.get(module, ())]
+    chosen = [c for c in dict.fromkeys(chosen) if c not in ("test_slurm", "test_architecture")]
+    return [f"tests/{c}.py" for c in chosen if (ROOT / "tests" / f"{c}.py").exists()]
+
+
+def run_tests(tree: str, words: list[str], log: str) -> None:
+    """In a process that has torch already: pytest over a copy of the tree."""
+    os.setsid()
+    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    os.chdir(tree)
+    sys.path[:0] = [tree, f"{tree}/tests"]
+    os.environ["PYTHONPATH"] = f"{tree}:{tree}/tests"
+    import pytest
+
+    os._exit(int(pytest.main(words)))
+
+
+LIBRARIES = ["torch", "torchvision.transforms.v2", "timm", "transformers", "pytest", "skimage",
+             "tensorboard", "torch.utils.tensorboard", "torch._dynamo", "PIL.Image",
+             "sklearn"]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a fault: `by` is the first test that failed, None where none did."""
+
+    fault: Fault
+    by: str | None
+    seconds: float
+    tests: list[str]
+
+
+def try_fault(fault: Fault, tree: Path, limit: float) -> Outcome:
+    """Run the tests that concern the file with the fault in it."""
+    path, module = tree / fault.file, fault.file.removesuffix(".py")
+    text, began = path.read_text(), time.monotonic()
+    files = tests_for(module)
+    words = [*files, "-x", "-q", "--no-header", "--tb=line", "-p", "no:cacheprovider",
+             "-p", "no:randomly", f"--timeout={limit / 4:.0f}", "-o", "addopts=--strict-markers",
+             "-m", "not slurm and not gpu"]  # fmt: skip
+    path.write_text(put(fault, text))
+    try:
+        log = tree.parent / f"{tree.name}.log"
+        context = multiprocessing.get_context("forkserver")
+        child = context.Process(target=run_tests, args=(str(tree), words, str(log)))
+        child.start()
+        child.join(limit)
+        if child.exitcode is None:
+            assert child.pid is not None
+            os.killpg(child.pid, signal.SIGKILL)
+            child.join()
+            by: str | None = f"no end within {limit:.0f} s"
+        elif child.exitcode == 0:
+            by = None
+        else:
+            output = log.read_text(errors="replace")
+            failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", output, re.M)
+            by = failed[0] if failed else f"exit code {child.exitcode}: {output[-300:]}"
+    finally:
+        path.write_text(text)
+    return Outcome(fault, by, time.monotonic() - began, files)
+
+
+def lanes(count: int, folder: Path) -> Iterator[Path]:
+    """Copies of the files that git knows."""
+    names = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT, capture_output=True, check=True,
+    ).stdout.decode().split("\0")  # fmt: skip
+    for number in range(count):
+        tree = folder / f"lane{number}"
+        for name in filter(None, names):
+            (tree / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, tree / name)
+        subprocess.run(["git", "init", "-q"], cwd=tree, check=True)
+        yield tree
+
+
+def main() -> None:
+    """Draw faults, try them, write what was seen; exit code 0 whatever was."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--count", type=int, default=160, help="faults; default: 160")
+    parser.add_argument("--seed", type=int, default=0, help="of the draw; default: 0")
+    parser.add_argument("--only", nargs="+", default=CORE, help="files without .py; default: core")
+    parser.add_argument("--jobs", type=int, default=2, help="lanes; default: 2")
+    parser.add_argument("--limit", type=float, default=600, help="seconds a fault; default: 600")
+    parser.add_argument("--json", type=Path, default=None, help="where results go; default: none")
+    parser.add_argument("--again", type=Path, default=None, help="a result: only its unseen")
+    parser.add_argument("--list", action="store_true", help="print the faults and try none")
+    args = parser.parse_args()
+    faults = draw(args.seed, args.count, [f for f in args.only if (ROOT / f"{f}.py").exists()])
+    if args.again:
+        unseen = {o["words"] for o in json.loads(args.again.read_text()) if o["by"] is None}
+        faults = [f for f in faults if f.words in unseen]
+    if args.list:
+        print(*(f.words for f in faults), sep="\n")
+        return
+    # The server is started once and has what tests import; each fault is a fork of it.
+    multiprocessing.get_context("forkserver").set_forkserver_preload(LIBRARIES)
+    results: list[Outcome] = []
+    with tempfile.TemporaryDirectory(prefix="mutate-") as folder:
+        free = list(lanes(args.jobs, Path(folder)))
+
+        def one(fault: Fault) -> None:
+            tree = free.pop()
+            try:
+                outcome = try_fault(fault, tree, args.limit)
+            finally:
+                free.append(tree)
+            results.append(outcome)
+            seen = sum(o.by is not None for o in results)
+            print(f"[{len(results)}/{len(faults)}, {seen} seen] {outcome.seconds:.0f} s "
+                  f"{fault.words}\n    {outcome.by or 'UNSEEN'}", flush=True)  # fmt: skip
+            if args.json:
+                args.json.parent.mkdir(parents=True, exist_ok=True)
+                table = [
+                    {"words": o.fault.words, "by": o.by, "seconds": round(o.seconds, 1)}
+                    | asdict(o.fault)
+                    for o in results
+                ]
+                args.json.write_text(json.dumps(table, indent=1) + "\n")
+
+        with ThreadPoolExecutor(args.jobs) as pool:
+            list(pool.map(one, faults))
+    print(*(o.fault.words for o in results if o.by is None), sep="\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,31 @@
+"""Models and batches small enough to follow by hand."""
+
+import torch
+from torch import Tensor, nn
+
+from models_mmae import MaskedAutoencoderViT
+
+# Not square, so that height and width cannot change places unseen: 2 x 3 patches.
+SMALL = {
+    "img_size": (8, 12), "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2,
+    "decoder_embed_dim": 16, "decoder_depth": 2, "decoder_num_heads": 2,
+}  # fmt: skip
+MMAE = {"lscale_init": 0.1, "pos_offset": "learned"}
+VISIBLE = 2
+
+
+def small(seed: int = 0, **arguments: object) -> MaskedAutoencoderViT:
+    """A model of `SMALL` with other or more arguments, in fp32."""
+    torch.manual_seed(seed)
+    return MaskedAutoencoderViT(**(SMALL | arguments))
+
+
+def batch(
+    model: nn.Module, B: int = 3, visible: int = VISIBLE, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Images and a mask that differs from row to row, in the dtype of the model."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(B, model.in_chans, *model.img_size, generator=generator)
+    order = torch.rand(B, model.grid[0] * model.grid[1], generator=generator).argsort(dim=1)
+    mask = torch.ones(order.shape, dtype=torch.bool).scatter_(1, order[:, :visible], False)
+    return images.to(model.pos_embed.dtype), mask

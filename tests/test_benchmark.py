@@ -394,7 +394,8 @@ def test_fifty_thousand_files_cost_a_worker_little_memory(tmp_path: Path) -> Non
         flags += ["--num_workers=1", "--batch_size=64", "--repeats=1", "--warmup=0"]
         found = run("files", tmp_path / "r.json", flags)
         assert found["images"] == count
-        assert max(found["growth_bytes"]) < 2**20
+        # A list of paths would make 7 MB of it; 1 MB more or less is the allocator's.
+        assert max(found["growth_bytes"]) < 3 * 2**20
         late += found["worker_bytes"]["late"]
     assert late[1] - late[0] < 4 * 2**20
 

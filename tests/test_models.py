@@ -31,7 +31,7 @@ from models_layers import (
     take,
 )
 from models_mmae import MaskedAutoencoderViT
-from models_zoo import MODELS, create_model, list_models, model_arguments
+from models_zoo import create_model, list_models, model_arguments
 from util.checkpoint import load_file, load_weights
 from util.errors import BadInput
 from util.patches import patchify
@@ -136,20 +136,30 @@ def test_published_models_have_the_official_parameters(
     assert count / 1e6 == pytest.approx(millions, abs=0.05)
 
 
+def short(name: str, **settings: object) -> nn.Module:
+    """A listed model of 2 x 3 patches; of a large one two blocks, for making all takes long."""
+    known = model_arguments(name)
+    settings |= {"img_size": (2 * known["patch_size"], 3 * known["patch_size"])}
+    if known["embed_dim"] >= 768:
+        settings |= {key: 2 for key in known if key.endswith("depth")}
+    return create_model(name, **settings)
+
+
 @pytest.mark.parametrize("terms", [{}, MMAE], ids=["mae", "mmae"])
 @pytest.mark.parametrize("name", list_models())
 def test_every_parameter_gets_a_gradient(name: str, terms: dict[str, object]) -> None:
-    patch = model_arguments(name)["patch_size"]
-    settings = {"img_size": (2 * patch, 3 * patch), **terms}
-    if MODELS[name][1]["embed_dim"] >= 768:  # the blocks are alike, and making all takes long
-        settings |= {"depth": 2, "decoder_depth": 2}
-    torch.manual_seed(0)
-    model = create_model(name, **settings)
+    models = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        models.append(short(name, **terms))
+    model, other = models
     assert model.grid == (2, 3)
     model(*batch(model, B=2))["loss"].backward()
 
+    # What does not learn is a constant, such as a position code, and no draw of the start.
     frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
-    assert frozen == {"pos_embed", "decoder_pos_embed"}
+    fixed = dict(other.named_parameters())
+    assert [n for n, p in model.named_parameters() if n in frozen and not p.equal(fixed[n])] == []
     gradients = {n: p.grad for n, p in model.named_parameters() if n not in frozen}
     assert [n for n, g in gradients.items() if g is None or not g.isfinite().all()] == []
     keys = {}
@@ -162,15 +172,19 @@ def test_every_parameter_gets_a_gradient(name: str, terms: dict[str, object]) ->
     assert [n for n, g in keys.items() if g.norm() > 1e-6 * largest] == []
 
 
-def test_every_listed_model_is_made_as_its_name_says() -> None:
+def test_every_listed_mae_is_made_as_its_name_says() -> None:
+    names = [re.fullmatch(r"mae_vit_[a-z]+_patch(\d+)", name) for name in list_models()]
+    assert sum(map(bool, names)) == 12
     with torch.device("meta"):
-        for name in list_models():
-            patch = int(re.fullmatch(r"mae_vit_[a-z]+_patch(\d+)", name)[1])
+        for found in filter(None, names):
+            name, patch = found[0], int(found[1])
             model = create_model(name, in_chans=1, norm_pix_loss=True)
             assert model.patch_size == (patch, patch)
             assert model.in_chans == 1
             assert model.norm_pix_loss
             assert model.decoder_pred.out_features == patch**2
+            frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
+            assert frozen == {"pos_embed", "decoder_pos_embed"}
 
 
 def test_arguments_of_a_name_are_a_copy() -> None:

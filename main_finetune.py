@@ -94,14 +94,14 @@ from util.lease import Lease, hold_folder
 from util.load_table import LOADED
 from util.logger import prepare_folder, say
 from util.memory import create_in_memory
-from util.optim import create_adamw, create_lars, layer_decay_groups
+from util.optim import create_adamw, create_lars, layer_decay_groups, load_moments
 from util.randomness import EpochSampler, evenly
 from util.results import MEASURED, chosen_on, identity_of, measured_on, set_others_aside
 from util.resume import go_on
 from util.run import Run, due
 from util.samples import LabelledSamples, build_loader, default_workers
 from util.schedule import CosineSchedule, scaled_lr
-from util.shard import Placed, optimizer_parts
+from util.shard import Placed
 from util.splits import hold_out_of
 from util.step import OptimizerStep
 from util.timeline import Timeline
@@ -659,7 +659,7 @@ def finetune(
         if averaged is not None:
             weights = averaged.parts(saved.get("ema", saved["model"]))
             ckpt.load_weights(averaged.model, weights, "the checkpoint")
-        optimizer.load_state_dict(optimizer_parts(optimizer, saved["optimizer"]))
+        load_moments(optimizer, saved["optimizer"])
         optimizer_step.scaler.load_state_dict(saved["scaler"])
         best = saved["best"]
 

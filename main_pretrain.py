@@ -85,13 +85,13 @@ from util.loading import say_conversions
 from util.logger import RunLogger, say, say_once
 from util.masking import STANDARD, count_visible
 from util.memory import create_in_memory
-from util.optim import create_adamw, parameter_groups
+from util.optim import create_adamw, load_moments, parameter_groups
 from util.randomness import EpochSampler, EvalSampler, evenly
 from util.resume import go_on
 from util.run import Run, due
 from util.samples import PretrainSamples, build_loader, default_workers
 from util.schedule import CosineSchedule, scaled_lr
-from util.shard import Placed, optimizer_parts
+from util.shard import Placed
 from util.splits import hold_out_of
 from util.step import OptimizerStep
 from util.timeline import Timeline
@@ -539,7 +539,7 @@ def pretrain(
             timeline, state, path, arithmetic, schedule, notes, allow_changes=args.allow_changes
         )
         ckpt.load_weights(model, placed.parts(state["model"]), "the checkpoint")
-        optimizer.load_state_dict(optimizer_parts(optimizer, state["optimizer"]))
+        load_moments(optimizer, state["optimizer"])
         optimizer_step.scaler.load_state_dict(state["scaler"])
     elif model.pca is not None:
         fit_target(args, model, source, samples, workers, procs)

@@ -87,7 +87,7 @@ from util.lease import Lease, hold_folder
 from util.load_table import LOADED
 from util.logger import prepare_folder, say
 from util.memory import create_in_memory
-from util.optim import create_adamw, layer_decay_groups
+from util.optim import create_adamw, layer_decay_groups, load_moments
 from util.randomness import IterationSampler, evenly
 from util.results import MEASURED, chosen_on, identity_of, measured_on, set_others_aside
 from util.resume import go_on
@@ -821,7 +821,7 @@ def segment(
         )
         sampler.place(timeline.first, timeline.start)
         ckpt.load_weights(model, saved["model"], "the checkpoint")
-        optimizer.load_state_dict(saved["optimizer"])
+        load_moments(optimizer, saved["optimizer"])
         optimizer_step.scaler.load_state_dict(saved["scaler"])
         best = saved["best"]
 

@@ -1,13 +1,13 @@
 """Parameter groups and optimisers."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from util.errors import BadInput
-from util.shard import local, total_norm
+from util.shard import local, optimizer_parts, total_norm
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -52,6 +52,35 @@ def create_adamw(
     # A checkpoint's groups say what was right where it was written.
     optimizer.register_load_state_dict_post_hook(keep)
     return optimizer
+
+
+def load_moments(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Go on with what an optimiser knows of each parameter, at the settings of this start.
+
+    torch would take decay, betas and the layers' factors from the file too: with --allow_changes a
+    run would say that they are others now, and train with the old ones. The rate is the file's
+    until the next step sets it: a resume says what it was.
+
+    Args:
+        state: `state_dict()` of an optimiser of the same kind, without shards.
+
+    Raises:
+        BadInput: other parameters learnt in the checkpoint's run than learn now.
+    """
+    own, saved = optimizer.state_dict()["param_groups"], state["param_groups"]
+    counts = [[len(group["params"]) for group in groups] for groups in (saved, own)]
+    names = [[group.get("param_names") for group in groups] for groups in (saved, own)]
+    if counts[0] != counts[1] or (None not in names[0] and names[0] != names[1]):
+        raise BadInput(
+            f"other parameters learn than in the run of the checkpoint ({sum(counts[1])} tensors, "
+            f"there {sum(counts[0])}): its optimiser cannot go on with them; give the same "
+            "--tune, or take the weights alone into another --output_dir"
+        )
+    kept = ("params", "lr")
+    groups = [
+        mine | {name: its[name] for name in kept} for mine, its in zip(own, saved, strict=True)
+    ]
+    optimizer.load_state_dict(optimizer_parts(optimizer, {**state, "param_groups": groups}))
 
 
 def layer_decay_groups(

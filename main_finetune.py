@@ -660,7 +660,7 @@ def finetune(
             weights = averaged.parts(saved.get("ema", saved["model"]))
             ckpt.load_weights(averaged.model, weights, "the checkpoint")
         load_moments(optimizer, saved["optimizer"])
-        optimizer_step.scaler.load_state_dict(saved["scaler"])
+        optimizer_step.load_scale(saved["scaler"])
         best = saved["best"]
 
     def snapshot() -> dict[str, Any]:

@@ -540,7 +540,7 @@ def pretrain(
         )
         ckpt.load_weights(model, placed.parts(state["model"]), "the checkpoint")
         load_moments(optimizer, state["optimizer"])
-        optimizer_step.scaler.load_state_dict(state["scaler"])
+        optimizer_step.load_scale(state["scaler"])
     elif model.pca is not None:
         fit_target(args, model, source, samples, workers, procs)
 

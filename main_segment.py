@@ -822,7 +822,7 @@ def segment(
         sampler.place(timeline.first, timeline.start)
         ckpt.load_weights(model, saved["model"], "the checkpoint")
         load_moments(optimizer, saved["optimizer"])
-        optimizer_step.scaler.load_state_dict(saved["scaler"])
+        optimizer_step.load_scale(saved["scaler"])
         best = saved["best"]
 
     def snapshot() -> dict[str, Any]:

@@ -130,6 +130,11 @@ class OptimizerStep:
         assert len(losses) == self.accum_iter, "a step needs all of its micro-batches"
         return self._update(torch.stack(losses).mean())
 
+    def load_scale(self, state: dict[str, Any]) -> None:
+        """Go on with the loss scale of a checkpoint; a run without fp16 had none, and it is new."""
+        if state:
+            self.scaler.load_state_dict(state)
+
     def _exchange(self, last: bool) -> Any:
         if isinstance(self.model, FSDPModule):
             # Until the last micro-step every process keeps gradients of the whole model.

@@ -424,6 +424,20 @@ class StepLog:
         if broken:
             self._report_broken(history)
 
+    def report_pending(self) -> None:
+        """Report steps that were not finite and have no log line yet. A collective.
+
+        Before each checkpoint: this start alone knows their images. And where the policy is to
+        stop, each start from a checkpoint of after such a step would end for it again.
+
+        Raises:
+            RunFailed: see `flush`.
+        """
+        if self.procs.sum(self.recent)[5]:
+            self._report_broken(self.history)
+            self.history = [h for h in self.history if not h.result.broken]
+            self.recent[5] = 0
+
     def _report_broken(self, history: list[StepReport]) -> None:
         """Dump the steps that were not finite, and stop if that is the policy."""
         mine = [h for h in history if h.result.broken.item()]

@@ -207,9 +207,13 @@ class Run:
         Args:
             stage: of the epoch, see the class.
             epoch: also write the numbered checkpoint of this epoch.
+
+        Raises:
+            RunFailed: a step was not finite, and the policy is to stop: nothing is written.
         """
         self.check_lease()
         self.bad_images.agree()
+        self.step_log.report_pending()
         state = {
             "task": self.task,
             "epoch": self.timeline.epoch_of(step),

@@ -4,6 +4,7 @@ A log line holds the mean loss of the steps since the line before. So two runs t
 are compared over the stretches between steps at which both have a line.
 """
 
+import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from util.errors import BadInput, needs
-from util.files import write_text
+from util.files import write_bytes, write_text
 from util.logger import METRICS
 from util.yaml_files import read_settings
 
@@ -241,4 +242,6 @@ def draw_curves(curves: Sequence[tuple[str, Curve]], path: Path) -> None:
         axes.legend(fontsize="small")
     else:
         axes.set_title(f"{len(curves)} runs")
-    figure.savefig(path, dpi=120)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120, format=path.suffix[1:] or "png")
+    write_bytes(path, picture.getvalue())

@@ -1,6 +1,5 @@
 """Writing packed data sets: shard by shard, each whole or not there, in any number of processes."""
 
-import errno
 import hashlib
 import io
 import json
@@ -20,7 +19,7 @@ from torch.utils.data import Dataset
 from util.console import counted, visible_line
 from util.conversions import Conversion, Found, describe, merge, take
 from util.errors import BadInput, RunFailed
-from util.files import open_whole, sweep
+from util.files import open_whole, reading, sweep, writing
 from util.images import BadImage, ImageSource, decode_image
 from util.listing import Names
 from util.loading import Loader
@@ -123,7 +122,7 @@ def pack(
 
     Raises:
         BadInput: the folder holds another packing.
-        RunFailed: the disk is full, or too many bad images; whole shards stay.
+        RunFailed: what the operating system refuses, or too many bad images; whole shards stay.
     """
     count = min(MOST, max(FEWEST, -(-len(source) // SHARDS)))
     number = -(-len(source) // count)
@@ -131,10 +130,11 @@ def pack(
     settings |= {"channels": source.channels, "names": names_digest(source), "version": VERSION}
     claim(root, settings)
     sweep(root)
-    if (root / MANIFEST).is_file() and all((root / name).is_file() for name in TABLES):
-        about = read_manifest(root)
-        if all((root / shard["file"]).is_file() for shard in about["shards"]):
-            return about
+    with reading(root):
+        if (root / MANIFEST).is_file() and all((root / name).is_file() for name in TABLES):
+            about = read_manifest(root)
+            if all((root / shard["file"]).is_file() for shard in about["shards"]):
+                return about
     with suppress(BadImage):
         recipe(source, 0)  # what no image of this set can be is said before any process starts
     kept = [shard for shard in range(number) if read_part(root, shard) is not None]
@@ -152,7 +152,7 @@ def pack(
         for found, fault in loader:
             if fault:
                 raise RunFailed(
-                    f"{fault}; {bar.n} of {number} shards are whole and stay: make room, and the "
+                    f"{fault}; {bar.n} of {number} shards are whole and stay: mend that, and the "
                     "same command goes on with the others"
                 )
             bad += found
@@ -210,7 +210,8 @@ def claim(root: Path, settings: dict[str, Any]) -> None:
 def check_bad(root: Path, bad: int, limit: int) -> None:
     """Raise RunFailed for too many bad images, with their list."""
     if bad > limit:
-        write_bad(root)
+        with writing(root / BAD_IMAGES):
+            write_bad(root)
         raise RunFailed(
             f"{counted(bad, 'image')} cannot be decoded, more than --max_bad_images {limit}; they "
             f"are listed in {root / BAD_IMAGES}"
@@ -225,22 +226,36 @@ def part_file(root: Path, shard: int) -> Path:
     return root / f"{shard_name(shard)}.json"
 
 
+def load_part(root: Path, shard: int) -> dict[str, Any]:
+    """The part of a shard that is whole.
+
+    Raises:
+        OSError, ValueError: it is not there, damaged, or the shard has another length.
+    """
+    part = opened(part_file(root, shard).read_bytes(), must=True)
+    size = (root / shard_name(shard)).stat().st_size
+    if size != part["bytes"]:
+        raise ValueError(f"{shard_name(shard)} holds {size:,} bytes, expected {part['bytes']:,}")
+    return part
+
+
 def read_part(root: Path, shard: int) -> dict[str, Any] | None:
     """The part of a shard that is whole, None for others."""
     try:
-        part = opened(part_file(root, shard).read_bytes(), must=True)
-        whole = (root / shard_name(shard)).stat().st_size == part["bytes"]
+        return load_part(root, shard)
     except (OSError, ValueError):  # one of an older version has no checksum: packed once more
         return None
-    return part if whole else None
 
 
 def part_of(root: Path, shard: int) -> dict[str, Any]:
     """The part of a shard that was whole a moment ago."""
-    part = read_part(root, shard)
-    if part is None:
-        raise RunFailed(f"{root / shard_name(shard)} has vanished; run the same command again")
-    return part
+    try:
+        return load_part(root, shard)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise RunFailed(
+            f"cannot read {part_file(root, shard)} any more: {reason}; run the same command again"
+        ) from error
 
 
 class Shards(Dataset):
@@ -265,6 +280,11 @@ class Shards(Dataset):
                     except BadImage as error:
                         bad.append(f"{error.path}: {error.reason}")
                         continue
+                    except OSError as error:
+                        raise RunFailed(
+                            f"cannot read {self.source.file_name(index)}: "
+                            f"{error.strerror or error}; mend that, and the same command goes on"
+                        ) from error
                     file.write(data)
                     digest.update(data)
                     crc = zlib.crc32(data)
@@ -277,10 +297,8 @@ class Shards(Dataset):
             with open_whole(part_file(self.root, shard)) as file:
                 file.write(sealed(part))
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise
-            # Returned, for an exception would lose its number on the way out of a worker.
-            return 0, f"cannot write {path}: {error.strerror}"
+            # Returned, for the loader takes what a data set raises for a fault of reading.
+            return 0, f"cannot write {path}: {error.strerror or error}"
         return len(bad), ""
 
 
@@ -300,7 +318,8 @@ def finish(
         name = shard_name(shard)
         shards.append({"file": name, "bytes": part["bytes"], "sha256": part["sha256"]})
     if not lines:
-        write_bad(root)
+        with writing(root / BAD_IMAGES):
+            write_bad(root)
         first = part_of(root, 0)["bad"][0]
         raise RunFailed(
             f"none of the {len(source)} images of {source.name} can be decoded; the first: {first}"
@@ -324,7 +343,7 @@ def finish(
     except OSError as error:
         raise RunFailed(
             f"cannot write to {root}: {error.strerror}; the shards are whole and stay: make room, "
-            "and the same command goes on"
+            "or mend that, and the same command goes on"
         ) from error
     for line in describe(changed):
         say(line)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from util.checkpoint import BEST
+from util.files import writing
 from util.logger import say
 from util.splits import hold_out_of, leak_of
 
@@ -66,24 +67,29 @@ def set_others_aside(folder: Path, names: Sequence[str], identity: Mapping[str, 
 
     Args:
         names: of the new files in `folder`; the first is JSON and holds its identity.
+
+    Raises:
+        CannotWrite: it cannot be renamed.
     """
     first = folder / names[0]
-    if not first.is_file():
-        return
+    with writing(first):
+        if not first.is_file():
+            return
     try:
         held = json.loads(first.read_text())
-    except (ValueError, RecursionError):
+    except (OSError, ValueError, RecursionError):
         held = None
     before = held.get(MEASURED) if isinstance(held, dict) else None
     # Through JSON, which has no tuples.
     if isinstance(before, dict) and given(before) == given(json.loads(json.dumps(identity))):
         return
     number = 1
-    while any(_numbered(folder / name, number).exists() for name in names):
-        number += 1
-    for name in names:
-        if (folder / name).exists():
-            (folder / name).rename(_numbered(folder / name, number))
+    with writing(first):
+        while any(_numbered(folder / name, number).exists() for name in names):
+            number += 1
+        for name in names:
+            if (folder / name).exists():
+                (folder / name).rename(_numbered(folder / name, number))
     say(f"kept        {_numbered(first, number)}, an earlier measurement of something else")
 
 

@@ -1,0 +1,360 @@
+"""What a flag changes, told by a run: named traces of a command, and rows of a table over flags.
+
+A row gives a flag another value and names every trace that then differs from a run without it. The
+names are all of what a run has: one that differs and is not named is a fault as well, and so is a
+flag without a row.
+"""
+
+import hashlib
+import importlib
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import models_zoo
+from util.checkpoint import LAST, load_file
+
+Trace = dict[str, Any]
+# Flags that only the parser itself knows; tests/test_help.py and tests/test_config_files.py have
+# what they do, for every main.
+OF_THE_PARSER = {"--help", "--help_all", "--config"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """Another value of a flag, and all that it changes.
+
+    Attributes:
+        flags: words of the command line.
+        changes: names of the traces that differ, separated by blanks; all others are the same.
+        beside: words that both runs have, without which the value would not count.
+        says: a text that this run prints and the other one does not.
+        free: a resume may go on with this value although the weights change.
+    """
+
+    flags: str
+    changes: str = ""
+    beside: str = ""
+    says: str = ""
+    free: bool = False
+
+
+@dataclass(frozen=True)
+class Told:
+    """A flag that a test of its own tells about: its name, in the module of the table."""
+
+    test: str
+
+
+Table = dict[str, Row | list[Row] | Told]
+
+
+def rows_of(table: Table) -> list[tuple[str, Row]]:
+    """Every row, under the name that its test has."""
+    found = []
+    for flag, entry in table.items():
+        rows = [entry] if isinstance(entry, Row) else entry if isinstance(entry, list) else []
+        found += [(f"{flag} {row.flags}" if len(rows) > 1 else flag, row) for row in rows]
+    return found
+
+
+def cases(table: Table) -> pytest.MarkDecorator:
+    """A test for every row of a table, under its flag's name."""
+    named = rows_of(table)
+    return pytest.mark.parametrize("row", [r for _, r in named], ids=[n for n, _ in named])
+
+
+def flags_of(parser: Any) -> set[str]:
+    """The flags of a parser by their longest word; a positional one by its name."""
+    return {max(a.option_strings, key=len, default=a.dest) for a in parser._actions}
+
+
+def check_complete(table: Table, parser: Any, module: str) -> None:
+    """Every flag has an entry, every entry has a flag, a row gives its flag, a test is there."""
+    flags = flags_of(parser) - OF_THE_PARSER
+    missing, gone = sorted(flags - table.keys()), sorted(table.keys() - flags)
+    assert not missing, f"flags without an entry in the table of {module}: {' '.join(missing)}"
+    assert not gone, f"entries of flags that are no more, in {module}: {' '.join(gone)}"
+    for flag, entry in table.items():
+        if isinstance(entry, Told):
+            assert hasattr(sys.modules[module], entry.test), f"{flag}: no test {entry.test}"
+            continue
+        for row in entry if isinstance(entry, list) else [entry]:
+            given = {word.split("=")[0] for word in row.flags.split()}
+            assert flag in given or not flag.startswith("--"), f"{flag}: its row is {row.flags}"
+
+
+# ---- Traces ------------------------------------------------------------------------------------
+
+
+def digest(value: Any) -> str:
+    """A short text that is the same for equal values alone; of tensors, bit for bit."""
+    total = hashlib.sha256()
+
+    def add(part: Any) -> None:
+        if isinstance(part, Tensor):
+            total.update(f"{part.dtype}{tuple(part.shape)}".encode())
+            total.update(part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        elif isinstance(part, Mapping):
+            for key in sorted(part, key=str):
+                total.update(str(key).encode())
+                add(part[key])
+        elif isinstance(part, list | tuple):
+            total.update(str(len(part)).encode())
+            for one in part:
+                add(one)
+        else:
+            total.update(repr(part).encode())
+
+    add(value)
+    return total.hexdigest()[:12]
+
+
+class Watched:
+    """Something that is called or iterated over as before, and what it gives is noted."""
+
+    def __init__(self, whole: Any, note: Callable[[Any], None]) -> None:
+        self.whole, self.note = whole, note
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.whole, name)
+
+    def __call__(self, *rest: Any, **more: Any) -> Any:
+        given = self.whole(*rest, **more)
+        self.note(given)
+        return given
+
+    def __len__(self) -> int:
+        return len(self.whole)
+
+    def __iter__(self) -> Iterator[Any]:
+        for given in self.whole:
+            self.note(given)
+            yield given
+
+
+def files_below(root: Path) -> list[str]:
+    """What a command wrote, by name; the names of TensorBoard's files hold time and machine."""
+    names = (p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file())
+    return sorted(re.sub(r"tfevents\.\S+", "tfevents", name) for name in names)
+
+
+def plain(text: str, *places: Path) -> list[str]:
+    """Printed lines without what is of the machine: rates, seconds, folders."""
+    for place in places:
+        text = text.replace(str(place), "HERE")
+    text = re.sub(r"[\d.,]+ ?(images|img|it|batch\w*|quer\w+)/s", "RATE", text)
+    return [line for line in text.splitlines() if "RATE" not in line and "%|" not in line]
+
+
+@dataclass
+class Runner:
+    """Runs a training main in this process, a tiny one, and gives its trace.
+
+    Attributes:
+        name: of the main.
+        loop: its engine's function, as the main's module has it.
+        base: words of every run.
+        places: folders and files that rows may name, as `{name}`.
+        root: folder for the runs.
+        metrics: name of the file of records.
+    """
+
+    name: str
+    loop: str
+    base: Sequence[str]
+    places: dict[str, str]
+    root: Path
+    metrics: str
+    kept: dict[str, Trace] = field(default_factory=dict)
+    number: int = 0
+
+    def baseline(self, words: str = "") -> Trace:
+        """The trace of a run of these words, run once."""
+        if words not in self.kept:
+            self.kept[words] = self(words)
+        return self.kept[words]
+
+    def check(self, row: Row) -> None:
+        """Run a row, and see that it changes what it says and nothing else."""
+        before, after = self.baseline(row.beside), self(row.beside, row.flags)
+        compare(row, before, after)
+        if "weights" in row.changes.split() and not row.free:
+            assert before["agree"] != after["agree"], (
+                f"{row.flags} changes the weights, and a resume would not find it changed"
+            )
+
+    def __call__(self, *words: str, folder: Path | None = None) -> Trace:
+        self.number += 1
+        root = self.root / str(self.number) if folder is None else folder
+        root.mkdir(exist_ok=True)
+        argv = [
+            *self.base, f"--output_dir={root}/run",
+            *(word.format(**self.places, root=root) for word in " ".join(words).split()),
+        ]  # fmt: skip
+        trace: Trace = {}
+        before = tf32()
+        with pytest.MonkeyPatch.context() as patch:
+            self._watch(patch, trace)
+            self._call(argv, trace, root)
+        # A run sets these for its process.
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+        return trace
+
+    def _call(self, argv: list[str], trace: Trace, root: Path) -> None:
+        out, err, code = call(self.name, argv)
+        trace["ends"] = code
+        trace["text"] = out + err  # for `says`, not compared
+        trace["files"] = files_below(root)
+        if "start" not in trace:  # what a training prints follows from the rest
+            trace["said"] = plain(out + err, root)
+        text = "".join(path.read_text() for path in root.rglob(self.metrics))
+        records = [json.loads(line) for line in text.splitlines()]
+        trace["log"] = [r["step"] for r in records if r["kind"] == "train"]
+        measured = [r for r in records if r["kind"] == "eval"]
+        trace["measured"] = digest([{k: v for k, v in r.items() if k != "time"} for r in measured])
+        last = list(root.rglob(LAST))
+        if "start" in trace and last:
+            state = load_file(last[0])
+            trace["weights"] = digest(state["model"])
+            trace["averages"] = digest(state.get("ema"))
+            trace["agree"] = state["arithmetic"]  # what a resume must find unchanged
+
+    def _watch(self, patch: pytest.MonkeyPatch, trace: Trace) -> None:
+        module = importlib.import_module(self.name)
+        loop = getattr(module, self.loop)
+        lists: dict[str, list[Any]] = {name: [] for name in ("images", "which", "masks", "rates")}
+
+        def batch(given: dict[str, Any]) -> None:
+            lists["which"].append(given["index"].tolist())
+            lists["images"].append(digest([given["image"], given["label"], given.get("extent")]))
+
+        def watched(model: Any, loader: Any, step: Any, third: Any, *rest: Any, **more: Any) -> Any:
+            if "start" not in trace:
+                trace.update(at_start(model, loader, step, more))
+            if self.loop == "train_one_epoch" and hasattr(third, "num_visible"):
+                third = Watched(third, lambda mask: lists["masks"].append(digest(mask)))
+            after = more["after_step"]
+
+            def after_step(report: Any) -> bool:
+                lists["rates"].append(float(f"{report.lr:.9g}"))
+                return after(report)
+
+            more["after_step"] = after_step
+            try:
+                return loop(model, Watched(loader, batch), step, third, *rest, **more)
+            finally:
+                trace.update({name: list(found) for name, found in lists.items()})
+
+        def saved(folder: Path, state: Any, epoch: int | None = None, keep: int = 0) -> Any:
+            trace.setdefault("saves", []).append((state["step"], state["stage"], epoch))
+            return save(folder, state, epoch, keep)
+
+        patch.setattr(module, self.loop, watched)
+        add_small_models(patch)
+        run = importlib.import_module("util.run")
+        save = run.ckpt.save_checkpoint
+        patch.setattr(run.ckpt, "save_checkpoint", saved)
+        for name, word in (("distribute", "compiled"), ("Placed", "shard")):
+            if hasattr(module, name):
+                patch.setattr(module, name, switched_off(getattr(module, name), word, trace))
+
+
+def add_small_models(patch: pytest.MonkeyPatch) -> None:
+    """Names for models so small that a run is its files: nano, and pico with fewer blocks."""
+    for name, depth in (("nano", 2), ("pico", 1)):
+        size = {"embed_dim": 32, "depth": depth, "num_heads": 2, "img_size": 16, "patch_size": 4}
+        decoder = {"decoder_embed_dim": 32, "decoder_depth": 1, "decoder_num_heads": 2}
+        for names, prefix, sizes in (
+            (models_zoo.MODELS, "mae_vit", size | decoder),
+            (models_zoo.CLASSIFIERS, "vit", size),
+        ):
+            kind = names[f"{prefix}_micro_patch4"][0]
+            patch.setitem(names, f"{prefix}_{name}_patch4", (kind, sizes))
+
+
+def switched_off(whole: Any, word: str, trace: Trace) -> Any:
+    """A function that is called without a switch, which is noted: compiling takes a minute."""
+
+    def called(*rest: Any, **more: Any) -> Any:
+        trace[word] = bool(more.get(word))
+        return whole(*rest, **more | {word: False})
+
+    return called
+
+
+def at_start(model: Any, loader: Any, step: Any, more: Mapping[str, Any]) -> Trace:
+    """What there is before the first step."""
+    groups = [
+        (g["weight_decay"], g.get("lr_scale", 1.0), g.get("betas"))
+        for g in step.optimizer.param_groups
+    ]
+    checkpointing = [
+        m.grad_checkpointing for m in model.modules() if hasattr(m, "grad_checkpointing")
+    ]
+    return {
+        "start": digest(model.state_dict()),
+        "learns": sorted(n for n, p in model.named_parameters() if p.requires_grad),
+        "optimizer": (type(step.optimizer).__name__, sorted(set(map(repr, groups)))),
+        "precision": step.precision,
+        "loader": (loader.num_workers, loader.prefetch_factor, loader.pin_memory),
+        "recomputes": any(checkpointing),
+        "tf32": tf32(),
+        "statistics": (tuple(more["mean"]), tuple(more["std"])),
+    }
+
+
+def tf32() -> tuple[bool, bool]:
+    """Whether this process may use TF32, in matrix products and convolutions."""
+    return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+
+
+def call(name: str, argv: Sequence[str]) -> tuple[str, str, int]:
+    """A main's output and exit code, in this process; its signal handlers are put back."""
+    import contextlib
+    import io
+    import signal
+
+    from util.signals import STOP_SIGNALS
+
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            importlib.import_module(name).main(list(argv))
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+    return out.getvalue(), err.getvalue(), code
+
+
+# What a row does not have to name: it follows from the flags themselves, or is asked for apart.
+NOT_COMPARED = {"agree", "text"}
+
+
+def compare(row: Row, before: Trace, after: Trace) -> None:
+    """See that a row's traces differ, and no others."""
+    names = (before.keys() | after.keys()) - NOT_COMPARED
+    found = {name for name in names if before.get(name) != after.get(name)}
+    expected = set(row.changes.split())
+    told = f"{row.flags} {row.beside and f'beside {row.beside}'}: "
+    lost, more = sorted(expected - found), sorted(found - expected)
+    shown = "".join(f"\n  {n}: {before.get(n)}\n    -> {after.get(n)}" for n in more)
+    end = after["text"][-600:] if after.get("ends") else ""
+    assert not lost and not more, (
+        f"{told}was to change {lost or 'nothing more'}, and did not; changed beside it {more}"
+        f"{shown}\n{end}"
+    )
+    if row.says:
+        assert row.says in after["text"], f"{told}does not say {row.says!r}:\n{after['text']}"
+        assert row.says not in before["text"], f"{told}it says {row.says!r} without it too"

@@ -1,0 +1,200 @@
+"""Every flag of main_finetune.py: another value changes what it should, and nothing else."""
+
+from pathlib import Path
+
+import every_flag_training as alike
+import pytest
+from every_flag import Row, Runner, Table, Told, cases, check_complete
+
+import main_finetune
+
+pytestmark = pytest.mark.smoke
+
+# 12 images in batches of 4 are 3 steps an epoch, 6 in all.
+BASE = [
+    "--dataset=imagefolder", "--batch_size=4", "--epochs=2", "--warmup_epochs=1", "--lr=0.01",
+    "--log_every=2", "--num_workers=0", "--device=cpu", "--eval_every=0", "--save_every=0",
+    "--input_size=16", "--model=vit_nano_patch4", "--aa=none", "--reprob=0",
+]  # fmt: skip
+LENGTH = "images which rates log saves weights"
+MEASURED = "--eval_every=2"
+START = "--finetune={pretrained}"
+ERASED = "--reprob=0.5"
+MIXED = "--mixup=0.8 --cutmix=1"
+
+TABLE: Table = {
+    # ---- What is trained
+    "--tune": [
+        Row("--tune=partial:1", "learns optimizer weights"),
+        Row("--tune=linear", "start learns optimizer weights"),
+    ],
+    "--model": Row("--model=vit_pico_patch4", "start learns optimizer weights"),
+    "--list_models": Told("test_list_models"),
+    "--finetune": Row("--finetune={pretrained}", "start weights"),
+    "--pos_resize": Row("--pos_resize=extend", "start weights", f"{START} --input_size=24"),
+    "--nb_classes": Row("--nb_classes=5", "start weights"),
+    "--in_chans": Row("--in_chans=1", "images start statistics weights"),
+    "--num_heads": Row("--num_heads=4", "weights", "--finetune={official} --input_size=16"),
+    "--weights_key": Row("--weights_key=b", "start weights", "--finetune={nested} --weights_key=a"),
+    "--patch_size": Row("--patch_size=8", "start weights"),
+    "--lscale_init": Row("--lscale_init=0.5", "start learns weights"),
+    "--global_pool": Row("--global_pool=cls", "start learns weights"),
+    "--cls_token": Row("--cls_token", "start learns weights"),
+    "--drop_path": Row("--drop_path=0.5", "weights"),
+    # ---- Data
+    "--dataset": Row("--dataset=synthetic", "images statistics weights", "--train_images=12"),
+    "--data_path": Row("--data_path={other}", "images weights", free=True),
+    "--input_size": Row("--input_size=24", "images start weights"),
+    "--mean": Row("--mean 0.1 0.2 0.3", "images statistics weights"),
+    "--std": Row("--std 0.1 0.2 0.3", "statistics weights"),
+    "--max_pixels": Row("--max_pixels=2200", "images files weights"),
+    "--num_workers": Row("--num_workers=1", "loader"),
+    "--prefetch_factor": Row("--prefetch_factor=5", "loader", "--num_workers=1"),
+    "--no_pin_mem": Told("test_no_pin_mem"),
+    "--train_images": Row("--train_images=8", LENGTH),
+    "--val_images": Row("--val_images=3", "measured", MEASURED),
+    "--val_fraction": Row("--val_fraction=0.25", f"measured {LENGTH}", MEASURED),
+    "--val_seed": Row("--val_seed=1", "images measured weights", f"--val_fraction=0.25 {MEASURED}"),
+    # ---- Augmentation
+    "--aa": Row("--aa=rand-m9-mstd0.5-inc1", "images weights"),
+    "--color_jitter": Row("--color_jitter=0.4", "images weights"),
+    "--crop_scale": Row("--crop_scale 1 1", "images weights"),
+    "--no_flip": Row("--no_flip", "images weights"),
+    "--smoothing": [
+        Row("--smoothing=0.4", "weights"),
+        Row("--smoothing=0.4", "weights", MIXED),
+    ],
+    "--reprob": Row("--reprob=0.9", "weights"),
+    "--remode": [Row(f"--remode={m}", "weights", ERASED) for m in ("rand", "const")],
+    "--recount": Row("--recount=3", "weights", ERASED),
+    "--mixup": Row("--mixup=0.8", "weights"),
+    "--cutmix": Row("--cutmix=1", "weights"),
+    "--cutmix_minmax": Row("--cutmix_minmax 0.2 0.8", "weights"),
+    "--mixup_prob": Row("--mixup_prob=0.1", "weights", MIXED),
+    "--mixup_switch_prob": Row("--mixup_switch_prob=0", "weights", MIXED),
+    "--mixup_mode": [Row(f"--mixup_mode={m}", "weights", MIXED) for m in ("pair", "elem")],
+    "--ema_decay": [
+        Row("--ema_decay=0.9", "averages"),
+        Row("--ema_decay=0.5", "averages", "--ema_decay=0.9"),
+    ],
+    # ---- Optimisation
+    "--batch_size": Row("--batch_size=6", LENGTH),
+    "--accum_iter": Row("--accum_iter=3", "rates log saves weights"),
+    "--epochs": Row("--epochs=1", LENGTH),
+    "--warmup_epochs": Row("--warmup_epochs=0.5", "rates weights"),
+    "--blr": Told("test_blr"),
+    "--lr": Row("--lr=0.02", "rates weights"),
+    "--min_lr": Row("--min_lr=0.001", "rates weights"),
+    "--weight_decay": Row("--weight_decay=0.5", "optimizer weights"),
+    "--clip_grad": Row("--clip_grad=0.01", "weights"),
+    "--precision": [Row(f"--precision={p}", "precision weights") for p in ("bf16", "fp16")],
+    "--grad_checkpointing": Row("--grad_checkpointing", "recomputes"),
+    "--nan_policy": Told("test_nan_policy"),
+    "--tf32": Row("--tf32", "tf32"),
+    "--compile": Row("--compile", "compiled"),
+    "--no-compile": Row("--no-compile", "compiled", "--compile"),
+    "--layer_decay": Row("--layer_decay=0.5", "optimizer weights"),
+    "--betas": [
+        Row("--betas 0.5 0.999", "optimizer weights"),
+        Row("--betas 0.9 0.5", "optimizer weights"),
+    ],
+    "--shard": Row("--shard", "shard"),
+    # ---- The run
+    "--output_dir": Row("--output_dir={root}/there", "files"),
+    "--log_dir": Row("--log_dir={root}/events", "files"),
+    "--device": Told("test_device"),
+    "--seed": [
+        Row("--seed=1", "start images which weights"),
+        # What is drawn for a step alone: nothing of a sample or of the start reaches it.
+        Row("--seed=1", "start images which weights", f"{MIXED} {ERASED} --drop_path=0.5"),
+    ],
+    "--log_every": Row("--log_every=1", "log"),
+    "--save_every": Row("--save_every=1", "files saves"),
+    "--save_minutes": Row("--save_minutes=1e-9", "saves"),
+    "--keep": Row("--keep=1", "files", "--save_every=1"),
+    "--max_bad_images": Told("test_bad_images"),
+    "--resume": Told("test_resume"),
+    "--allow_changes": Told("test_allow_changes"),
+    "--eval_every": Row("--eval_every=1", "files measured saves"),
+    "--eval": Told("test_eval"),
+    "--dist_eval": Row("--dist_eval"),
+    "--dry_run": Told("test_dry_run"),
+    "--dry_run_measure": Told("test_dry_run_measure"),
+    **alike.DRY_RUN,
+}
+
+
+@pytest.fixture(scope="module")
+def runner(tmp_path_factory: pytest.TempPathFactory) -> Runner:
+    root = tmp_path_factory.mktemp("finetune")
+    places = {}
+    for seed, name in enumerate(("data", "other")):
+        alike.write_images(root / name, seed)
+        places[name] = str(root / name)
+    places |= alike.write_encoders(root)
+    base = [*BASE, f"--data_path={places['data']}"]
+    metrics = "metrics-finetune.jsonl"
+    return Runner("main_finetune", "train_one_epoch", base, places, root, metrics)
+
+
+def test_every_flag_has_an_entry() -> None:
+    check_complete(TABLE, main_finetune.build_parser(), __name__)
+
+
+@cases(TABLE)
+def test_another_value(row: Row, runner: Runner) -> None:
+    runner.check(row)
+
+
+def test_blr(runner: Runner) -> None:
+    """Without --lr it gives the rate; the runs beside have one."""
+    argv = [word for word in runner.base if not word.startswith("--lr=")]
+    free = Runner(
+        runner.name, runner.loop, argv, runner.places, runner.root / "blr", runner.metrics
+    )
+    free.root.mkdir()
+    free.check(Row("--blr=0.05", "rates weights"))
+
+
+def test_list_models(runner: Runner) -> None:
+    alike.check_list_models(runner, "vit_base_patch16")
+
+
+def test_no_pin_mem(runner: Runner) -> None:
+    alike.check_no_pin_mem(runner, main_finetune)
+
+
+def test_nan_policy(runner: Runner) -> None:
+    alike.check_nan_policy(runner, "--lr=1e6 --warmup_epochs=0")
+
+
+def test_device(runner: Runner) -> None:
+    alike.check_device(runner)
+
+
+def test_bad_images(runner: Runner) -> None:
+    alike.check_bad_images(runner)
+
+
+def test_resume(runner: Runner, tmp_path: Path) -> None:
+    alike.check_resume(runner, "--epochs=3", tmp_path)
+
+
+def test_allow_changes(runner: Runner, tmp_path: Path) -> None:
+    alike.check_allow_changes(runner, "--epochs=3", tmp_path)
+
+
+def test_eval(runner: Runner, tmp_path: Path) -> None:
+    """It measures what is there, and trains nothing."""
+    runner(MEASURED, folder=tmp_path)
+    measured = runner("--eval", folder=tmp_path)
+    assert measured["ends"] == 0 and "start" not in measured
+    assert {"run/result-eval.json"} <= set(measured["files"]), measured["files"]
+
+
+def test_dry_run(runner: Runner) -> None:
+    alike.check_dry_run(runner)
+
+
+def test_dry_run_measure(runner: Runner) -> None:
+    alike.check_dry_run_measure(runner)

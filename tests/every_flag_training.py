@@ -132,7 +132,6 @@ def write_encoders(root: Path) -> dict[str, str]:
         torch.manual_seed(5)
         name = "mae_vit_nano_patch4"
         model = models_zoo.create_model(name)
-        torch.nn.init.normal_(model.pos_embed, std=0.5)
         state = {
             "task": "pretrain", "step": 1, "model": model.state_dict(), "model_name": name,
             "model_args": models_zoo.model_arguments(name),

@@ -26,7 +26,7 @@ TABLE: Table = {
     # ---- What is trained
     "--tune": [
         Row("--tune=partial:1", "learns optimizer weights"),
-        Row("--tune=linear", "start learns optimizer weights"),
+        Row("--tune=linear", "start learns optimizer rates weights"),
     ],
     "--model": Row("--model=vit_pico_patch4", "start learns optimizer weights"),
     "--list_models": Told("test_list_models"),
@@ -34,7 +34,9 @@ TABLE: Table = {
     "--pos_resize": Row("--pos_resize=extend", "start weights", f"{START} --input_size=24"),
     "--nb_classes": Row("--nb_classes=5", "start weights"),
     "--in_chans": Row("--in_chans=1", "images start statistics weights"),
-    "--num_heads": Row("--num_heads=4", "weights", "--finetune={official} --input_size=16"),
+    "--num_heads": Row(
+        "--num_heads=4", "weights", "--finetune={official} --num_heads=2", without="--model"
+    ),
     "--weights_key": Row("--weights_key=b", "start weights", "--finetune={nested} --weights_key=a"),
     "--patch_size": Row("--patch_size=8", "start weights"),
     "--lscale_init": Row("--lscale_init=0.5", "start learns weights"),
@@ -45,7 +47,11 @@ TABLE: Table = {
     "--dataset": Row("--dataset=synthetic", "images statistics weights", "--train_images=12"),
     "--data_path": Row("--data_path={other}", "images weights", free=True),
     "--input_size": Row("--input_size=24", "images start weights"),
-    "--mean": Row("--mean 0.1 0.2 0.3", "images statistics weights"),
+    "--mean": [
+        Row("--mean 0.1 0.2 0.3", "statistics weights"),
+        # What augmentation moves out of the image is filled with it.
+        Row("--mean 0.1 0.2 0.3", "images statistics weights", "--aa=rand-m9-mstd0.5-inc1"),
+    ],
     "--std": Row("--std 0.1 0.2 0.3", "statistics weights"),
     "--max_pixels": Row("--max_pixels=2200", "images files weights"),
     "--num_workers": Row("--num_workers=1", "loader"),
@@ -82,7 +88,7 @@ TABLE: Table = {
     "--accum_iter": Row("--accum_iter=3", "rates log saves weights"),
     "--epochs": Row("--epochs=1", LENGTH),
     "--warmup_epochs": Row("--warmup_epochs=0.5", "rates weights"),
-    "--blr": Told("test_blr"),
+    "--blr": Row("--blr=0.05", "rates weights", without="--lr"),
     "--lr": Row("--lr=0.02", "rates weights"),
     "--min_lr": Row("--min_lr=0.001", "rates weights"),
     "--weight_decay": Row("--weight_decay=0.5", "optimizer weights"),
@@ -144,16 +150,6 @@ def test_every_flag_has_an_entry() -> None:
 @cases(TABLE)
 def test_another_value(row: Row, runner: Runner) -> None:
     runner.check(row)
-
-
-def test_blr(runner: Runner) -> None:
-    """Without --lr it gives the rate; the runs beside have one."""
-    argv = [word for word in runner.base if not word.startswith("--lr=")]
-    free = Runner(
-        runner.name, runner.loop, argv, runner.places, runner.root / "blr", runner.metrics
-    )
-    free.root.mkdir()
-    free.check(Row("--blr=0.05", "rates weights"))
 
 
 def test_list_models(runner: Runner) -> None:

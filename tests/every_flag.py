@@ -273,8 +273,8 @@ class Runner:
 
 
 def add_small_models(patch: pytest.MonkeyPatch) -> None:
-    """Names for models so small that a run is its files: nano, and pico with fewer blocks."""
-    for name, depth in (("nano", 2), ("pico", 1)):
+    """Names for models so small that a run is its files; a segmenter takes four blocks or more."""
+    for name, depth in (("nano", 2), ("pico", 1), ("deep", 4), ("deeper", 5)):
         size = {"embed_dim": 32, "depth": depth, "num_heads": 2, "img_size": 16, "patch_size": 4}
         decoder = {"decoder_embed_dim": 32, "decoder_depth": 1, "decoder_num_heads": 2}
         for names, prefix, sizes in (

@@ -33,6 +33,23 @@ def write_images(root: Path, seed: int = 0) -> None:
                 image.save(root / split / name / f"{i}.jpg", quality=90)
 
 
+def write_pairs(root: Path, seed: int = 0) -> None:
+    """Twelve images with masks of four classes to train on, six to measure; one is larger."""
+    rng = np.random.default_rng(seed)
+    for split, count in (("train", 12), ("val", 6)):
+        for name in ("images", "masks"):
+            (root / split / name).mkdir(parents=True)
+        for i in range(count):
+            side = 60 if (split, i) == ("train", 4) else 40
+            pixels = rng.integers(0, 256, (5, 5, 3), np.uint8)
+            image = Image.fromarray(pixels).resize((side, side - 8), Image.Resampling.BICUBIC)
+            image.save(root / split / "images" / f"{i:02d}.jpg", quality=90)
+            label = rng.integers(0, 4, (5, 5), np.uint8)
+            label[0, 0], label[1, 1], label[2:, 2:] = 255, 3, i % 4
+            mask = Image.fromarray(label).resize((side, side - 8), Image.Resampling.NEAREST)
+            mask.save(root / split / "masks" / f"{i:02d}.png")
+
+
 # A dry run and what it assumes, alike in all mains that plan.
 DRY_RUN: dict[str, Row] = {
     "--dry_run_images": Row("--dry_run_images=4321", "said", "--dry_run", "4,321"),
@@ -74,9 +91,10 @@ def check_nan_policy(runner: Runner, blows_up: str) -> None:
     assert skip["ends"] == 0 and any("checkpoint-last" in name for name in skip["files"])
 
 
-def check_bad_images(runner: Runner) -> None:
+def check_bad_images(runner: Runner, beside: str = "") -> None:
     """One image is too large: one more than allowed ends the run."""
-    few, none = (runner("--max_pixels=2200", f"--max_bad_images={n}") for n in (1, 0))
+    words = f"--max_pixels=2200 {beside}"
+    few, none = (runner(words, f"--max_bad_images={n}") for n in (1, 0))
     assert few["ends"] == 0 and none["ends"] == 1 and "--max_bad_images" in none["text"]
 
 
@@ -125,12 +143,12 @@ def check_no_pin_mem(runner: Runner, module: Any) -> None:
     assert asked == [True, False]
 
 
-def write_encoders(root: Path) -> dict[str, str]:
+def write_encoders(root: Path, size: str = "nano") -> dict[str, str]:
     """Files to start from: a pretraining of ours, plain weights, and two in one file."""
     with pytest.MonkeyPatch.context() as patch:
         add_small_models(patch)
         torch.manual_seed(5)
-        name = "mae_vit_nano_patch4"
+        name = f"mae_vit_{size}_patch4"
         model = models_zoo.create_model(name)
         state = {
             "task": "pretrain", "step": 1, "model": model.state_dict(), "model_name": name,
@@ -140,7 +158,7 @@ def write_encoders(root: Path) -> dict[str, str]:
         save_checkpoint(root / "pretrained", state)
         plain = [
             {k: v for k, v in create().state_dict().items() if not k.startswith("head")}
-            for create in [partial(models_zoo.create_model, "vit_nano_patch4", num_classes=0)] * 2
+            for create in [partial(models_zoo.create_model, name[4:], num_classes=0)] * 2
         ]
     write_signed(root / "official.pth", {"model": plain[0]})
     write_signed(root / "nested.pth", dict(zip("ab", plain, strict=True)))

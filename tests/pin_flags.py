@@ -1,0 +1,172 @@
+"""Write `pinned_flags.yaml` anew: every flag's default, choices and type, and every preset.
+
+python tests/pin_flags.py    # after a change that is meant; the difference belongs in the commit
+"""
+
+import argparse
+import importlib
+import inspect
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+PINNED = ROOT / "tests" / "pinned_flags.yaml"
+HEADER = """\
+# Written by `python tests/pin_flags.py`; tests/test_pinned_flags.py compares. A difference is a
+# change for users: accept it by running that command, and say it in CHANGELOG.md.
+"""
+TRAINING = ("main_pretrain", "main_finetune", "main_segment")
+UNSET = "unset"  # the flag is not there unless it is given: a preset fills it
+
+
+def type_text(convert: Any, action: argparse.Action) -> str:
+    """What a flag takes, in words; bounds are those that its type was made of."""
+    if action.nargs == 0:
+        return "switch" if action.const in (None, True, False) else f"stands for {action.const}"
+    if convert is None:
+        return "text"
+    inner = inspect.getclosurevars(convert).nonlocals if inspect.isfunction(convert) else {}
+    if "kind" in inner:
+        low, high = (
+            ("above", "below")[i] if inner[open_] else ("at least", "at most")[i]
+            for i, open_ in enumerate(("open_low", "open_high"))
+        )
+        if inner["why"].endswith("core of this machine"):  # another number on each machine
+            return f"{inner['kind'].__name__}, {low} {inner['low']}, at most {inner['why']}"
+        return f"{inner['kind'].__name__}, {low} {inner['low']}, {high} {inner['high']}"
+    if "convert" in inner:
+        return f"none or {type_text(inner['convert'], action)}"
+    return str(convert.__name__)
+
+
+def plain(value: Any) -> Any:
+    """In types that YAML has."""
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    if isinstance(value, set | frozenset):
+        return sorted(plain(v) for v in value)
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return getattr(value, "__name__", None) or str(value)
+
+
+def flag_rows(parser: argparse.ArgumentParser) -> dict[str, dict[str, Any]]:
+    """Every flag by its longest word."""
+    rows = {}
+    for action in parser._actions:
+        default = UNSET if action.default == argparse.SUPPRESS else plain(action.default)
+        row = {"type": type_text(action.type, action), "default": default}
+        if action.choices is not None:
+            row["choices"] = plain(list(action.choices))
+        if action.nargs not in (None, 0):
+            row["values"] = action.nargs
+        flag = max(action.option_strings, key=len, default=action.dest)
+        if action.option_strings and action.dest != flag.lstrip("-").replace("-", "_"):
+            row["sets"] = action.dest
+        if action.nargs == 0 and action.dest in ("compile", "pin_mem", "global_pool"):
+            row["to"] = plain(action.const)
+        rows[flag] = row
+    return rows
+
+
+def free_on_resume(main: Any) -> list[str]:
+    """Flags of a training main that may differ on resume; all others are refused if changed."""
+    from util.config import NOT_KEPT, arithmetic_of
+
+    dests = {action.dest for action in main.build_parser()._actions} - {"help", "help_all"}
+    # `settings_of` leaves out what holds for one start alone.
+    kept = dict.fromkeys(dests - NOT_KEPT)
+    return sorted(dests - arithmetic_of(kept, main.HOUSEKEEPING).keys())
+
+
+def arguments_of(create: Callable[..., Any]) -> dict[str, Any]:
+    """Arguments of a class with their defaults; `required` where it has none."""
+    return {
+        name: "required" if p.default is p.empty else plain(p.default)
+        for name, p in inspect.signature(create).parameters.items()
+    }
+
+
+def collect() -> dict[str, Any]:
+    """All that is pinned, in plain types."""
+    import main_benchmark
+    import main_finetune
+    import main_pretrain
+    import main_segment
+    import models_zoo
+    from engine_segment import LOOKS_BY_DEFAULT
+    from models_mmae import MaskedAutoencoderViT
+    from models_upernet import UperNet
+    from models_vit import VisionTransformer
+    from util import config, finetune_flags, transforms
+    from util.masking import STANDARD
+    from util.slurm import add_job_flags
+
+    mains = sorted(path.stem for path in ROOT.glob("main_*.py"))
+    job = argparse.ArgumentParser(add_help=False)
+    add_job_flags(job)
+    flags = {name: flag_rows(importlib.import_module(name).build_parser()) for name in mains}
+    found = {
+        "flags": flags | {"job": flag_rows(job)},
+        "free on resume": {
+            name: free_on_resume(importlib.import_module(name)) for name in TRAINING
+        },
+        "held to the published recipe": {
+            "pretrain": vars(main_pretrain.PUBLISHED),
+            "finetune": {k: vars(v) for k, v in main_finetune.PUBLISHED.items()},
+            "segment": vars(main_segment.PUBLISHED),
+        },
+        "presets": {
+            "--method": config.METHODS,
+            "--tune": {"full": finetune_flags.FULL, "linear": finetune_flags.LINEAR},
+            "segment": {"lr": main_segment.LR, "scales": main_segment.SCALES},
+            "segment looks": LOOKS_BY_DEFAULT,
+            "standard masks": STANDARD,
+            "patches of an image for a PCA": config.PCA_PER_IMAGE,
+            "crop jitter": transforms.JITTER,
+            "evaluation": {
+                "crop share": transforms.CROP_SHARE,
+                "largest with margin": transforms.LARGEST_WITH_MARGIN,
+                "seed of masks": main_pretrain.EVAL_SEED,
+                "pictures": main_pretrain.PICTURES,
+            },
+            "benchmark": {
+                "arms": main_benchmark.DEFAULT_ARMS,
+                "blr": main_benchmark.BLR,
+                "crops": main_benchmark.CROPS,
+            },
+        },
+        "measured by": {
+            "segment": main_segment.MEASURED_BY,
+            "segment, of the checkpoint": main_segment.LOOKS,
+        },
+        "models": {
+            name: {"class": create.__name__, **arguments}
+            for name, (create, arguments) in (models_zoo.MODELS | models_zoo.CLASSIFIERS).items()
+        },
+        "arguments": {
+            create.__name__: arguments_of(create)
+            for create in (MaskedAutoencoderViT, VisionTransformer, UperNet)
+        },
+    }
+    return dict(plain(found))
+
+
+def pinned_text() -> str:
+    """The file as it should be: a line for each flag, sorted."""
+    body = yaml.dump(
+        collect(), Dumper=yaml.SafeDumper, sort_keys=True, default_flow_style=None, width=10_000
+    )
+    return HEADER + body
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    PINNED.write_text(pinned_text())
+    print(f"written  {PINNED}")

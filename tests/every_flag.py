@@ -7,7 +7,6 @@ flag without a row.
 
 import hashlib
 import importlib
-import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +19,6 @@ import torch
 from torch import Tensor
 
 import models_zoo
-from util.checkpoint import LAST, load_file
 
 Trace = dict[str, Any]
 # Flags that only the parser itself knows; tests/test_help.py and tests/test_config_files.py have
@@ -158,26 +156,30 @@ def plain(text: str, *places: Path) -> list[str]:
 
 
 @dataclass
-class Runner:
-    """Runs a training main in this process, a tiny one, and gives its trace.
+class Command:
+    """Runs a main in this process, on what is small, and gives its trace.
 
     Attributes:
         name: of the main.
-        loop: its engine's function, as the main's module has it.
         base: words of every run.
         places: folders and files that rows may name, as `{name}`.
         root: folder for the runs.
-        metrics: name of the file of records.
+        output: words that say where a run writes; `{root}` is its own folder.
     """
 
     name: str
-    loop: str
     base: Sequence[str]
     places: dict[str, str]
     root: Path
-    metrics: str
+    output: str = "--output_dir={root}/run"
     kept: dict[tuple[str, str], Trace] = field(default_factory=dict)
     number: int = 0
+
+    def watch(self, patch: pytest.MonkeyPatch, trace: Trace) -> None:
+        """Before a run: have noted what it hands on."""
+
+    def read(self, root: Path, trace: Trace) -> None:
+        """After a run: what it has written."""
 
     def baseline(self, words: str = "", without: str = "") -> Trace:
         """The trace of a run of these words, run once."""
@@ -185,91 +187,31 @@ class Runner:
             self.kept[words, without] = self(words, without=without)
         return self.kept[words, without]
 
-    def check(self, row: Row) -> None:
+    def check(self, row: Row) -> tuple[Trace, Trace]:
         """Run a row, and see that it changes what it says and nothing else."""
         before = self.baseline(row.beside, row.without)
         after = self(row.beside, row.flags, without=row.without)
         compare(row, before, after)
-        if "weights" in row.changes.split() and not row.free:
-            assert before["agree"] != after["agree"], (
-                f"{row.flags} changes the weights, and a resume would not find it changed"
-            )
+        return before, after
 
     def __call__(self, *words: str, folder: Path | None = None, without: str = "") -> Trace:
         self.number += 1
         root = self.root / str(self.number) if folder is None else folder
         root.mkdir(exist_ok=True)
-        argv = [
-            *(word for word in self.base if word.split("=")[0] not in without.split()),
-            f"--output_dir={root}/run",
-            *(word.format(**self.places, root=root) for word in " ".join(words).split()),
-        ]  # fmt: skip
+        given = [word for word in self.base if word.split("=")[0] not in without.split()]
+        given += " ".join([self.output, *words]).split()
+        argv = [word.format(**self.places, root=root) for word in given]
         trace: Trace = {}
-        before = tf32()
         with pytest.MonkeyPatch.context() as patch:
-            self._watch(patch, trace)
-            self._call(argv, trace, root)
-        # A run sets these for its process.
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
-        return trace
-
-    def _call(self, argv: list[str], trace: Trace, root: Path) -> None:
-        out, err, code = call(self.name, argv)
-        trace["ends"] = code
+            add_small_models(patch)
+            self.watch(patch, trace)
+            out, err, trace["ends"] = call(self.name, argv)
         trace["text"] = out + err  # for `says`, not compared
         trace["files"] = files_below(root)
-        if "start" not in trace:  # what a training prints follows from the rest
+        self.read(root, trace)
+        if not trace.keys() & NUMBERS:
             trace["said"] = plain(out + err, root)
-        text = "".join(path.read_text() for path in root.rglob(self.metrics))
-        records = [json.loads(line) for line in text.splitlines()]
-        trace["log"] = [r["step"] for r in records if r["kind"] == "train"]
-        measured = [r for r in records if r["kind"] == "eval"]
-        trace["measured"] = digest([{k: v for k, v in r.items() if k != "time"} for r in measured])
-        last = list(root.rglob(LAST))
-        if "start" in trace and last:
-            state = load_file(last[0])
-            trace["weights"] = digest(state["model"])
-            trace["averages"] = digest(state.get("ema"))
-            trace["agree"] = state["arithmetic"]  # what a resume must find unchanged
-
-    def _watch(self, patch: pytest.MonkeyPatch, trace: Trace) -> None:
-        module = importlib.import_module(self.name)
-        loop = getattr(module, self.loop)
-        lists: dict[str, list[Any]] = {name: [] for name in ("images", "which", "masks", "rates")}
-
-        def batch(given: dict[str, Any]) -> None:
-            lists["which"].append(given["index"].tolist())
-            lists["images"].append(digest([given["image"], given["label"], given.get("extent")]))
-
-        def watched(model: Any, loader: Any, step: Any, third: Any, *rest: Any, **more: Any) -> Any:
-            if "start" not in trace:
-                trace.update(at_start(model, loader, step, more))
-            if self.loop == "train_one_epoch" and hasattr(third, "num_visible"):
-                third = Watched(third, lambda mask: lists["masks"].append(digest(mask)))
-            after = more["after_step"]
-
-            def after_step(report: Any) -> bool:
-                lists["rates"].append(float(f"{report.lr:.9g}"))
-                return after(report)
-
-            more["after_step"] = after_step
-            try:
-                return loop(model, Watched(loader, batch), step, third, *rest, **more)
-            finally:
-                trace.update({name: list(found) for name, found in lists.items()})
-
-        def saved(folder: Path, state: Any, epoch: int | None = None, keep: int = 0) -> Any:
-            trace.setdefault("saves", []).append((state["step"], state["stage"], epoch))
-            return save(folder, state, epoch, keep)
-
-        patch.setattr(module, self.loop, watched)
-        add_small_models(patch)
-        run = importlib.import_module("util.run")
-        save = run.ckpt.save_checkpoint
-        patch.setattr(run.ckpt, "save_checkpoint", saved)
-        for name, word in (("distribute", "compiled"), ("Placed", "shard")):
-            if hasattr(module, name):
-                patch.setattr(module, name, switched_off(getattr(module, name), word, trace))
+        return trace
 
 
 def add_small_models(patch: pytest.MonkeyPatch) -> None:
@@ -283,42 +225,6 @@ def add_small_models(patch: pytest.MonkeyPatch) -> None:
         ):
             kind = names[f"{prefix}_micro_patch4"][0]
             patch.setitem(names, f"{prefix}_{name}_patch4", (kind, sizes))
-
-
-def switched_off(whole: Any, word: str, trace: Trace) -> Any:
-    """A function that is called without a switch, which is noted: compiling takes a minute."""
-
-    def called(*rest: Any, **more: Any) -> Any:
-        trace[word] = bool(more.get(word))
-        return whole(*rest, **more | {word: False})
-
-    return called
-
-
-def at_start(model: Any, loader: Any, step: Any, more: Mapping[str, Any]) -> Trace:
-    """What there is before the first step."""
-    groups = [
-        (g["weight_decay"], g.get("lr_scale", 1.0), g.get("betas"))
-        for g in step.optimizer.param_groups
-    ]
-    checkpointing = [
-        m.grad_checkpointing for m in model.modules() if hasattr(m, "grad_checkpointing")
-    ]
-    return {
-        "start": digest(model.state_dict()),
-        "learns": sorted(n for n, p in model.named_parameters() if p.requires_grad),
-        "optimizer": (type(step.optimizer).__name__, sorted(set(map(repr, groups)))),
-        "precision": step.precision,
-        "loader": (loader.num_workers, loader.prefetch_factor, loader.pin_memory),
-        "recomputes": any(checkpointing),
-        "tf32": tf32(),
-        "statistics": (tuple(more["mean"]), tuple(more["std"])),
-    }
-
-
-def tf32() -> tuple[bool, bool]:
-    """Whether this process may use TF32, in matrix products and convolutions."""
-    return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
 
 
 def call(name: str, argv: Sequence[str]) -> tuple[str, str, int]:
@@ -344,6 +250,8 @@ def call(name: str, argv: Sequence[str]) -> tuple[str, str, int]:
 
 # What a row does not have to name: it follows from the flags themselves, or is asked for apart.
 NOT_COMPARED = {"agree", "text"}
+# Where a run has one of these, what it prints follows from the rest.
+NUMBERS = {"start", "features", "table", "pictures", "weights", "shards", "asked"}
 
 
 def compare(row: Row, before: Trace, after: Trace) -> None:

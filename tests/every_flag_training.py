@@ -1,6 +1,10 @@
 """What the flags of every training main do alike, for the tables over each of them."""
 
+import importlib
+import json
+from collections.abc import Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,12 +12,164 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from every_flag import Row, Runner, add_small_models
+from every_flag import Command, Row, Trace, Watched, add_small_models, digest
 from PIL import Image
 
 import models_zoo
-from util.checkpoint import LAST, save_checkpoint, write_signed
+from util.checkpoint import LAST, load_file, save_checkpoint, write_signed
 from util.dist import Processes
+
+
+@dataclass
+class Runner(Command):
+    """Runs a training main, a tiny one.
+
+    Attributes:
+        loop: its engine's function, as the main's module has it.
+        metrics: name of the file of records.
+    """
+
+    loop: str = "train_one_epoch"
+    metrics: str = "metrics.jsonl"
+
+    def check(self, row: Row) -> tuple[Trace, Trace]:
+        """As of any command; and what changes the weights is among what a resume looks at."""
+        before, after = super().check(row)
+        if "weights" in row.changes.split() and not row.free:
+            assert before["agree"] != after["agree"], (
+                f"{row.flags} changes the weights, and a resume would not find it changed"
+            )
+        return before, after
+
+    def __call__(self, *words: str, folder: Path | None = None, without: str = "") -> Trace:
+        before = tf32()
+        try:
+            return super().__call__(*words, folder=folder, without=without)
+        finally:  # a run sets these for its process
+            torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+    def read(self, root: Path, trace: Trace) -> None:
+        """Records and the last checkpoint."""
+        text = "".join(path.read_text() for path in root.rglob(self.metrics))
+        records = [json.loads(line) for line in text.splitlines()]
+        trace["log"] = [r["step"] for r in records if r["kind"] == "train"]
+        measured = [r for r in records if r["kind"] == "eval"]
+        trace["measured"] = digest([{k: v for k, v in r.items() if k != "time"} for r in measured])
+        last = list(root.rglob(LAST))
+        if "start" in trace and last:
+            state = load_file(last[0])
+            trace["weights"] = digest(state["model"])
+            trace["averages"] = digest(state.get("ema"))
+            trace["agree"] = state["arithmetic"]  # what a resume must find unchanged
+
+    def watch(self, patch: pytest.MonkeyPatch, trace: Trace) -> None:
+        """The loop's arguments, its batches, masks and rates, and what is saved."""
+        module = importlib.import_module(self.name)
+        loop = getattr(module, self.loop)
+        lists: dict[str, list[Any]] = {name: [] for name in ("images", "which", "masks", "rates")}
+
+        def batch(given: dict[str, Any]) -> None:
+            lists["which"].append(given["index"].tolist())
+            lists["images"].append(digest([given["image"], given["label"], given.get("extent")]))
+
+        def watched(model: Any, loader: Any, step: Any, third: Any, *rest: Any, **more: Any) -> Any:
+            if "start" not in trace:
+                trace.update(at_start(model, loader, step, more))
+            if self.loop == "train_one_epoch" and hasattr(third, "num_visible"):
+                third = Watched(third, lambda mask: lists["masks"].append(digest(mask)))
+            after = more["after_step"]
+
+            def after_step(report: Any) -> bool:
+                lists["rates"].append(float(f"{report.lr:.9g}"))
+                return after(report)
+
+            more["after_step"] = after_step
+            try:
+                return loop(model, Watched(loader, batch), step, third, *rest, **more)
+            finally:
+                trace.update({name: list(found) for name, found in lists.items()})
+
+        def saved(folder: Path, state: Any, epoch: int | None = None, keep: int = 0) -> Any:
+            trace.setdefault("saves", []).append((state["step"], state["stage"], epoch))
+            return save(folder, state, epoch, keep)
+
+        patch.setattr(module, self.loop, watched)
+        run = importlib.import_module("util.run")
+        save = run.ckpt.save_checkpoint
+        patch.setattr(run.ckpt, "save_checkpoint", saved)
+        for name, word in (("distribute", "compiled"), ("Placed", "shard")):
+            if hasattr(module, name):
+                patch.setattr(module, name, switched_off(getattr(module, name), word, trace))
+        held = trace["held"] = []  # what is measured or shown, in this order
+
+        def noted(loader: Any) -> None:
+            held.append(names_of(loader))
+
+        for name, note in (
+            ("eval_loader", noted),
+            ("held_out_set", lambda part: noted(part.loader)),
+        ):
+            if hasattr(module, name):
+                patch.setattr(module, name, Watched(getattr(module, name), note))
+
+
+def names_of(loader: Any) -> list[str]:
+    """The images that a loader is for, each as CLASS/NAME."""
+    source = loader.dataset.samples.source
+    chosen = getattr(loader.batch_sampler, "indices", range(len(source)))
+    return ["/".join(Path(source.file_name(i)).parts[-2:]) for i in chosen]
+
+
+def check_evenly(runner: Runner) -> None:
+    """--train_images 8 of the 12, and those of every class alike."""
+    whole, some = (runner.baseline(flags)["source"] for flags in ("", "--train_images=8"))
+    assert len(whole) == 12 and some == [whole[i] for i in (0, 1, 3, 4, 6, 7, 9, 10)]
+
+
+def check_held_out_evenly(runner: Runner, measured: str, limit: str) -> None:
+    """Three of the six that are held out, or four, evenly spaced."""
+    whole = runner.baseline(measured)["held"][0]
+    for count, places in ((3, (0, 2, 4)), (4, (0, 1, 3, 4))):
+        some = runner.baseline(f"{measured} {limit.format(count)}")["held"][0]
+        assert len(whole) == 6 and some == [whole[i] for i in places]
+
+
+def switched_off(whole: Any, word: str, trace: Trace) -> Any:
+    """A function that is called without a switch, which is noted: compiling takes a minute."""
+
+    def called(*rest: Any, **more: Any) -> Any:
+        trace[word] = bool(more.get(word))
+        return whole(*rest, **more | {word: False})
+
+    return called
+
+
+def at_start(model: Any, loader: Any, step: Any, more: Mapping[str, Any]) -> Trace:
+    """What there is before the first step."""
+    groups = [
+        (g["weight_decay"], g.get("lr_scale", 1.0), g.get("betas"))
+        for g in step.optimizer.param_groups
+    ]
+    checkpointing = [
+        m.grad_checkpointing for m in model.modules() if hasattr(m, "grad_checkpointing")
+    ]
+    return {
+        "source": names_of(loader),
+        "draws": more.get("seed"),
+        "start": digest(model.state_dict()),
+        "learns": sorted(n for n, p in model.named_parameters() if p.requires_grad),
+        "optimizer": (type(step.optimizer).__name__, sorted(set(map(repr, groups)))),
+        "precision": step.precision,
+        "loader": (loader.num_workers, loader.prefetch_factor, loader.pin_memory),
+        "recomputes": any(checkpointing),
+        "tf32": tf32(),
+        "statistics": (tuple(more["mean"]), tuple(more["std"])),
+    }
+
+
+def tf32() -> tuple[bool, bool]:
+    """Whether this process may use TF32, in matrix products and convolutions."""
+    return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
 
 
 class Enough(Exception):

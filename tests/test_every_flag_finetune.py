@@ -4,7 +4,8 @@ from pathlib import Path
 
 import every_flag_training as alike
 import pytest
-from every_flag import Row, Runner, Table, Told, cases, check_complete
+from every_flag import Row, Table, Told, cases, check_complete
+from every_flag_training import Runner
 
 import main_finetune
 
@@ -44,7 +45,9 @@ TABLE: Table = {
     "--cls_token": Row("--cls_token", "start learns weights"),
     "--drop_path": Row("--drop_path=0.5", "weights"),
     # ---- Data
-    "--dataset": Row("--dataset=synthetic", "images statistics weights", "--train_images=12"),
+    "--dataset": Row(
+        "--dataset=synthetic", "source images statistics weights", "--train_images=12"
+    ),
     "--data_path": Row("--data_path={other}", "images weights", free=True),
     "--input_size": Row("--input_size=24", "images start weights"),
     "--mean": [
@@ -57,10 +60,12 @@ TABLE: Table = {
     "--num_workers": Row("--num_workers=1", "loader"),
     "--prefetch_factor": Row("--prefetch_factor=5", "loader", "--num_workers=1"),
     "--no_pin_mem": Told("test_no_pin_mem"),
-    "--train_images": Row("--train_images=8", LENGTH),
-    "--val_images": Row("--val_images=3", "measured", MEASURED),
-    "--val_fraction": Row("--val_fraction=0.25", f"measured {LENGTH}", MEASURED),
-    "--val_seed": Row("--val_seed=1", "images measured weights", f"--val_fraction=0.25 {MEASURED}"),
+    "--train_images": Row("--train_images=8", f"source {LENGTH}"),
+    "--val_images": Row("--val_images=3", "measured held", MEASURED),
+    "--val_fraction": Row("--val_fraction=0.25", f"source held measured {LENGTH}", MEASURED),
+    "--val_seed": Row(
+        "--val_seed=1", "source held images measured weights", f"--val_fraction=0.25 {MEASURED}"
+    ),
     # ---- Augmentation
     "--aa": Row("--aa=rand-m9-mstd0.5-inc1", "images weights"),
     "--color_jitter": Row("--color_jitter=0.4", "images weights"),
@@ -110,9 +115,9 @@ TABLE: Table = {
     "--log_dir": Row("--log_dir={root}/events", "files"),
     "--device": Told("test_device"),
     "--seed": [
-        Row("--seed=1", "start images which weights"),
+        Row("--seed=1", "start draws images which weights"),
         # What is drawn for a step alone: nothing of a sample or of the start reaches it.
-        Row("--seed=1", "start images which weights", f"{MIXED} {ERASED} --drop_path=0.5"),
+        Row("--seed=1", "start draws images which weights", f"{MIXED} {ERASED} --drop_path=0.5"),
     ],
     "--log_every": Row("--log_every=1", "log"),
     "--save_every": Row("--save_every=1", "files saves"),
@@ -121,7 +126,7 @@ TABLE: Table = {
     "--max_bad_images": Told("test_bad_images"),
     "--resume": Told("test_resume"),
     "--allow_changes": Told("test_allow_changes"),
-    "--eval_every": Row("--eval_every=1", "files measured saves"),
+    "--eval_every": Row("--eval_every=1", "files held measured saves"),
     "--eval": Told("test_eval"),
     "--dist_eval": Row("--dist_eval"),
     "--dry_run": Told("test_dry_run"),
@@ -140,7 +145,7 @@ def runner(tmp_path_factory: pytest.TempPathFactory) -> Runner:
     places |= alike.write_encoders(root)
     base = [*BASE, f"--data_path={places['data']}"]
     metrics = "metrics-finetune.jsonl"
-    return Runner("main_finetune", "train_one_epoch", base, places, root, metrics)
+    return Runner("main_finetune", base, places, root, metrics=metrics)
 
 
 def test_every_flag_has_an_entry() -> None:
@@ -150,6 +155,11 @@ def test_every_flag_has_an_entry() -> None:
 @cases(TABLE)
 def test_another_value(row: Row, runner: Runner) -> None:
     runner.check(row)
+
+
+def test_fewer_images_are_evenly_spaced(runner: Runner) -> None:
+    alike.check_evenly(runner)
+    alike.check_held_out_evenly(runner, "--eval_every=2", "--val_images={}")
 
 
 def test_list_models(runner: Runner) -> None:

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import every_flag_training as alike
 import pytest
-from every_flag import Row, Runner, Table, Told, cases, check_complete
+from every_flag import Row, Table, Told, cases, check_complete
+from every_flag_training import Runner
 
 import main_pretrain
 
@@ -34,7 +35,9 @@ TABLE: Table = {
         Row("--pos_offset=jitter", "weights", "--pos_offset=center"),
     ],
     # ---- Data
-    "--dataset": Row("--dataset=synthetic", "images statistics masks weights", "--train_images=12"),
+    "--dataset": Row(
+        "--dataset=synthetic", "source images statistics masks weights", "--train_images=12"
+    ),
     "--data_path": Row("--data_path={other}", "images masks weights", free=True),
     "--input_size": Row("--input_size=24", "images start masks weights"),
     "--mean": Row("--mean 0.1 0.2 0.3", "statistics weights"),
@@ -43,7 +46,7 @@ TABLE: Table = {
     "--num_workers": Row("--num_workers=1", "loader"),
     "--prefetch_factor": Row("--prefetch_factor=5", "loader", "--num_workers=1"),
     "--no_pin_mem": Told("test_no_pin_mem"),
-    "--train_images": Row("--train_images=8", LENGTH),
+    "--train_images": Row("--train_images=8", f"source {LENGTH}"),
     "--crop_scale": Row("--crop_scale 1 1", "images masks weights"),
     "--no_flip": Row("--no_flip", "images masks weights"),
     "--decode": Row("--decode=pil", "images weights"),
@@ -51,9 +54,11 @@ TABLE: Table = {
     "--augment": [
         Row(f"--augment={a}", "images masks weights") for a in ("none", "fixed_crop", "crop_jitter")
     ],
-    "--val_fraction": Row("--val_fraction=0.25", f"measured {LENGTH}", HELD_OUT),
+    "--val_fraction": Row("--val_fraction=0.25", f"source held measured {LENGTH}", HELD_OUT),
     "--val_seed": Row(
-        "--val_seed=1", "images masks measured weights", f"--val_fraction=0.25 {HELD_OUT}"
+        "--val_seed=1",
+        "source held images masks measured weights",
+        f"--val_fraction=0.25 {HELD_OUT}",
     ),
     # ---- The model
     "--model": Row("--model=mae_vit_pico_patch4", "start learns weights"),
@@ -103,9 +108,9 @@ TABLE: Table = {
     "--max_bad_images": Told("test_bad_images"),
     "--resume": Told("test_resume"),
     "--allow_changes": Told("test_allow_changes"),
-    "--picture_every": Row("--picture_every=1", "files saves"),
-    "--eval_every": Row("--eval_every=1", "measured saves"),
-    "--eval_images": Row("--eval_images=2", "measured", HELD_OUT),
+    "--picture_every": Row("--picture_every=1", "files saves held"),
+    "--eval_every": Row("--eval_every=1", "measured saves held"),
+    "--eval_images": Row("--eval_images=2", "measured held", HELD_OUT),
     "--dry_run": Told("test_dry_run"),
     "--dry_run_measure": Told("test_dry_run_measure"),
     **alike.DRY_RUN,
@@ -120,7 +125,7 @@ def runner(tmp_path_factory: pytest.TempPathFactory) -> Runner:
         alike.write_images(root / name, seed)
         places[name] = str(root / name)
     base = [*BASE, f"--data_path={places['data']}"]
-    return Runner("main_pretrain", "train_one_epoch", base, places, root, "metrics.jsonl")
+    return Runner("main_pretrain", base, places, root)
 
 
 def test_every_flag_has_an_entry() -> None:
@@ -130,6 +135,11 @@ def test_every_flag_has_an_entry() -> None:
 @cases(TABLE)
 def test_another_value(row: Row, runner: Runner) -> None:
     runner.check(row)
+
+
+def test_fewer_images_are_evenly_spaced(runner: Runner) -> None:
+    alike.check_evenly(runner)
+    alike.check_held_out_evenly(runner, "--eval_every=2", "--eval_images={}")
 
 
 def test_list_models(runner: Runner) -> None:

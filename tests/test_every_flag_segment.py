@@ -5,7 +5,8 @@ from typing import Any
 
 import every_flag_training as alike
 import pytest
-from every_flag import Row, Runner, Table, Told, cases, check_complete
+from every_flag import Row, Table, Told, cases, check_complete
+from every_flag_training import Runner
 from test_segment_data import write_ade20k
 
 import main_segment
@@ -24,7 +25,7 @@ START = "--finetune={pretrained}"
 
 TABLE: Table = {
     # ---- Data
-    "--dataset": Row("--dataset=ade20k", "images which start weights", "--data_path={both}"),
+    "--dataset": Row("--dataset=ade20k", "source images which start weights", "--data_path={both}"),
     "--data_path": Row("--data_path={other}", "images weights", free=True),
     "--input_size": Row("--input_size=24", "images start weights"),
     "--mean": Row("--mean 0.1 0.2 0.3", "statistics weights"),
@@ -35,13 +36,17 @@ TABLE: Table = {
     "--num_workers": Row("--num_workers=1", "loader"),
     "--prefetch_factor": Row("--prefetch_factor=5", "loader", "--num_workers=1"),
     "--no_pin_mem": Told("test_no_pin_mem"),
-    "--val_fraction": Row("--val_fraction=0.25", "images which measured weights", MEASURED),
-    "--val_seed": Row("--val_seed=1", "images measured weights", f"--val_fraction=0.25 {MEASURED}"),
+    "--val_fraction": Row(
+        "--val_fraction=0.25", "source held images which measured weights", MEASURED
+    ),
+    "--val_seed": Row(
+        "--val_seed=1", "source held images measured weights", f"--val_fraction=0.25 {MEASURED}"
+    ),
     "--nb_classes": Row("--nb_classes=6", "start weights"),
     "--label_map": Row("--label_map 0:1 1:0 2:2 3:3 255:ignore", "images weights"),
     "--scene_size": Told("test_scene_size"),
-    "--train_images": Row("--train_images=7", "images which weights"),
-    "--val_images": Row("--val_images=3", "measured", MEASURED),
+    "--train_images": Row("--train_images=7", "source images which weights"),
+    "--val_images": Row("--val_images=3", "measured held", MEASURED),
     "--check_data": Row("--check_data", says="checked 12 pairs of folder train"),
     # ---- The model
     "--model": Row("--model=vit_deeper_patch4", "start learns optimizer weights"),
@@ -92,7 +97,7 @@ TABLE: Table = {
     "--output_dir": Row("--output_dir={root}/there", "files"),
     "--log_dir": Row("--log_dir={root}/events", "files"),
     "--device": Told("test_device"),
-    "--seed": Row("--seed=1", "start images which weights"),
+    "--seed": Row("--seed=1", "start draws images which weights"),
     "--log_every": Row("--log_every=1", "log"),
     "--save_every": Row("--save_every=2", "files saves"),
     "--save_minutes": Row("--save_minutes=1e-9", "saves"),
@@ -100,8 +105,8 @@ TABLE: Table = {
     "--max_bad_images": Told("test_bad_images"),
     "--resume": Told("test_resume"),
     "--allow_changes": Told("test_allow_changes"),
-    "--eval_every": Row("--eval_every=2", "files measured saves"),
-    "--pictures": Row("--pictures=2", "files", MEASURED),
+    "--eval_every": Row("--eval_every=2", "files held measured saves"),
+    "--pictures": Row("--pictures=2", "files held", MEASURED),
     # ---- Use of a segmenter
     "--eval": Told("test_eval"),
     "--predict": Told("test_predict"),
@@ -126,7 +131,8 @@ def runner(tmp_path_factory: pytest.TempPathFactory) -> Runner:
     write_ade20k(root / "both", count=6)
     places |= alike.write_encoders(root, "deep")
     base = [*BASE, f"--data_path={places['data']}"]
-    return Runner("main_segment", "train_iterations", base, places, root, "metrics-segment.jsonl")
+    metrics = "metrics-segment.jsonl"
+    return Runner("main_segment", base, places, root, loop="train_iterations", metrics=metrics)
 
 
 def test_every_flag_has_an_entry() -> None:
@@ -151,6 +157,11 @@ def test_scene_size(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(alike.Enough):
             runner("--dataset=garments", flags)
     assert asked == [96, 64]
+
+
+def test_fewer_images_are_evenly_spaced(runner: Runner) -> None:
+    alike.check_evenly(runner)
+    alike.check_held_out_evenly(runner, "--eval_every=4", "--val_images={}")
 
 
 def test_list_models(runner: Runner) -> None:

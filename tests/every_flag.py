@@ -216,15 +216,17 @@ class Command:
 
 def add_small_models(patch: pytest.MonkeyPatch) -> None:
     """Names for models so small that a run is its files; a segmenter takes four blocks or more."""
-    for name, depth in (("nano", 2), ("pico", 1), ("deep", 4), ("deeper", 5)):
-        size = {"embed_dim": 32, "depth": depth, "num_heads": 2, "img_size": 16, "patch_size": 4}
+    sizes = {"nano": (2, 2), "heads": (2, 4), "pico": (1, 2), "deep": (4, 2), "deeper": (5, 2)}
+    for name, (depth, heads) in sizes.items():
+        size = {"embed_dim": 32, "depth": depth, "num_heads": heads}
+        size |= {"img_size": 16, "patch_size": 4}
         decoder = {"decoder_embed_dim": 32, "decoder_depth": 1, "decoder_num_heads": 2}
-        for names, prefix, sizes in (
+        for names, prefix, arguments in (
             (models_zoo.MODELS, "mae_vit", size | decoder),
             (models_zoo.CLASSIFIERS, "vit", size),
         ):
             kind = names[f"{prefix}_micro_patch4"][0]
-            patch.setitem(names, f"{prefix}_{name}_patch4", (kind, sizes))
+            patch.setitem(names, f"{prefix}_{name}_patch4", (kind, arguments))
 
 
 def call(name: str, argv: Sequence[str]) -> tuple[str, str, int]:
@@ -251,11 +253,12 @@ def call(name: str, argv: Sequence[str]) -> tuple[str, str, int]:
 # What a row does not have to name: it follows from the flags themselves, or is asked for apart.
 NOT_COMPARED = {"agree", "text"}
 # Where a run has one of these, what it prints follows from the rest.
-NUMBERS = {"start", "features", "table", "pictures", "weights", "shards", "asked"}
+NUMBERS = {"start", "votes", "table", "masked", "weights", "shards", "asked"}
 
 
 def compare(row: Row, before: Trace, after: Trace) -> None:
     """See that a row's traces differ, and no others."""
+    assert not before["ends"], f"{row.beside}, without {row.flags}: {before['text'][-600:]}"
     names = (before.keys() | after.keys()) - NOT_COMPARED
     found = {name for name in names if before.get(name) != after.get(name)}
     expected = set(row.changes.split())

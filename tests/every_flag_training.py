@@ -214,7 +214,7 @@ DRY_RUN: dict[str, Row] = {
 }
 
 
-def check_dry_run(runner: Runner) -> None:
+def check_dry_run(runner: Command) -> None:
     """It writes nothing, and says what a run is."""
     trace = runner("--dry_run")
     assert trace["ends"] == 0 and not trace["files"] and "start" not in trace
@@ -234,7 +234,7 @@ def check_list_models(runner: Runner, name: str) -> None:
     assert name in trace["text"].split()
 
 
-def check_device(runner: Runner) -> None:
+def check_device(runner: Command) -> None:
     """The name is looked at: there are none but those of `DEVICES`."""
     trace = runner("--device=meta")
     assert trace["ends"] == 2 and "--device meta cannot be computed on" in trace["text"]
@@ -277,7 +277,7 @@ def check_allow_changes(runner: Runner, longer: str, tmp_path: Path) -> None:
     assert "weight_decay: was" in changed["text"]
 
 
-def check_no_pin_mem(runner: Runner, module: Any) -> None:
+def check_no_pin_mem(runner: Command, module: Any, beside: str = "--no-compile") -> None:
     """On a GPU batches are page-locked unless the flag is there: what the loader is asked for."""
     asked = []
 
@@ -292,11 +292,20 @@ def check_no_pin_mem(runner: Runner, module: Any) -> None:
     for flags in ("", "--no_pin_mem"):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(module, "processes", gpu)
-            patch.setattr(module, "build_loader", build_loader)
+            patch.setattr(importlib.import_module("util.samples"), "Loader", build_loader)
             patch.setattr(torch.nn.Module, "to", lambda self, *rest, **more: self)
             with pytest.raises(Enough):
-                runner("--no-compile", flags)
+                runner(beside, flags)
     assert asked == [True, False]
+
+
+def write_all(root: Path, size: str = "nano") -> dict[str, str]:
+    """Two sets of images and files of encoders, by name."""
+    places = {}
+    for seed, name in enumerate(("data", "other")):
+        write_images(root / name, seed)
+        places[name] = str(root / name)
+    return places | write_encoders(root, size)
 
 
 def write_encoders(root: Path, size: str = "nano") -> dict[str, str]:
@@ -310,16 +319,22 @@ def write_encoders(root: Path, size: str = "nano") -> dict[str, str]:
             "task": "pretrain", "step": 1, "model": model.state_dict(), "model_name": name,
             "model_args": models_zoo.model_arguments(name),
         }  # fmt: skip
-        (root / "pretrained").mkdir()
-        save_checkpoint(root / "pretrained", state)
-        plain = [
-            {k: v for k, v in create().state_dict().items() if not k.startswith("head")}
-            for create in [partial(models_zoo.create_model, name[4:], num_classes=0)] * 2
-        ]
-    write_signed(root / "official.pth", {"model": plain[0]})
-    write_signed(root / "nested.pth", dict(zip("ab", plain, strict=True)))
+        for place in ("pretrained", "wide"):
+            (root / place).mkdir()
+            save_checkpoint(root / place, state)
+            torch.nn.init.normal_(model.blocks[0].attn.qkv.weight, std=0.5)
+        # Of other programs, which say no number of heads: encoders, classifiers, autoencoders.
+        makes = {
+            "": partial(models_zoo.create_model, name[4:], num_classes=0),
+            "head_": partial(models_zoo.create_model, name[4:], num_classes=3),
+            "mae_": partial(models_zoo.create_model, name),
+        }
+        for kind, create in makes.items():
+            foreign = [create().state_dict() for _ in range(2)]
+            write_signed(root / f"{kind}official.pth", {"model": foreign[0]})
+            write_signed(root / f"{kind}nested.pth", dict(zip("ab", foreign, strict=True)))
     return {
         "pretrained": str(root / "pretrained" / LAST),
-        "official": str(root / "official.pth"),
-        "nested": str(root / "nested.pth"),
+        "wide": str(root / "wide" / LAST),
+        **{path.stem: str(path) for path in root.glob("*.pth")},
     }

@@ -251,7 +251,7 @@ def call(name: str, argv: Sequence[str]) -> tuple[str, str, int]:
 
 
 # What a row does not have to name: it follows from the flags themselves, or is asked for apart.
-NOT_COMPARED = {"agree", "text"}
+NOT_COMPARED = {"agree", "text", "view"}
 # Where a run has one of these, what it prints follows from the rest.
 NUMBERS = {"start", "votes", "table", "masked", "weights", "shards", "asked"}
 

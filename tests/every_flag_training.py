@@ -4,7 +4,7 @@ import importlib
 import json
 from collections.abc import Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from every_flag import Command, Row, Trace, Watched, add_small_models, digest
+from every_flag import (
+    Command,
+    Row,
+    Table,
+    Trace,
+    Watched,
+    add_small_models,
+    digest,
+    rows_of,
+)
 from PIL import Image
 
 import models_zoo
 from util.checkpoint import LAST, load_file, save_checkpoint, write_signed
 from util.dist import Processes
+from util.randomness import Key
 
 
 @dataclass
@@ -126,6 +136,34 @@ def check_evenly(runner: Runner) -> None:
     assert len(whole) == 12 and some == [whole[i] for i in (0, 1, 3, 4, 6, 7, 9, 10)]
 
 
+def check_samples_follow_the_seed(runner: Runner) -> None:
+    """Augmentation and noise of one key; another order of the images is not enough."""
+    one, other = runner.baseline(), runner.baseline("--seed=1")
+    assert one["view"] != other["view"] and one["view"] == runner.baseline("--log_every=1")["view"]
+
+
+def check_plan(base: Runner, table: Table, planned: str, sizes: str) -> None:
+    """The flags of the table that a dry run's plan depends on are those, and no others.
+
+    Args:
+        planned: the flags.
+        sizes: words for a run that is large enough for its plan to tell.
+    """
+    words = [
+        w for w in base.base if w.split("=")[0] not in {f.split("=")[0] for f in sizes.split()}
+    ]
+    plan = replace(base, base=[*words, *sizes.split()], root=base.root / "plan", kept={})
+    plan.root.mkdir()
+    found = set()
+    for name, row in rows_of(table):
+        before = plan.baseline(f"--dry_run {row.beside}", row.without)
+        after = plan(f"--dry_run {row.beside}", row.flags, without=row.without)
+        if before["said"] != after["said"]:
+            found.add(name.split()[0])
+    lost, more = set(planned.split()) - found, found - set(planned.split())
+    assert not lost and not more, f"not in the plan: {sorted(lost)}; in it as well: {sorted(more)}"
+
+
 def check_held_out_evenly(runner: Runner, measured: str, limit: str) -> None:
     """Three of the six that are held out, or four, evenly spaced."""
     whole = runner.baseline(measured)["held"][0]
@@ -156,6 +194,8 @@ def at_start(model: Any, loader: Any, step: Any, more: Mapping[str, Any]) -> Tra
     return {
         "source": names_of(loader),
         "draws": more.get("seed"),
+        # Of one key whatever the order, so that it follows the seed of the samples alone.
+        "view": digest(loader.dataset.samples[Key(0, 0, 0)]),
         "start": digest(model.state_dict()),
         "learns": sorted(n for n, p in model.named_parameters() if p.requires_grad),
         "optimizer": (type(step.optimizer).__name__, sorted(set(map(repr, groups)))),

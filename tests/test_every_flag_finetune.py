@@ -134,6 +134,19 @@ TABLE: Table = {
     **alike.DRY_RUN,
 }
 
+# What a plan tells, of a run that is large enough.
+SIZES = (
+    "--model=vit_tiny_patch4 --input_size=32 --batch_size=64 --dry_run_images=100000 "
+    "--images_per_second=100 --epochs=20 --save_every=5"
+)
+PLANNED = """
+    --accum_iter --batch_size --blr --cls_token --data_path --dataset --dry_run_images
+    --dry_run_processes --ema_decay --epochs --finetune --global_pool --grad_checkpointing
+    --images_per_second --in_chans --input_size --keep --layer_decay --lr --lscale_init --min_lr
+    --model --nb_classes --num_heads --patch_size --precision --save_every --shard
+    --train_images --tune --val_fraction --warmup_epochs
+"""
+
 
 @pytest.fixture(scope="module")
 def runner(tmp_path_factory: pytest.TempPathFactory) -> Runner:
@@ -160,6 +173,14 @@ def test_another_value(row: Row, runner: Runner) -> None:
 def test_fewer_images_are_evenly_spaced(runner: Runner) -> None:
     alike.check_evenly(runner)
     alike.check_held_out_evenly(runner, "--eval_every=2", "--val_images={}")
+
+
+def test_samples_follow_the_seed(runner: Runner) -> None:
+    alike.check_samples_follow_the_seed(runner)
+
+
+def test_the_plan(runner: Runner) -> None:
+    alike.check_plan(runner, TABLE, PLANNED, SIZES)
 
 
 def test_list_models(runner: Runner) -> None:

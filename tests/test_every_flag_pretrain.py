@@ -116,6 +116,20 @@ TABLE: Table = {
     **alike.DRY_RUN,
 }
 
+# What a plan tells, of a run that is large enough.
+SIZES = (
+    "--model=mae_vit_tiny_patch4 --input_size=32 --batch_size=64 --dry_run_images=100000 "
+    "--images_per_second=100 --epochs=20 --save_every=5"
+)
+PLANNED = """
+    --accum_iter --batch_size --blr --data_path --dataset --decoder --decoder_depth
+    --decoder_embed_dim --dry_run_images --dry_run_processes --encoder_mask_tokens --epochs
+    --grad_checkpointing --images_per_second --in_chans --input_size --keep --lr --mask
+    --mask_ratio --method --min_lr --model --patch_size --pca_components --pos_offset
+    --precision --predict_ratio --save_every --shard --target --train_images --val_fraction
+    --warmup_epochs
+"""
+
 
 @pytest.fixture(scope="module")
 def runner(tmp_path_factory: pytest.TempPathFactory) -> Runner:
@@ -140,6 +154,14 @@ def test_another_value(row: Row, runner: Runner) -> None:
 def test_fewer_images_are_evenly_spaced(runner: Runner) -> None:
     alike.check_evenly(runner)
     alike.check_held_out_evenly(runner, "--eval_every=2", "--eval_images={}")
+
+
+def test_samples_follow_the_seed(runner: Runner) -> None:
+    alike.check_samples_follow_the_seed(runner)
+
+
+def test_the_plan(runner: Runner) -> None:
+    alike.check_plan(runner, TABLE, PLANNED, SIZES)
 
 
 def test_list_models(runner: Runner) -> None:

@@ -120,6 +120,19 @@ TABLE: Table = {
     **alike.DRY_RUN,
 }
 
+# What a plan tells, of a run that is large enough.
+SIZES = (
+    "--model=vit_tiny_patch4 --input_size=32 --batch_size=64 --dry_run_images=100000 "
+    "--images_per_second=100 --iterations=20000 --save_every=1000"
+)
+PLANNED = """
+    --accum_iter --aux_channels --batch_size --blr --channels --dataset --dry_run_images
+    --dry_run_processes --finetune --grad_checkpointing --images_per_second --input_size
+    --iterations --keep --layer_decay --lr --lscale_init --min_lr --model --nb_classes
+    --num_heads --patch_size --pos_resize --precision --relative_bias --save_every
+    --train_images --val_fraction --warmup_iterations
+"""
+
 
 @pytest.fixture(scope="module")
 def runner(tmp_path_factory: pytest.TempPathFactory) -> Runner:
@@ -162,6 +175,14 @@ def test_scene_size(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_fewer_images_are_evenly_spaced(runner: Runner) -> None:
     alike.check_evenly(runner)
     alike.check_held_out_evenly(runner, "--eval_every=4", "--val_images={}")
+
+
+def test_samples_follow_the_seed(runner: Runner) -> None:
+    alike.check_samples_follow_the_seed(runner)
+
+
+def test_the_plan(runner: Runner) -> None:
+    alike.check_plan(runner, TABLE, PLANNED, SIZES)
 
 
 def test_list_models(runner: Runner) -> None:

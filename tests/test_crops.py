@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import torch
 from launch import TINY, launch, wait
-from runs import records
-from test_resume import different, weights
+from runs import different, records, weights
 
 from util.dist import Agreement, Wish
 from util.errors import EXIT_STOPPED, BadInput

@@ -18,8 +18,7 @@ import pytest
 import torch
 from launch import ROOT, launch, until, wait
 from PIL import Image
-from runs import records
-from test_resume import different, weights
+from runs import different, records, weights
 from torchvision.transforms import v2
 
 import util.packing

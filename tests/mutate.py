@@ -1,12 +1,13 @@
 """How tight the net of tests is: small faults are put into the code, one at a time, and tests run.
 
-    python tests/mutate.py --count 160 --json output_dir/mutations.json
+    python tests/mutate.py --record                                     # once: who runs which line
+    python tests/mutate.py --count 160 --json output_dir/mutate/result.json
 
 Faults are drawn at random, the same for a seed, over the core files: an argument that is not handed
 on, a condition turned round, a call for its effect left out, a number one off, an entry of a
-dictionary or a tuple lost, two operators exchanged. For each, the tests that concern the file run
-until one fails. A fault that none sees is listed; what does not change behaviour (a message, a
-speed) is named in `HARMLESS` with the reason, after someone has looked at it.
+dictionary or a tuple lost, two operators exchanged. For each, the tests that run its line are made,
+the quickest first, until one fails. A fault that none sees is listed, for someone to look at: many
+do not change behaviour (a message, a speed, a check of what cannot be).
 
 Nothing here touches the working tree: each lane has a copy of it.
 """
@@ -26,6 +27,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -47,21 +49,11 @@ CORE = (
     "util/shard", "util/signals", "util/splits", "util/step", "util/timeline", "util/transforms",
     "util/weights", "util/windows",
 )  # fmt: skip
-# Tests of a file beside those that import it, quickest first. Slurm's are left out: they take
-# minutes, and what they are for (jobs that are stopped) other tests see in a process of its own.
-TRAINING = ("test_every_flag", "test_every_key", "test_every_draw", "test_every_sum",
-            "test_model_switches", "test_durable_files")  # fmt: skip
-BESIDE = {
-    "main_pretrain": ("test_pretrain", "test_changed_settings", "test_resume", "test_shard"),
-    "main_finetune": ("test_finetune", "test_changed_settings"),
-    "main_segment": ("test_segment", "test_changed_settings"),
-    "engine_pretrain": ("test_pretrain", "test_shard", "test_bad_images"),
-    "engine_finetune": ("test_finetune",),
-    "engine_segment": ("test_segment", "test_upernet"),
-    "util/run": ("test_pretrain", "test_resume", "test_finetune", "test_changed_settings"),
-    "util/step": ("test_pretrain", "test_finetune", "test_shard"),
-    "util/dist": ("test_processes", "test_shard", "test_signals"),
-}
+# Where --record leaves what the tests run, and how long they take.
+RECORD = ROOT / "output_dir" / "mutate"
+# In processes of their own, where nothing is recorded; those of all training mains.
+ELSEWHERE = ("test_every_sum", "test_processes", "test_shard", "test_resume", "test_signals",
+             "test_bad_images")  # fmt: skip
 # Functions whose calls are words for people, and statements that a fault may not be put into.
 ASIDE = {"help", "metavar", "strict", "non_blocking", "indent"}  # words, a check, speed, layout
 WORDS = {"say", "say_once", "warn", "print", "BadInput", "add_argument", "needs", "note", "help"}
@@ -297,10 +289,50 @@ def draw(seed: int, count: int, files: Sequence[str]) -> list[Fault]:
 # ---- Tests -------------------------------------------------------------------------------------
 
 
+def record() -> None:
+    """Run all tests but Slurm's, and keep which lines each runs, by name, with its seconds."""
+    RECORD.mkdir(parents=True, exist_ok=True)
+    config = RECORD / "coveragerc"
+    config.write_text(f"[run]\ndata_file = {RECORD / 'coverage'}\nomit = tests/*,.venv/*\n")
+    words = ["-n", "3", "--dist", "loadfile", "-q", "-m", "not slurm and not gpu", "--cov=."]
+    words += ["--cov-context=test", "--cov-report=", f"--cov-config={config}"]
+    words += [f"--junitxml={RECORD / 'junit.xml'}", "-o", "junit_family=xunit1"]
+    subprocess.run([sys.executable, "-m", "pytest", *words], cwd=ROOT, check=False)
+
+
+class Recorded:
+    """Who runs which line; see `record`."""
+
+    def __init__(self) -> None:
+        import xml.etree.ElementTree as tree
+
+        from coverage import CoverageData
+
+        self.lines = CoverageData(str(RECORD / "coverage"))
+        self.lines.read()
+        self.seconds: dict[str, float] = {}
+        for case in tree.parse(RECORD / "junit.xml").iter("testcase"):
+            name = f"{case.get('file')}::{case.get('name')}"
+            self.seconds[name] = float(case.get("time") or 0)
+
+    def tests_for(self, fault: Fault) -> list[str]:
+        """Tests in the order in which they are tried, none of them for a line that none runs."""
+        by_line = self.lines.contexts_by_lineno(str(ROOT / fault.file))
+        lines = [n for n in range(fault.line, fault.line + fault.old.count("\n") + 1)]
+        found: set[str] = set()
+        for context in {c for line in lines for c in by_line.get(line, [])}:
+            test, _, phase = context.rpartition("|")
+            if phase == "run":
+                found.add(test)
+            elif test:  # in a fixture, which other tests of the file may ask
+                file = test.partition("::")[0]
+                found |= {t for t in self.seconds if t.startswith(f"{file}::")}
+        return sorted(found & self.seconds.keys(), key=lambda test: self.seconds[test])
+
+
 def importers(module: str) -> list[str]:
     """Test files that name a module, those that bear its name first, then the smallest."""
-    name = module.rpartition("/")[2]
-    dotted = module.replace("/", ".")
+    name, dotted = module.rpartition("/")[2], module.replace("/", ".")
     found = []
     for path in sorted((ROOT / "tests").glob("test_*.py")):
         text = path.read_text()
@@ -309,11 +341,12 @@ def importers(module: str) -> list[str]:
     return [stem for _, _, stem in sorted(found)]
 
 
-def tests_for(module: str) -> list[str]:
-    """Files of tests in the order in which they are tried."""
-    chosen = [*importers(module), *TRAINING, *BESIDE.get(module, ())]
-    chosen = [c for c in dict.fromkeys(chosen) if c not in ("test_slurm", "test_architecture")]
-    return [f"tests/{c}.py" for c in chosen if (ROOT / "tests" / f"{c}.py").exists()]
+def tests_for(fault: Fault, recorded: Recorded | None) -> list[str]:
+    """Tests or files of tests in the order in which they are tried."""
+    known = recorded.tests_for(fault) if recorded else []
+    others = ELSEWHERE if known else (*importers(fault.file.removesuffix(".py")), *ELSEWHERE)
+    others = [c for c in dict.fromkeys(others) if c not in ("test_slurm", "test_architecture")]
+    return known + [f"tests/{c}.py" for c in others if (ROOT / "tests" / f"{c}.py").exists()]
 
 
 def run_tests(tree: str, words: list[str], log: str) -> None:
@@ -342,15 +375,13 @@ class Outcome:
     fault: Fault
     by: str | None
     seconds: float
-    tests: list[str]
 
 
-def try_fault(fault: Fault, tree: Path, limit: float) -> Outcome:
-    """Run the tests that concern the file with the fault in it."""
-    path, module = tree / fault.file, fault.file.removesuffix(".py")
+def try_fault(fault: Fault, tests: list[str], tree: Path, limit: float) -> Outcome:
+    """Run tests with the fault in the file."""
+    path = tree / fault.file
     text, began = path.read_text(), time.monotonic()
-    files = tests_for(module)
-    words = [*files, "-x", "-q", "--no-header", "--tb=line", "-p", "no:cacheprovider",
+    words = [*tests, "-x", "-q", "--no-header", "--tb=line", "-p", "no:cacheprovider",
              "-p", "no:randomly", f"--timeout={limit / 4:.0f}", "-o", "addopts=--strict-markers",
              "-m", "not slurm and not gpu"]  # fmt: skip
     path.write_text(put(fault, text))
@@ -360,10 +391,12 @@ def try_fault(fault: Fault, tree: Path, limit: float) -> Outcome:
         child = context.Process(target=run_tests, args=(str(tree), words, str(log)))
         child.start()
         child.join(limit)
-        if child.exitcode is None:
-            assert child.pid is not None
+        assert child.pid is not None
+        ended = child.exitcode is not None
+        with suppress(ProcessLookupError):  # what the tests started, too
             os.killpg(child.pid, signal.SIGKILL)
-            child.join()
+        child.join()
+        if not ended:
             by: str | None = f"no end within {limit:.0f} s"
         elif child.exitcode == 0:
             by = None
@@ -373,7 +406,7 @@ def try_fault(fault: Fault, tree: Path, limit: float) -> Outcome:
             by = failed[0] if failed else f"exit code {child.exitcode}: {output[-300:]}"
     finally:
         path.write_text(text)
-    return Outcome(fault, by, time.monotonic() - began, files)
+    return Outcome(fault, by, time.monotonic() - began)
 
 
 def lanes(count: int, folder: Path) -> Iterator[Path]:
@@ -401,8 +434,12 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=600, help="seconds a fault; default: 600")
     parser.add_argument("--json", type=Path, default=None, help="where results go; default: none")
     parser.add_argument("--again", type=Path, default=None, help="a result: only its unseen")
+    parser.add_argument("--record", action="store_true", help="see above; needs pytest-cov")
     parser.add_argument("--list", action="store_true", help="print the faults and try none")
     args = parser.parse_args()
+    if args.record:
+        record()
+        return
     faults = draw(args.seed, args.count, [f for f in args.only if (ROOT / f"{f}.py").exists()])
     if args.again:
         unseen = {o["words"] for o in json.loads(args.again.read_text()) if o["by"] is None}
@@ -412,6 +449,7 @@ def main() -> None:
         return
     # The server is started once and has what tests import; each fault is a fork of it.
     multiprocessing.get_context("forkserver").set_forkserver_preload(LIBRARIES)
+    recorded = Recorded() if (RECORD / "coverage").exists() else None
     results: list[Outcome] = []
     with tempfile.TemporaryDirectory(prefix="mutate-") as folder:
         free = list(lanes(args.jobs, Path(folder)))
@@ -419,7 +457,7 @@ def main() -> None:
         def one(fault: Fault) -> None:
             tree = free.pop()
             try:
-                outcome = try_fault(fault, tree, args.limit)
+                outcome = try_fault(fault, tests_for(fault, recorded), tree, args.limit)
             finally:
                 free.append(tree)
             results.append(outcome)

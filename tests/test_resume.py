@@ -131,7 +131,7 @@ def test_three_processes_resume_too(undisturbed: dict[int, Path], tmp_path: Path
     whole, resumed = weights(undisturbed[3]), weights(tmp_path / "run")
     worst = max((whole[k] - resumed[k]).abs().max().item() for k in whole)
     print("largest difference of a weight after resuming three processes:", worst)
-    assert worst < 1e-6
+    assert worst < 1e-4  # a step that is lost or done twice makes 6e-4
 
 
 @pytest.mark.dist

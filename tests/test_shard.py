@@ -140,6 +140,8 @@ def distance(a: Path, b: Path, name: str = LAST, part: str = "model") -> float:
     return max((first[part][k] - second[part][k]).abs().max().item() for k in first[part])
 
 
+# What one step that is done wrongly, or one skipped too many, makes of the largest difference.
+WRONG = 6e-4
 FLAGS = [
     *TINY, "--mask=mixed", "--avg_temperature=1", "--pos_offset=jitter", "--lscale_init=0.1",
     "--clip_grad=0.5", "--decoder_depth=2", "--epochs=2",
@@ -163,8 +165,8 @@ def test_a_run_goes_on_with_and_without_shards(tmp_path: Path) -> None:
                 child.terminate()
         assert wait(children) == [EXIT_STOPPED if stop else 0] * world, out.read_text()
     assert [r["step"] for r in records(run, "train")] == list(range(1, 21))
-    # Sums in other orders, by 20 steps: 4e-7 to 1e-6 here; one step done wrongly makes 6e-4.
-    assert distance(run, calm) < 1e-5
+    # Sums in other orders, by 20 steps: 4e-7 to 1.1e-5, by the processor.
+    assert distance(run, calm) < WRONG / 6
     for kind in ("train", "eval"):
         pairs = zip(records(run, kind), records(calm, kind), strict=True)
         for a, b in pairs:
@@ -204,8 +206,8 @@ def test_a_loss_that_is_not_finite_on_one_process_is_skipped_by_all(
         [r["loss"] for r in records(f, "train") if not r.get("skipped")] for f in (whole, shards)
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
-    if precision == "fp32":  # another order of sums made 5e-7 to 1e-6, another step skipped 6e-4
-        assert distance(shards, whole) < 1e-5
+    if precision == "fp32":
+        assert distance(shards, whole) < WRONG / 6
 
 
 TUNED: dict[str, Sequence[str]] = {
@@ -229,9 +231,9 @@ def test_finetuning(tune: str, tmp_path: Path) -> None:
         codes = wait(launch(flags, tmp_path / "out", 2, module="main_finetune"))
         assert codes == [0, 0], (tmp_path / "out").read_text()
     whole, shards = tmp_path / "run", tmp_path / "run--shard"
-    assert distance(shards, whole) < 1e-5  # 6 steps in float32 at lr 1e-3
+    assert distance(shards, whole) < WRONG / 6
     if "--ema_decay=0.9" in TUNED[tune]:
-        assert distance(shards, whole, part="ema") < 1e-5
+        assert distance(shards, whole, part="ema") < WRONG / 6
     lines = [(f / "metrics-finetune.jsonl").read_text().splitlines() for f in (shards, whole)]
     a, b = (json.loads(of[-1]) for of in lines)
     assert a["kind"] == "eval" and a["images"] == b["images"] > 0

@@ -66,6 +66,10 @@ def draw(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
+# Of float32 sums in another order, on any processor; a fault in a head makes 1e-2 and more.
+ROUNDING = 1e-4
+
+
 def worst(found: Tensor, expected: Tensor) -> float:
     """The largest difference, relative to the largest number."""
     assert found.shape == expected.shape and expected.std() > 1e-3
@@ -115,8 +119,8 @@ def test_heads_are_transformers(grid: tuple[int, int]) -> None:
     sides = [(4 * grid[0], 4 * grid[1]), (2 * grid[0], 2 * grid[1]), grid]
     sides.append((max(grid[0] // 2, 1), max(grid[1] // 2, 1)))
     maps = [draw(2, c, *side) for c, side in zip((6, 8, 10, 12), sides, strict=True)]
-    assert worst(ours(maps), head(maps)) < 1e-5
-    assert worst(ours_aux(maps[2]), aux(maps)) < 1e-5
+    assert worst(ours(maps), head(maps)) < ROUNDING
+    assert worst(ours_aux(maps[2]), aux(maps)) < ROUNDING
 
 
 @pytest.mark.parity
@@ -235,7 +239,7 @@ def test_the_parts_together() -> None:
     logits = model(images)
     assert list(logits) == ["logits"] and logits["logits"].shape == (2, K, 8, 8)
     maps = [x[:, 1:].transpose(1, 2).reshape(2, 128, 4, 4) for x in outputs]
-    assert worst(logits["logits"], model.decode_head(model.neck(maps))) < 1e-6
+    assert worst(logits["logits"], model.decode_head(model.neck(maps))) < ROUNDING
     model.train()
     torch.manual_seed(3)
     found = model(images)
@@ -337,7 +341,7 @@ def test_a_bias_of_zero_changes_nothing() -> None:
     without.load_state_dict(kept)
     images = draw(1, 3, 32, 24)
     found, expected = (m.eval()(images)["logits"] for m in (with_bias, without))
-    assert worst(found, expected) < 1e-5
+    assert worst(found, expected) < ROUNDING
     assert not create_segmenter("vit_micro_patch8", K, relative_bias=True).relative[0].table.any()
 
 
@@ -370,7 +374,7 @@ def test_a_bias_by_hand() -> None:
         x = x + block.mlp(block.norm2(x))
         expected.append(x[:, 1:].transpose(1, 2).reshape(1, -1, gh, gw))
     for found, wanted in zip(model.features(images), expected, strict=True):
-        assert worst(found, wanted) < 1e-5
+        assert worst(found, wanted) < ROUNDING
     assert model.relative[0].table.std() > 0.01
 
 
@@ -469,7 +473,7 @@ def same_encoder(model: UperNet, expected: VisionTransformer, images: Tensor) ->
             images, list(model.taps), intermediates_only=True
         )
         for found, one in zip(model.eval().features(images), wanted, strict=True):
-            assert worst(found, one) < 1e-5
+            assert worst(found, one) < ROUNDING
 
 
 @pytest.mark.parametrize("resize", ["rescale", "extend"])

@@ -92,7 +92,7 @@ FINETUNE = [
     "--aa=none", "--eval_every=1", "--layer_decay=1",
 ]  # fmt: skip
 SEGMENT = [
-    *RUN, "--log_every=2", "--dataset=folder", "--model=vit_micro_patch8", "--input_size=32",
+    *RUN, "--log_every=3", "--dataset=folder", "--model=vit_micro_patch8", "--input_size=32",
     "--resize", "48", "32", "--window=32", "--stride=24", "--channels=8", "--aux_channels=8",
     "--iterations=3", "--warmup_iterations=0", "--lr=1e-3", "--drop_path=0", "--dropout=0",
     "--eval_every=3", "--pictures=0", "--loss_mean=valid",
@@ -134,6 +134,7 @@ CASES = {
     "segment with norms": Case("main_segment", [*SEGMENT, "--iterations=2"], ENDS),
     "pretrain stopped": Case("main_pretrain", PCA, ONE_STEP[1:], stop=1),
     "finetune stopped": Case("main_finetune", FINETUNE, [(3, 1)], stop=1),
+    # Stopped before its last step: what was summed up before is to weigh as what comes after.
     "segment stopped": Case("main_segment", SEGMENT, [(2, 1)], stop=1, still_norms=True),
     # With two images the third process has none.
     "finetune measured": Case(

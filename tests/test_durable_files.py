@@ -376,3 +376,20 @@ def test_a_sync_that_fails_is_an_error_unless_there_are_none(
                 with pytest.raises(OSError, match=os.strerror(code)):
                     write_open(tmp_path)
                 assert not list(tmp_path.iterdir())
+
+
+def test_a_record_that_the_system_takes_in_parts_is_whole(tmp_path: Path) -> None:
+    """A write may take less than it was given, and say so."""
+
+    class Slow:
+        def __init__(self, file: Any) -> None:
+            self.file = file
+
+        def write(self, data: Any) -> int:
+            return self.file.write(bytes(data[:3]))
+
+    appended = files.AppendedFile(tmp_path / "a")
+    whole, appended.file = appended.file, Slow(appended.file)
+    appended.write(b"a record\n")
+    whole.close()
+    assert (tmp_path / "a").read_bytes() == b"a record\n"

@@ -232,7 +232,7 @@ def test_a_run_that_goes_on_ends_as_the_whole_one(job: str, place: str, story: C
     outcome, whole = told.reference(place, ()), told.outcome(told.whole)
     assert differing(outcome, whole) == set()
     assert {"records.train", "records.epoch", "records.resume", "records.eval"} <= whole.keys()
-    assert whole["bad_images"] == [9, 11, 18]
+    assert whole["bad_images"] == [2, 9, 11, 18]
 
 
 @pytest.mark.parametrize("job", JOBS)
@@ -263,6 +263,9 @@ def test_the_story_is_what_it_says(job: str, story: Callable) -> None:
     assert (state["step"], state["epoch"], state["stage"]) == (10, 2, "training")
     assert state["timeline"] == {"steps_per_epoch": 5, "first": 1, "start": 2}
     assert tuple(state["bad_images"]) == FOUND
+    # Those of steps that no log line has are in the list as well.
+    [listed] = told.stopped.glob("bad_images*.txt")
+    assert len(listed.read_text().splitlines()) == len(FOUND)
     if state["scaler"]:
         assert (state["scaler"]["scale"], state["scaler"]["_growth_tracker"]) == (512.0, 1)
     for key in KEYS:

@@ -12,6 +12,7 @@ import every_flag_training as alike
 import pytest
 import torch
 from every_flag import Command, Row, Table, Told, Trace, Watched, cases, check_complete, digest
+from every_flag_files import write_all
 
 import main_benchmark
 from util.randomness import Key
@@ -165,7 +166,14 @@ class Benchmark(Command):
         loader = data.loader
         trace["loader"] = loader.num_workers, loader.prefetch_factor, loader.pin_memory
         trace["statistics"] = data.source.mean, data.source.std
-        trace["images"] = digest([batch["image"] for batch in loader])
+        batches = list(loader)
+        trace["images"] = digest([batch["image"] for batch in batches])
+        samples = loader.dataset.samples
+        trace["view"] = {
+            "order": [batch["index"].tolist() for batch in batches],
+            "sample": digest(samples[Key(0, 0, 0)]),
+            "names": [samples.source.file_name(i) for i in range(len(samples.source))],
+        }
 
     @staticmethod
     def together(trace: Trace, train: Any, loader: Any, *rest: Any, **more: Any) -> dict[str, Any]:
@@ -190,7 +198,7 @@ class Benchmark(Command):
 @pytest.fixture(scope="module")
 def runner(tmp_path_factory: pytest.TempPathFactory) -> Benchmark:
     root = tmp_path_factory.mktemp("benchmark")
-    return Benchmark("main_benchmark", BASE, alike.write_all(root), root, output="")
+    return Benchmark("main_benchmark", BASE, write_all(root), root, output="")
 
 
 def test_every_flag_has_an_entry() -> None:
@@ -200,6 +208,20 @@ def test_every_flag_has_an_entry() -> None:
 @cases(TABLE)
 def test_another_value(row: Row, runner: Benchmark) -> None:
     runner.check(row)
+
+
+def test_order_and_samples_follow_the_seed(runner: Benchmark) -> None:
+    """Each of them: what is trained on changes with either."""
+    one, other = (runner.baseline(flags)["view"] for flags in ("train", "train --seed=1"))
+    assert one["order"] != other["order"] and one["sample"] != other["sample"]
+    assert one["names"] == other["names"]
+
+
+def test_fewer_images_are_evenly_spaced(runner: Benchmark) -> None:
+    whole, some = (
+        runner.baseline(flags)["view"]["names"] for flags in ("train", "train --train_images=8")
+    )
+    assert some == [whole[i] for i in (0, 1, 3, 4, 6, 7, 9, 10)]
 
 
 def test_what(runner: Benchmark) -> None:

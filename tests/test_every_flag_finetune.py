@@ -5,6 +5,7 @@ from pathlib import Path
 import every_flag_training as alike
 import pytest
 from every_flag import Row, Table, Told, cases, check_complete
+from every_flag_files import write_encoders, write_images
 from every_flag_training import Runner
 
 import main_finetune
@@ -143,7 +144,7 @@ PLANNED = """
     --accum_iter --batch_size --blr --cls_token --data_path --dataset --dry_run_images
     --dry_run_processes --ema_decay --epochs --finetune --global_pool --grad_checkpointing
     --images_per_second --in_chans --input_size --keep --layer_decay --lr --lscale_init --min_lr
-    --model --nb_classes --num_heads --patch_size --precision --save_every --shard
+    --model --nb_classes --patch_size --precision --save_every --shard
     --train_images --tune --val_fraction --warmup_epochs
 """
 
@@ -153,9 +154,9 @@ def runner(tmp_path_factory: pytest.TempPathFactory) -> Runner:
     root = tmp_path_factory.mktemp("finetune")
     places = {}
     for seed, name in enumerate(("data", "other")):
-        alike.write_images(root / name, seed)
+        write_images(root / name, seed)
         places[name] = str(root / name)
-    places |= alike.write_encoders(root)
+    places |= write_encoders(root)
     base = [*BASE, f"--data_path={places['data']}"]
     metrics = "metrics-finetune.jsonl"
     return Runner("main_finetune", base, places, root, metrics=metrics)

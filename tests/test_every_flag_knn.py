@@ -7,6 +7,7 @@ import every_flag_training as alike
 import numpy as np
 import pytest
 from every_flag import Command, Row, Table, Told, Trace, Watched, cases, check_complete, digest
+from every_flag_files import write_all
 
 import main_knn
 
@@ -112,7 +113,7 @@ class Neighbours(Command):
 @pytest.fixture(scope="module")
 def runner(tmp_path_factory: pytest.TempPathFactory) -> Neighbours:
     root = tmp_path_factory.mktemp("knn")
-    return Neighbours("main_knn", BASE, alike.write_all(root), root)
+    return Neighbours("main_knn", BASE, write_all(root), root)
 
 
 def test_every_flag_has_an_entry() -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import every_flag_training as alike
 import pytest
 from every_flag import Row, Table, Told, cases, check_complete
+from every_flag_files import write_images
 from every_flag_training import Runner
 
 import main_pretrain
@@ -136,7 +137,7 @@ def runner(tmp_path_factory: pytest.TempPathFactory) -> Runner:
     root = tmp_path_factory.mktemp("pretrain")
     places = {}
     for seed, name in enumerate(("data", "other")):
-        alike.write_images(root / name, seed)
+        write_images(root / name, seed)
         places[name] = str(root / name)
     base = [*BASE, f"--data_path={places['data']}"]
     return Runner("main_pretrain", base, places, root)

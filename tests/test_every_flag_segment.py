@@ -6,6 +6,7 @@ from typing import Any
 import every_flag_training as alike
 import pytest
 from every_flag import Row, Table, Told, cases, check_complete
+from every_flag_files import write_encoders, write_pairs
 from every_flag_training import Runner
 from test_segment_data import write_ade20k
 
@@ -106,7 +107,10 @@ TABLE: Table = {
     "--resume": Told("test_resume"),
     "--allow_changes": Told("test_allow_changes"),
     "--eval_every": Row("--eval_every=2", "files held measured saves"),
-    "--pictures": Row("--pictures=2", "files held", MEASURED),
+    "--pictures": [
+        Row("--pictures=2", "files held", MEASURED),
+        Row("--pictures=3", "held", f"{MEASURED} --pictures=2"),
+    ],
     # ---- Use of a segmenter
     "--eval": Told("test_eval"),
     "--predict": Told("test_predict"),
@@ -129,7 +133,7 @@ PLANNED = """
     --accum_iter --aux_channels --batch_size --blr --channels --dataset --dry_run_images
     --dry_run_processes --finetune --grad_checkpointing --images_per_second --input_size
     --iterations --keep --layer_decay --lr --lscale_init --min_lr --model --nb_classes
-    --num_heads --patch_size --pos_resize --precision --relative_bias --save_every
+    --patch_size --pos_resize --precision --relative_bias --save_every
     --train_images --val_fraction --warmup_iterations
 """
 
@@ -139,10 +143,10 @@ def runner(tmp_path_factory: pytest.TempPathFactory) -> Runner:
     root = tmp_path_factory.mktemp("segment")
     places = {}
     for seed, name in enumerate(("data", "other", "both")):
-        alike.write_pairs(root / name, seed)
+        write_pairs(root / name, seed)
         places[name] = str(root / name)
     write_ade20k(root / "both", count=6)
-    places |= alike.write_encoders(root, "deep")
+    places |= write_encoders(root, "deep")
     base = [*BASE, f"--data_path={places['data']}"]
     metrics = "metrics-segment.jsonl"
     return Runner("main_segment", base, places, root, loop="train_iterations", metrics=metrics)

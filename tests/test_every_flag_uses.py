@@ -17,19 +17,18 @@ from every_flag import (
     Table,
     Told,
     Trace,
-    add_small_models,
     cases,
     check_complete,
     digest,
 )
+from every_flag_files import write_all, write_tuned
 from safetensors import safe_open
 
 import main_export
 import main_pack
 import main_predict
 import main_visualize
-import models_zoo
-from util.checkpoint import LAST, load_file, save_checkpoint
+from util.checkpoint import load_file
 
 pytestmark = pytest.mark.smoke
 
@@ -37,34 +36,11 @@ FOREIGN = "--checkpoint={official}"
 HEAD, NESTED = "--checkpoint={head_official}", "--checkpoint={head_nested}"
 
 
-def write_tuned(root: Path) -> dict[str, str]:
-    """Two fine-tuned classifiers with averaged weights and branch scales."""
-    places = {}
-    with pytest.MonkeyPatch.context() as patch:
-        add_small_models(patch)
-        for name in ("tuned", "other_tuned"):
-            arguments = models_zoo.model_arguments("vit_nano_patch4")
-            arguments |= {"num_classes": 3, "lscale_init": 0.5, "global_pool": "avg"}
-            models = [models_zoo.create_model("vit_nano_patch4", **arguments) for _ in range(2)]
-            for model in models:
-                torch.nn.init.normal_(model.head.weight)
-            state = {
-                "task": "finetune", "step": 1, "model_name": "vit_nano_patch4",
-                "model_args": arguments, "classes": ["a", "b", "c"],
-                "model": models[0].state_dict(), "ema": models[1].state_dict(),
-                "data": {"dataset": "imagefolder", "mean": [0.5] * 3, "std": [0.3] * 3},
-            }  # fmt: skip
-            (root / name).mkdir()
-            save_checkpoint(root / name, state)
-            places[name] = str(root / name / LAST)
-    return places
-
-
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     root = tmp_path_factory.mktemp("places")
     torch.manual_seed(3)
-    return alike.write_all(root) | write_tuned(root)
+    return write_all(root) | write_tuned(root)
 
 
 # ---- Predict -----------------------------------------------------------------------------------

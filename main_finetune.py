@@ -441,15 +441,21 @@ def evaluate_checkpoint(args: argparse.Namespace, procs: Processes) -> None:
         path = str(own)
     with procs.main_first():  # an address is fetched once
         ckpt.local_file(path)
-    model, _, state = models_zoo.load_classifier(
-        path,
-        args.model,
-        head="own",
-        img_size=args.input_size,
-        pos_resize=args.pos_resize,
-        num_heads=args.num_heads,
-        weights_key=args.weights_key,
-    )
+    whole = load_state(path, args.weights_key)
+
+    def read(weights: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        model, _, state = models_zoo.classifier_of(
+            whole | {"model": weights},
+            path,
+            args.model,
+            head="own",
+            img_size=args.input_size,
+            pos_resize=args.pos_resize,
+            num_heads=args.num_heads,
+        )
+        return model, state
+
+    model, state = read(whole["model"])
     check_given(
         {"nb_classes": args.nb_classes, "in_chans": args.in_chans},
         {"nb_classes": model.num_classes, "in_chans": model.in_chans},
@@ -474,7 +480,7 @@ def evaluate_checkpoint(args: argparse.Namespace, procs: Processes) -> None:
     model.to(procs.device)
     arms = {"": model.state_dict()}
     if "ema" in state:
-        arms["ema_"] = state["ema"]
+        arms["ema_"] = read(whole["ema"])[0].state_dict()  # at this size too
     prepare_folder(folder)
     identity = identity_of(path, state.get("step"), measured_settings(args, model))
     if procs.main:

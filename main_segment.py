@@ -429,7 +429,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if args.eval and args.predict:
         raise BadInput("--eval and --predict are two commands; give one of them")
-    inference_of(args)  # refuses windows that cannot work
+    if not (args.eval or args.predict):  # which may have theirs from the checkpoint
+        inference_of(args)  # refuses windows that cannot work
     check_settings(vars(args))
     warnings = warn_of_flags(vars(args), parser.given)
     if args.dry_run:
@@ -581,6 +582,7 @@ def use_checkpoint(args: argparse.Namespace, procs: Processes, given: Container[
     trained_on = state.get("data", {})
     args.mean, args.std = (args.mean or trained_on.get("mean"), args.std or trained_on.get("std"))
     look_as_trained(args, trained_on, given)
+    inference_of(args)  # refuses windows that cannot work
     classes = state.get("classes")
     if args.predict:
         if procs.main:

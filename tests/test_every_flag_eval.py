@@ -99,6 +99,7 @@ def test_both_arms_are_measured(classifier: Classifier) -> None:
 LOOKS: Table = {
     "--resume": Row("--resume={second}", "models"),
     "--inference": Row("--inference=whole", "inference"),
+    "--window": Row("--window=24", "inference"),
     "--stride": Row("--stride=8", "inference"),
     "--multi_scale": Row("--multi_scale", "inference"),
     "--flip": Row("--flip", "inference"),

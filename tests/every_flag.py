@@ -5,6 +5,7 @@ names are all of what a run has: one that differs and is not named is a fault as
 flag without a row.
 """
 
+import gc
 import hashlib
 import importlib
 import re
@@ -174,6 +175,10 @@ class Command:
     kept: dict[tuple[str, str], Trace] = field(default_factory=dict)
     number: int = 0
 
+    def __post_init__(self) -> None:
+        gc.collect()
+        gc.freeze()  # what torch and we hold is not searched again for each small model
+
     def watch(self, patch: pytest.MonkeyPatch, trace: Trace) -> None:
         """Before a run: have noted what it hands on."""
 
@@ -214,10 +219,16 @@ class Command:
 
 
 def add_small_models(patch: pytest.MonkeyPatch) -> None:
-    """Names for models so small that a run is its files; a segmenter takes four blocks or more."""
-    sizes = {"nano": (2, 2), "heads": (2, 4), "pico": (1, 2), "deep": (4, 2), "deeper": (5, 2)}
-    for name, (depth, heads) in sizes.items():
-        size = {"embed_dim": 32, "depth": depth, "num_heads": heads}
+    """Names for models so small that a run is its files; a segmenter takes four blocks or more.
+
+    The wide ones are for plans, in which what is small is 0.
+    """
+    sizes = {
+        "nano": (32, 2, 2), "heads": (32, 2, 4), "pico": (32, 1, 2), "deep": (32, 4, 2),
+        "deeper": (32, 5, 2), "wide": (384, 4, 6),
+    }  # fmt: skip
+    for name, (width, depth, heads) in sizes.items():
+        size = {"embed_dim": width, "depth": depth, "num_heads": heads}
         size |= {"img_size": 16, "patch_size": 4}
         decoder = {"decoder_embed_dim": 32, "decoder_depth": 1, "decoder_num_heads": 2}
         for names, prefix, arguments in (

@@ -119,7 +119,7 @@ TABLE: Table = {
 
 # What a plan tells, of a run that is large enough.
 SIZES = (
-    "--model=mae_vit_tiny_patch4 --input_size=32 --batch_size=64 --dry_run_images=100000 "
+    "--model=mae_vit_wide_patch4 --input_size=32 --batch_size=64 --dry_run_images=100000 "
     "--images_per_second=100 --epochs=20 --save_every=5"
 )
 PLANNED = """

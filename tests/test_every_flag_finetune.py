@@ -141,11 +141,37 @@ SIZES = (
     "--images_per_second=100 --epochs=20 --save_every=5"
 )
 PLANNED = """
-    --accum_iter --batch_size --blr --cls_token --data_path --dataset --dry_run_images
-    --dry_run_processes --ema_decay --epochs --finetune --global_pool --grad_checkpointing
-    --images_per_second --in_chans --input_size --keep --layer_decay --lr --lscale_init --min_lr
-    --model --nb_classes --patch_size --precision --save_every --shard
-    --train_images --tune --val_fraction --warmup_epochs
+    --accum_iter: batch in lr steps
+    --batch_size: activations batch images lr memory steps time
+    --blr: lr
+    --cls_token: activations encoder head
+    --dataset: data warning
+    --dry_run_images: data in lr steps time
+    --dry_run_processes: batch lr steps
+    --ema_decay: averaged disk memory
+    --epochs: disk in steps time warning
+    --global_pool: activations encoder head
+    --grad_checkpointing: FLOPs activations in memory
+    --images_per_second: time
+    --in_chans: FLOPs activations encoder finetune images in memory parameters
+    --input_size: FLOPs activations encoder finetune in memory parameters
+    --keep: disk
+    --layer_decay: warning
+    --lr: lr
+    --lscale_init: activations encoder finetune memory parameters
+    --min_lr: lr
+    --model: AdamW FLOPs activations disk encoder finetune gradients head in memory parameters
+      + weights
+    --nb_classes: finetune head parameters
+    --patch_size: FLOPs activations encoder finetune in memory parameters
+    --precision: activations half-precision memory
+    --save_every: disk
+    --shard: warning
+    --train_images: data in lr steps time warning
+    --tune: AdamW FLOPs LARS activations disk encoder finetune gradients head in lr memory
+      + parameters warning
+    --val_fraction: data in lr note steps time
+    --warmup_epochs: lr
 """
 
 

@@ -123,12 +123,40 @@ SIZES = (
     "--images_per_second=100 --epochs=20 --save_every=5"
 )
 PLANNED = """
-    --accum_iter --batch_size --blr --data_path --dataset --decoder --decoder_depth
-    --decoder_embed_dim --dry_run_images --dry_run_processes --encoder_mask_tokens --epochs
-    --grad_checkpointing --images_per_second --in_chans --input_size --keep --lr --mask
-    --mask_ratio --method --min_lr --model --patch_size --pca_components --pos_offset
-    --precision --predict_ratio --save_every --shard --target --train_images --val_fraction
-    --warmup_epochs
+    --accum_iter: batch lr steps
+    --batch_size: activations batch images lr memory steps time
+    --blr: lr
+    --dataset: data warning
+    --decoder: activations decoder memory parameters
+    --decoder_depth: FLOPs activations decoder in memory parameters
+    --decoder_embed_dim: FLOPs activations decoder in memory parameters
+    --dry_run_images: data in lr steps time
+    --dry_run_processes: batch lr steps
+    --encoder_mask_tokens: FLOPs activations decoder encoder in memory parameters
+    --epochs: disk in steps time warning
+    --grad_checkpointing: FLOPs activations in memory
+    --images_per_second: time
+    --in_chans: FLOPs activations decoder encoder images parameters pretrain
+    --input_size: FLOPs activations decoder encoder in memory parameters pretrain
+    --keep: disk
+    --lr: lr
+    --mask: pretrain
+    --mask_ratio: FLOPs activations in memory pretrain
+    --method: activations decoder encoder memory parameters pretrain
+    --min_lr: lr
+    --model: AdamW FLOPs activations decoder disk encoder gradients in memory parameters
+      + pretrain weights
+    --patch_size: AdamW FLOPs activations decoder disk encoder in memory parameters pretrain
+    --pca_components: decoder parameters
+    --pos_offset: decoder encoder parameters
+    --precision: activations half-precision memory
+    --predict_ratio: FLOPs activations lr memory pretrain
+    --save_every: disk
+    --shard: warning
+    --target: activations decoder parameters
+    --train_images: data in lr steps time warning
+    --val_fraction: data in lr note steps time
+    --warmup_epochs: lr
 """
 
 

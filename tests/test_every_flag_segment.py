@@ -127,14 +127,40 @@ TABLE: Table = {
 # What a plan tells, of a run that is large enough.
 SIZES = (
     "--model=vit_wide_patch4 --input_size=32 --batch_size=64 --dry_run_images=100000 "
-    "--images_per_second=100 --iterations=20000 --save_every=1000"
+    "--images_per_second=100 --iterations=20 --save_every=10"
 )
 PLANNED = """
-    --accum_iter --aux_channels --batch_size --blr --channels --dataset --dry_run_images
-    --dry_run_processes --finetune --grad_checkpointing --images_per_second --input_size
-    --iterations --keep --layer_decay --lr --lscale_init --min_lr --model --nb_classes
-    --patch_size --pos_resize --precision --relative_bias --save_every
-    --train_images --val_fraction --warmup_iterations
+    --accum_iter: batch in lr steps time warning
+    --aux_channels: auxiliary parameters
+    --batch_size: activations batch images in lr memory steps warning
+    --blr: lr warning
+    --channels: UPer activations disk parameters
+    --dataset: UPer activations auxiliary data memory parameters segment
+    --dry_run_images: data steps warning
+    --dry_run_processes: batch in lr steps time warning
+    --finetune: AdamW FLOPs UPer activations auxiliary disk encoder gradients in left memory
+      + new parameters resized segment taken warning weights
+    --grad_checkpointing: FLOPs activations in memory
+    --images_per_second: time
+    --input_size: FLOPs activations encoder in memory parameters segment
+    --iterations: disk in steps warning
+    --keep: disk
+    --layer_decay: warning
+    --lr: lr warning
+    --lscale_init: activations encoder memory parameters
+    --min_lr: lr
+    --model: AdamW FLOPs UPer activations auxiliary disk encoder gradients in memory
+      + parameters segment weights
+    --nb_classes: UPer activations auxiliary parameters segment
+    --patch_size: AdamW FLOPs activations disk encoder gradients in memory neck parameters
+      + segment weights
+    --pos_resize: resized
+    --precision: activations half-precision memory
+    --relative_bias: biases parameters relative
+    --save_every: disk
+    --train_images: data in steps warning
+    --val_fraction: data steps
+    --warmup_iterations: lr
 """
 
 

@@ -294,7 +294,7 @@ def record() -> None:
     RECORD.mkdir(parents=True, exist_ok=True)
     config = RECORD / "coveragerc"
     config.write_text(f"[run]\ndata_file = {RECORD / 'coverage'}\nomit = tests/*,.venv/*\n")
-    words = ["-n", "3", "--dist", "loadfile", "-q", "-m", "not slurm and not gpu", "--cov=."]
+    words = ["-n", "2", "--dist", "loadfile", "-q", "-m", "not slurm and not gpu", "--cov=."]
     words += ["--cov-context=test", "--cov-report=", f"--cov-config={config}"]
     words += [f"--junitxml={RECORD / 'junit.xml'}", "-o", "junit_family=xunit1"]
     subprocess.run([sys.executable, "-m", "pytest", *words], cwd=ROOT, check=False)

@@ -245,7 +245,7 @@ def disturbed(
         limited = submit(folder, flags)
         jobs["time limit"] = Job(folder, limited)
         assert "TimeLimit=00:30:00" in run("scontrol", "show", "job", limited)
-        wait_until_held(folder, limited, seconds=250)
+        wait_until_held(folder, limited)
         # However long the start took: its time is up in one to two minutes.
         set_limit(limited, minutes_run(limited) + 2)
 

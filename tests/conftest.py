@@ -5,8 +5,9 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -100,6 +101,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         tier = next((t for t in TIERS if item.get_closest_marker(t)), "unit")
         item.user_properties.append(("tier", tier))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_report_to_serializable() -> Iterator[None]:
+    """Names that are no UTF-8, in what a test printed, end a lane: they are written out."""
+    return encodable((yield))
+
+
+def encodable(data: Any) -> Any:
+    """The same nesting with texts that UTF-8 can hold."""
+    if isinstance(data, dict):
+        return {encodable(key): encodable(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return type(data)(map(encodable, data))
+    return data.encode("utf-8", "backslashreplace").decode() if isinstance(data, str) else data
 
 
 @pytest.hookimpl(trylast=True)

@@ -47,6 +47,7 @@ WRITERS = {
     "main_knn.py:FeatureFiles.write": "synced in close",
     "main_knn.py:FeatureFiles.close": "watched below",
     "main_knn.py:measure": WHOLE,
+    "main_predict.py:classify_files": WHOLE,
     "main_study.py:write_plan": WHOLE,
     "main_study.py:write_report": WHOLE,
     "main_tables.py:paper_tables": WHOLE,

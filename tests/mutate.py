@@ -53,12 +53,18 @@ CORE = (
 )  # fmt: skip
 # Where --record leaves what the tests run, and how long they take.
 RECORD = ROOT / "output_dir" / "mutate"
-# In processes of their own, where nothing is recorded; those of all training mains.
-ENOUGH = 200.0  # seconds of tests, the quickest ones, after which a fault counts as unseen
+ENOUGH = 120.0  # seconds of tests, the quickest ones, after which a fault counts as unseen
+# In processes of their own, where nothing is recorded; and the files that are for several.
 ELSEWHERE = ("test_every_sum", "test_processes", "test_shard", "test_resume", "test_signals",
              "test_bad_images")  # fmt: skip
+SEVERAL = ("engine_pretrain", "engine_finetune", "engine_segment", "util/dist", "util/knn",
+           "util/loading", "util/logger", "util/pca", "util/run", "util/shard", "util/signals",
+           "util/step")  # fmt: skip
 # Functions whose calls are words for people, and statements that a fault may not be put into.
-ASIDE = {"help", "metavar", "strict", "non_blocking", "indent"}  # words, a check, speed, layout
+# Words, checks, speed, layout, what is there already.
+ASIDE = {
+    "help", "metavar", "strict", "non_blocking", "indent", "frozen", "slots", "exist_ok", "parents",
+}  # fmt: skip
 WORDS = {"say", "say_once", "warn", "print", "BadInput", "add_argument", "needs", "note", "help"}
 
 # ---- Faults ------------------------------------------------------------------------------------
@@ -274,7 +280,7 @@ def draw(seed: int, count: int, files: Sequence[str]) -> list[Fault]:
     places = {}
     for file in files:
         text = (ROOT / f"{file}.py").read_text()
-        here = [f for f in Places(f"{file}.py", text).found if compiles(f, text)]
+        here = Places(f"{file}.py", text).found
         rng.shuffle(here)
         if here:
             places[file] = here
@@ -283,6 +289,9 @@ def draw(seed: int, count: int, files: Sequence[str]) -> list[Fault]:
     order = [*rng.sample(list(places), len(places)), *order]
     while len(found) < count and order:
         file = order.pop(0)
+        text = (ROOT / f"{file}.py").read_text()
+        while places[file] and not compiles(places[file][-1], text):
+            places[file].pop()
         if places[file]:
             found.append(places[file].pop())
             order.append(file)
@@ -350,7 +359,9 @@ def importers(module: str) -> list[str]:
 def tests_for(fault: Fault, recorded: Recorded | None) -> list[str]:
     """Tests or files of tests in the order in which they are tried."""
     known = recorded.tests_for(fault) if recorded else []
-    others = ELSEWHERE if known else (*importers(fault.file.removesuffix(".py")), *ELSEWHERE)
+    file = fault.file.removesuffix(".py")
+    others = () if known else importers(file)
+    others = (*others, *(ELSEWHERE if file in SEVERAL else ()))
     others = [c for c in dict.fromkeys(others) if c not in ("test_slurm", "test_architecture")]
     return known + [f"tests/{c}.py" for c in others if (ROOT / "tests" / f"{c}.py").exists()]
 

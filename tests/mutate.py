@@ -60,11 +60,11 @@ ELSEWHERE = ("test_every_sum", "test_processes", "test_shard", "test_resume", "t
 SEVERAL = ("engine_pretrain", "engine_finetune", "engine_segment", "util/dist", "util/knn",
            "util/loading", "util/logger", "util/pca", "util/run", "util/shard", "util/signals",
            "util/step")  # fmt: skip
-# Functions whose calls are words for people, and statements that a fault may not be put into.
-# Words, checks, speed, layout, what is there already.
+# Arguments that no fault takes away: words, checks, speed, layout, what is there already.
 ASIDE = {
     "help", "metavar", "strict", "non_blocking", "indent", "frozen", "slots", "exist_ok", "parents",
 }  # fmt: skip
+# Functions whose calls are words for people: no fault is put into them.
 WORDS = {"say", "say_once", "warn", "print", "BadInput", "add_argument", "needs", "note", "help"}
 
 # ---- Faults ------------------------------------------------------------------------------------

@@ -88,7 +88,10 @@ def pytest_report_header() -> str:
 # `make test` has two lanes, and a third that waits for Slurm first. A file's tests stay in one
 # lane, for they share fixtures; the longest files come first, so that all lanes end together.
 
-LONGEST = ("test_slurm.py",)
+LONGEST = (
+    "test_slurm.py", "test_os_errors.py", "test_resume.py", "test_changed_settings.py",
+    "test_pretrain.py", "test_loading.py", "test_compile.py",
+)  # fmt: skip
 TIERS = ("slurm", "dist", "parity", "smoke", "gpu")
 SECONDS: dict[str, list[float]] = {}
 
@@ -121,7 +124,7 @@ def encodable(data: Any) -> Any:
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Seconds by tier and of the slowest files; then what failed the run in CI."""
-    if SECONDS and len(SECONDS) > 1:
+    if SECONDS:
         terminalreporter.section("seconds by tier, then by file (of one lane)", sep="-")
         parts = sorted(SECONDS.items(), key=lambda item: -sum(item[1]))
         for part, seconds in [p for p in parts if p[0] in (*TIERS, "unit")]:

@@ -78,7 +78,7 @@ def flags_of(parser: Any) -> set[str]:
     return {max(a.option_strings, key=len, default=a.dest) for a in parser._actions}
 
 
-def check_complete(table: Table, parser: Any, module: str) -> None:
+def check_complete(table: Table, parser: Any, module: str, *classes: type) -> None:
     """Every flag has an entry, every entry has a flag, a row gives its flag, a test is there."""
     flags = flags_of(parser) - OF_THE_PARSER
     missing, gone = sorted(flags - table.keys()), sorted(table.keys() - flags)
@@ -86,7 +86,8 @@ def check_complete(table: Table, parser: Any, module: str) -> None:
     assert not gone, f"entries of flags that are no more, in {module}: {' '.join(gone)}"
     for flag, entry in table.items():
         if isinstance(entry, Told):
-            assert hasattr(sys.modules[module], entry.test), f"{flag}: no test {entry.test}"
+            places = (sys.modules[module], *classes)
+            assert any(hasattr(p, entry.test) for p in places), f"{flag}: no test {entry.test}"
             continue
         for row in entry if isinstance(entry, list) else [entry]:
             given = {word.split("=")[0] for word in row.flags.split()}

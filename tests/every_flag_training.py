@@ -17,6 +17,7 @@ from every_flag import (
     Table,
     Trace,
     Watched,
+    check_complete,
     digest,
     rows_of,
 )
@@ -311,3 +312,67 @@ def check_no_pin_mem(runner: Command, module: Any, beside: str = "--no-compile")
             with pytest.raises(Enough):
                 runner(beside, flags)
     assert asked == [True, False]
+
+
+class TrainingFlags:
+    """Tests that every training main has; its file derives from them and brings a `runner`.
+
+    Attributes:
+        main: the module. model: a name that --list_models prints.
+        table: of all its flags. planned, sizes: see `check_plan`.
+        measured, limit: flags that measure while training, and that take fewer held-out images.
+        longer: flags of a run that goes on after the first. blows_up: of one that ends in NaN.
+        spared: flags beside --max_bad_images.
+    """
+
+    main: Any
+    model: str
+    table: Table
+    planned: str
+    sizes: str
+    measured: str
+    limit = "--val_images={}"
+    longer = "--epochs=3"
+    blows_up = "--lr=1e6 --warmup_epochs=0"
+    spared = ""
+
+    def test_every_flag_has_an_entry(self) -> None:
+        own = type(self)
+        check_complete(self.table, self.main.build_parser(), own.__module__, own)
+
+    def test_fewer_images_are_evenly_spaced(self, runner: Runner) -> None:
+        check_evenly(runner)
+        check_held_out_evenly(runner, self.measured, self.limit)
+
+    def test_samples_follow_the_seed(self, runner: Runner) -> None:
+        check_samples_follow_the_seed(runner)
+
+    def test_the_plan(self, runner: Runner) -> None:
+        check_plan(runner, self.table, self.planned, self.sizes)
+
+    def test_list_models(self, runner: Runner) -> None:
+        check_list_models(runner, self.model)
+
+    def test_no_pin_mem(self, runner: Runner) -> None:
+        check_no_pin_mem(runner, self.main)
+
+    def test_nan_policy(self, runner: Runner) -> None:
+        check_nan_policy(runner, self.blows_up)
+
+    def test_device(self, runner: Runner) -> None:
+        check_device(runner)
+
+    def test_bad_images(self, runner: Runner) -> None:
+        check_bad_images(runner, self.spared)
+
+    def test_resume(self, runner: Runner, tmp_path: Path) -> None:
+        check_resume(runner, self.longer, tmp_path)
+
+    def test_allow_changes(self, runner: Runner, tmp_path: Path) -> None:
+        check_allow_changes(runner, self.longer, tmp_path)
+
+    def test_dry_run(self, runner: Runner) -> None:
+        check_dry_run(runner)
+
+    def test_dry_run_measure(self, runner: Runner) -> None:
+        check_dry_run_measure(runner)

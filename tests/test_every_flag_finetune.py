@@ -4,7 +4,7 @@ from pathlib import Path
 
 import every_flag_training as alike
 import pytest
-from every_flag import Row, Table, Told, cases, check_complete
+from every_flag import Row, Table, Told, cases
 from every_flag_files import write_encoders, write_images
 from every_flag_training import Runner
 
@@ -188,54 +188,15 @@ def runner(tmp_path_factory: pytest.TempPathFactory) -> Runner:
     return Runner("main_finetune", base, places, root, metrics=metrics)
 
 
-def test_every_flag_has_an_entry() -> None:
-    check_complete(TABLE, main_finetune.build_parser(), __name__)
+class TestTraining(alike.TrainingFlags):
+    main, model = main_finetune, "vit_base_patch16"
+    table, planned, sizes = TABLE, PLANNED, SIZES
+    measured = MEASURED
 
 
 @cases(TABLE)
 def test_another_value(row: Row, runner: Runner) -> None:
     runner.check(row)
-
-
-def test_fewer_images_are_evenly_spaced(runner: Runner) -> None:
-    alike.check_evenly(runner)
-    alike.check_held_out_evenly(runner, "--eval_every=2", "--val_images={}")
-
-
-def test_samples_follow_the_seed(runner: Runner) -> None:
-    alike.check_samples_follow_the_seed(runner)
-
-
-def test_the_plan(runner: Runner) -> None:
-    alike.check_plan(runner, TABLE, PLANNED, SIZES)
-
-
-def test_list_models(runner: Runner) -> None:
-    alike.check_list_models(runner, "vit_base_patch16")
-
-
-def test_no_pin_mem(runner: Runner) -> None:
-    alike.check_no_pin_mem(runner, main_finetune)
-
-
-def test_nan_policy(runner: Runner) -> None:
-    alike.check_nan_policy(runner, "--lr=1e6 --warmup_epochs=0")
-
-
-def test_device(runner: Runner) -> None:
-    alike.check_device(runner)
-
-
-def test_bad_images(runner: Runner) -> None:
-    alike.check_bad_images(runner)
-
-
-def test_resume(runner: Runner, tmp_path: Path) -> None:
-    alike.check_resume(runner, "--epochs=3", tmp_path)
-
-
-def test_allow_changes(runner: Runner, tmp_path: Path) -> None:
-    alike.check_allow_changes(runner, "--epochs=3", tmp_path)
 
 
 def test_eval(runner: Runner, tmp_path: Path) -> None:
@@ -244,11 +205,3 @@ def test_eval(runner: Runner, tmp_path: Path) -> None:
     measured = runner("--eval", folder=tmp_path)
     assert measured["ends"] == 0 and "start" not in measured
     assert {"run/result-eval.json"} <= set(measured["files"]), measured["files"]
-
-
-def test_dry_run(runner: Runner) -> None:
-    alike.check_dry_run(runner)
-
-
-def test_dry_run_measure(runner: Runner) -> None:
-    alike.check_dry_run_measure(runner)

@@ -1,10 +1,8 @@
 """Every flag of main_pretrain.py: another value changes what it should, and nothing else."""
 
-from pathlib import Path
-
 import every_flag_training as alike
 import pytest
-from every_flag import Row, Table, Told, cases, check_complete
+from every_flag import Row, Table, Told, cases
 from every_flag_files import write_images
 from every_flag_training import Runner
 
@@ -171,59 +169,12 @@ def runner(tmp_path_factory: pytest.TempPathFactory) -> Runner:
     return Runner("main_pretrain", base, places, root)
 
 
-def test_every_flag_has_an_entry() -> None:
-    check_complete(TABLE, main_pretrain.build_parser(), __name__)
+class TestTraining(alike.TrainingFlags):
+    main, model = main_pretrain, "mae_vit_base_patch16"
+    table, planned, sizes = TABLE, PLANNED, SIZES
+    measured, limit = "--eval_every=2", "--eval_images={}"
 
 
 @cases(TABLE)
 def test_another_value(row: Row, runner: Runner) -> None:
     runner.check(row)
-
-
-def test_fewer_images_are_evenly_spaced(runner: Runner) -> None:
-    alike.check_evenly(runner)
-    alike.check_held_out_evenly(runner, "--eval_every=2", "--eval_images={}")
-
-
-def test_samples_follow_the_seed(runner: Runner) -> None:
-    alike.check_samples_follow_the_seed(runner)
-
-
-def test_the_plan(runner: Runner) -> None:
-    alike.check_plan(runner, TABLE, PLANNED, SIZES)
-
-
-def test_list_models(runner: Runner) -> None:
-    alike.check_list_models(runner, "mae_vit_base_patch16")
-
-
-def test_no_pin_mem(runner: Runner) -> None:
-    alike.check_no_pin_mem(runner, main_pretrain)
-
-
-def test_nan_policy(runner: Runner) -> None:
-    alike.check_nan_policy(runner, "--lr=1e6 --warmup_epochs=0")
-
-
-def test_device(runner: Runner) -> None:
-    alike.check_device(runner)
-
-
-def test_bad_images(runner: Runner) -> None:
-    alike.check_bad_images(runner)
-
-
-def test_resume(runner: Runner, tmp_path: Path) -> None:
-    alike.check_resume(runner, "--epochs=3", tmp_path)
-
-
-def test_allow_changes(runner: Runner, tmp_path: Path) -> None:
-    alike.check_allow_changes(runner, "--epochs=3", tmp_path)
-
-
-def test_dry_run(runner: Runner) -> None:
-    alike.check_dry_run(runner)
-
-
-def test_dry_run_measure(runner: Runner) -> None:
-    alike.check_dry_run_measure(runner)

@@ -5,7 +5,7 @@ from typing import Any
 
 import every_flag_training as alike
 import pytest
-from every_flag import Row, Table, Told, cases, check_complete
+from every_flag import Row, Table, Told, cases
 from every_flag_files import write_encoders, write_pairs
 from every_flag_training import Runner
 from test_segment_data import write_ade20k
@@ -178,8 +178,13 @@ def runner(tmp_path_factory: pytest.TempPathFactory) -> Runner:
     return Runner("main_segment", base, places, root, loop="train_iterations", metrics=metrics)
 
 
-def test_every_flag_has_an_entry() -> None:
-    check_complete(TABLE, main_segment.build_parser(), __name__)
+class TestTraining(alike.TrainingFlags):
+    main, model = main_segment, "vit_base_patch16"
+    table, planned, sizes = TABLE, PLANNED, SIZES
+    measured = "--eval_every=4"
+    longer = "--iterations=6"
+    blows_up = "--lr=1e6 --warmup_iterations=0 --iterations=8"
+    spared = "--iterations=6 --nb_classes=4"
 
 
 @cases(TABLE)
@@ -202,47 +207,6 @@ def test_scene_size(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked == [96, 64]
 
 
-def test_fewer_images_are_evenly_spaced(runner: Runner) -> None:
-    alike.check_evenly(runner)
-    alike.check_held_out_evenly(runner, "--eval_every=4", "--val_images={}")
-
-
-def test_samples_follow_the_seed(runner: Runner) -> None:
-    alike.check_samples_follow_the_seed(runner)
-
-
-def test_the_plan(runner: Runner) -> None:
-    alike.check_plan(runner, TABLE, PLANNED, SIZES)
-
-
-def test_list_models(runner: Runner) -> None:
-    alike.check_list_models(runner, "vit_base_patch16")
-
-
-def test_no_pin_mem(runner: Runner) -> None:
-    alike.check_no_pin_mem(runner, main_segment)
-
-
-def test_nan_policy(runner: Runner) -> None:
-    alike.check_nan_policy(runner, "--lr=1e6 --warmup_iterations=0 --iterations=8")
-
-
-def test_device(runner: Runner) -> None:
-    alike.check_device(runner)
-
-
-def test_bad_images(runner: Runner) -> None:
-    alike.check_bad_images(runner, "--iterations=6 --nb_classes=4")
-
-
-def test_resume(runner: Runner, tmp_path: Path) -> None:
-    alike.check_resume(runner, "--iterations=6", tmp_path)
-
-
-def test_allow_changes(runner: Runner, tmp_path: Path) -> None:
-    alike.check_allow_changes(runner, "--iterations=6", tmp_path)
-
-
 def test_eval(runner: Runner, tmp_path: Path) -> None:
     """It measures what is there, and trains nothing."""
     runner(MEASURED, folder=tmp_path)
@@ -257,11 +221,3 @@ def test_predict(runner: Runner, tmp_path: Path) -> None:
     found = runner("--predict {data}/val/images", folder=tmp_path)
     assert found["ends"] == 0 and "start" not in found
     assert sum(name.endswith(".png") and "maps" in name for name in found["files"]) == 6
-
-
-def test_dry_run(runner: Runner) -> None:
-    alike.check_dry_run(runner)
-
-
-def test_dry_run_measure(runner: Runner) -> None:
-    alike.check_dry_run_measure(runner)

@@ -1,14 +1,18 @@
-"""A step that was not finite, and a checkpoint that is written before the next log line."""
+"""A checkpoint that is written between two log lines: steps that were not finite, and the speed."""
 
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from runs import records
 from stopped_runs import JOBS, stopping
 
+import main_pretrain
+from util import checkpoint, logger
 from util.checkpoint import LAST, load_file
 from util.errors import EXIT_STOPPED
 from util.step import OptimizerStep
@@ -44,8 +48,7 @@ def test_it_is_said_before_the_checkpoint(broken: None, tmp_path: Path, run_main
     assert load_file(tmp_path / LAST)["sums"]["recent"][4:] == [1.0, 0.0]
     code, out, err = run_main("main_pretrain", flags)
     assert code == 0 and "not finite" not in out, out + err
-    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [r.get("skipped") for r in records if r["kind"] == "train"] == [1, None, None]
+    assert [r.get("skipped") for r in records(tmp_path, "train")] == [1, None, None]
 
 
 def test_no_checkpoint_is_of_after_it(broken: None, tmp_path: Path, run_main: Callable) -> None:
@@ -56,3 +59,38 @@ def test_no_checkpoint_is_of_after_it(broken: None, tmp_path: Path, run_main: Ca
     assert code == 1 and "not finite in step 2;" in err, out + err
     assert not (tmp_path / LAST).exists() and "no checkpoint yet" in err
     assert run_main("main_pretrain", flags)[0] == 0  # the fault is gone: from the start
+
+
+def test_speed_is_of_all_steps_and_no_time_of_saving(
+    tmp_path: Path, run_main: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step takes a second and all else a hundred, by a clock of our own; each step is saved.
+
+    Saving forgot the steps' time before it and kept their images: a line of four steps said four
+    times the speed.
+    """
+    now = [0.0]
+
+    def takes(owner: Any, name: str, seconds: float) -> None:
+        original = getattr(owner, name)
+
+        def timed(*rest: Any, **more: Any) -> Any:
+            now[0] += seconds
+            return original(*rest, **more)
+
+        monkeypatch.setattr(owner, name, timed)
+
+    takes(OptimizerStep, "__call__", 1.0)
+    takes(checkpoint, "save_checkpoint", 100.0)
+    takes(main_pretrain, "evaluate", 100.0)
+    monkeypatch.setattr(logger, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    flags = [
+        *FLAGS,
+        "--save_minutes=1e-9",
+        "--eval_every=1",
+        "--eval_images=4",
+        f"--output_dir={tmp_path}",
+    ]
+    assert run_main("main_pretrain", flags)[0] == 0
+    lines = records(tmp_path, "train")
+    assert len(lines) == 3 and {line["images_per_s"] for line in lines} == {4.0}

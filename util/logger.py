@@ -334,6 +334,9 @@ class StepReport:
     bad: list[int]
 
 
+FAULTS = 5  # the place of the steps that were not finite among the sums of a StepLog
+
+
 class StepLog:
     """Collects what steps compute and reads it only at log lines, so that the device never waits.
 
@@ -366,11 +369,13 @@ class StepLog:
         self.bad_images, self.last_good = bad_images, last_good
         self.every, self.global_batch, self.nan_policy = every, global_batch, nan_policy
         # Sums of loss, steps with a finite loss, gradient norm, steps with a finite one, updates
-        # left out, faults: since the last log line, and over the epoch.
+        # left out, faults (`FAULTS`): since the last log line, and over the epoch.
         self.recent = torch.zeros(6, dtype=widest(procs.device), device=procs.device)
         self.epoch = torch.zeros_like(self.recent)
-        self.waited, self.since = 0.0, time.perf_counter()
+        # Since the last log line: seconds waited for data, and of training until `since`.
+        self.waited, self.trained, self.since = 0.0, 0.0, time.perf_counter()
         self.history: list[StepReport] = []
+        self.reported = 0  # steps of the history whose faults are told already
         self.latest: tuple[int, float] | None = None  # step and lr of what no log line has yet
 
     def __call__(self, report: StepReport) -> None:
@@ -386,6 +391,7 @@ class StepLog:
         self.bad_images.note(report.bad)
         self.history.append(report)
         self.latest = report.step, report.lr
+        self._count_time()
         self.bar.update()
         if report.step % self.every == 0:
             self.flush()
@@ -403,7 +409,8 @@ class StepLog:
         bad_images = self.bad_images.agree()
         totals = self.procs.sum(self.recent).tolist()
         loss, loss_steps, norm, norm_steps, skipped, broken = totals
-        seconds = time.perf_counter() - self.since
+        self._count_time()  # now that the device is done
+        seconds = self.trained
         values = {
             "loss": loss / loss_steps if loss_steps else math.nan,
             "lr": lr,
@@ -418,11 +425,13 @@ class StepLog:
             values["skipped"] = round(skipped / self.procs.world_size)
         self.logger.record("train", step, **values)
         self.bar.report(values["loss"], lr, values["images_per_s"])
-        history, self.history = self.history, []
+        untold = self.history[self.reported :]
+        self.history, self.reported = [], 0
         self.recent.zero_()
+        self.waited, self.trained = 0.0, 0.0
         self.restart_clock()
         if broken:
-            self._report_broken(history)
+            self._report_broken(untold)
 
     def report_pending(self) -> None:
         """Report steps that were not finite and have no log line yet. A collective.
@@ -433,10 +442,14 @@ class StepLog:
         Raises:
             RunFailed: see `flush`.
         """
-        if self.procs.sum(self.recent)[5]:
-            self._report_broken(self.history)
-            self.history = [h for h in self.history if not h.result.broken]
-            self.recent[5] = 0
+        if self.latest is None:
+            return
+        faults = self.procs.sum(self.recent)[FAULTS].item()
+        self._count_time()  # the device is done with the steps
+        if faults:
+            self._report_broken(self.history[self.reported :])
+            self.reported = len(self.history)
+            self.recent[FAULTS] = 0
 
     def _report_broken(self, history: list[StepReport]) -> None:
         """Dump the steps that were not finite, and stop if that is the policy."""
@@ -478,9 +491,13 @@ class StepLog:
         self.restart_clock()
         return loss / steps if steps else math.nan
 
+    def _count_time(self) -> None:
+        now = time.perf_counter()
+        self.trained, self.since = self.trained + now - self.since, now
+
     def restart_clock(self) -> None:
-        """What was done meanwhile (saving, measuring) is not training time."""
-        self.since, self.waited = time.perf_counter(), 0.0
+        """What was done since the last step (saving, measuring) is not training time."""
+        self.since = time.perf_counter()
 
     def state(self) -> dict[str, Any]:
         """The sums of the partial epoch and log interval, for a checkpoint. A collective."""

@@ -123,8 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         except NoSplit as error:
             if "split" in parser.given:
                 raise
-            why = str(error).partition(",")[0]  # the rest is advice for runs
-            say(f"{split} is not packed: {why}")
+            say(f"{split} is not packed: {error.what}")
     for split, source in sources.items():
         about = pack(
             source,

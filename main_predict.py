@@ -62,15 +62,9 @@ from util.weights_flags import add_weights_key_flag
 RESULT, ABOUT = "predictions.csv", "predictions.json"
 # Flags that decide what is predicted.
 PREDICTED_BY = (
-    "data_path",
-    "top_k",
-    "ema",
-    "input_size",
-    "pos_resize",
-    "mean",
-    "std",
-    "max_pixels",
-)
+    "data_path", "top_k", "ema", "input_size", "pos_resize", "mean", "std", "max_pixels", "model",
+    "num_heads", "weights_key",
+)  # fmt: skip
 FOR_CLASSES = ("top_k", "ema", "input_size", "pos_resize")  # flags that a segmenter has no use for
 NAMED = 5  # images that cannot be decoded and are named on the screen; the table names all
 

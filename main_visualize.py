@@ -185,6 +185,8 @@ def gather_images(args: argparse.Namespace, model: Any) -> tuple[list[str], list
     paths = [path for name in args.images for path in image_files(Path(name), "--images")]
     if model.in_chans not in (1, 3):
         raise BadInput(f"image files are gray or RGB, the model takes {model.in_chans} channels")
+    if len(paths) > args.num_images:
+        print_text(f"{args.num_images} of {len(paths):,} images, evenly spaced (--num_images)")
     paths = [paths[i] for i in evenly(len(paths), args.num_images)]
     transform = EvalTransform(model.img_size, margin=False)  # show as much as fits
     read = partial(read_image, channels=model.in_chans, max_pixels=args.max_pixels)

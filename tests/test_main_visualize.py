@@ -63,6 +63,14 @@ def test_weights_that_diverged_are_no_reconstruction(
     assert not out.exists()
 
 
+def test_some_of_many_images_are_said_to_be_some(
+    run: Path, photos: Path, tmp_path: Path, run_main
+) -> None:
+    argv = [f"--checkpoint={run / LAST}", f"--images={photos}", f"--output_dir={tmp_path / 'out'}"]
+    code, text, err = run_main("main_visualize", [*argv, "--num_images=2"])
+    assert code == 0 and "2 of 3 images, evenly spaced (--num_images)" in text, (text, err)
+
+
 def test_files_and_folders_of_images(run: Path, photos: Path, tmp_path: Path, run_main) -> None:
     out = tmp_path / "out"
     code, text, err = run_main(
@@ -72,6 +80,7 @@ def test_files_and_folders_of_images(run: Path, photos: Path, tmp_path: Path, ru
     )  # fmt: skip
     assert code == 0, err
     assert len(re.findall(r"model [\d.]+, mean [\d.]+, nearest [\d.]+ dB", text)) == 4
+    assert "evenly spaced" not in text
     grid = Image.open(out / "grid.png")
     assert grid.width > 3 * 160 and grid.height > 4 * 160
     panels = sorted(p.name for p in (out / "panels").iterdir())

@@ -86,6 +86,12 @@ def test_predictions_of_another_checkpoint_are_kept(
         stem, _, ending = name.partition(".")
         assert (tmp_path / f"{stem}-1.{ending}").read_bytes() == content
         assert (tmp_path / name).read_bytes() != content
+    # A table of nobody knows what, of a command that was killed or of an older one.
+    (tmp_path / "predictions.json").unlink()
+    alone = (tmp_path / "predictions.csv").read_bytes()
+    out = predicted(run_main, run / LAST, images, tmp_path)
+    assert "predictions-2.csv, an earlier measurement" in out
+    assert (tmp_path / "predictions-2.csv").read_bytes() == alone
 
 
 def reference(checkpoint: Path, file: Path) -> torch.Tensor:

@@ -355,8 +355,8 @@ def add_optimisation_flags(
     )
     group.add_argument("--tf32", action="store_true", help="allow TF32 products on a GPU")
     for flag, wanted, what in (
-        ("--compile", True, "train through torch.compile; default: on a GPU, not on a CPU"),
-        ("--no-compile", False, "train without torch.compile; default: without on a CPU"),
+        ("--compile", True, "train through torch.compile; the default on a GPU"),
+        ("--no-compile", False, "train without torch.compile; the default on a CPU"),
     ):
         group.add_argument(flag, action="store_const", const=wanted, dest="compile", help=what)
     # Not set_defaults, which would put the marker itself into the settings.

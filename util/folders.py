@@ -84,7 +84,18 @@ SPLIT_NAME = re.compile(
 
 
 class NoSplit(BadInput):
-    """The data set is there, and has no images of that split."""
+    """The data set is there, and has no images of that split.
+
+    Attributes:
+        what: is missing; the message says what a run can do about it, too.
+    """
+
+    def __init__(self, what: str, advice: str) -> None:
+        super().__init__(what, advice)
+        self.what = what
+
+    def __str__(self) -> str:
+        return ", ".join(self.args)
 
 
 def imagefolder(split: str, data_path: PathLike | None) -> ImageSource:
@@ -133,8 +144,9 @@ def whole_folder(data: Path, split: str) -> Path:
     if split == "train":
         raise BadInput(f"no folder {data / split}{hint}; expected {LAYOUT}")
     raise NoSplit(
-        f"no val/ in {data}, so nothing is held out{hint}; --val_fraction .1 holds images of train "
-        f"out, or move some into {data / 'val'}"
+        f"no val/ in {data}",
+        f"so nothing is held out{hint}; --val_fraction .1 holds images of train out, or move some "
+        f"into {data / 'val'}",
     )
 
 

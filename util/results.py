@@ -66,14 +66,16 @@ def set_others_aside(folder: Path, names: Sequence[str], identity: Mapping[str, 
     `eval.json` becomes `eval-1.json`, or the next number that none of the files has.
 
     Args:
-        names: of the new files in `folder`; the first is JSON and holds its identity.
+        names: of the new files in `folder`; the first is JSON and holds its identity. Without it
+            nobody knows what the others are of.
 
     Raises:
         CannotWrite: it cannot be renamed.
     """
     first = folder / names[0]
     with writing(first):
-        if not first.is_file():
+        kept = [folder / name for name in names if (folder / name).exists()]
+        if not kept:
             return
     try:
         held = json.loads(first.read_text())
@@ -87,10 +89,9 @@ def set_others_aside(folder: Path, names: Sequence[str], identity: Mapping[str, 
     with writing(first):
         while any(_numbered(folder / name, number).exists() for name in names):
             number += 1
-        for name in names:
-            if (folder / name).exists():
-                (folder / name).rename(_numbered(folder / name, number))
-    say(f"kept        {_numbered(first, number)}, an earlier measurement of something else")
+        for path in kept:
+            path.rename(_numbered(path, number))
+    say(f"kept        {_numbered(kept[0], number)}, an earlier measurement of something else")
 
 
 def _numbered(path: Path, number: int) -> Path:

@@ -1,5 +1,6 @@
 """What a loading process meets reaches the user as one line, in every command."""
 
+import multiprocessing
 import os
 import signal
 from pathlib import Path
@@ -56,6 +57,7 @@ def test_an_error_for_people_arrives_as_itself(fault, workers):
     with pytest.raises(kind, match=message) as caught:
         seen += [batch["index"].tolist() for batch in loader]
     assert type(caught.value) is kind and "Traceback" not in str(caught.value)
+    assert not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -68,14 +70,27 @@ def test_so_do_those_of_single_items(workers):
 
 def test_a_fault_of_ours_keeps_its_traceback():
     loader = build_loader(Failing(KeyError("k")), [[5]], num_workers=1, pin_memory=False)
-    with pytest.raises(KeyError, match="Traceback"):
+    with pytest.raises(KeyError, match="Traceback") as caught:
         list(loader)
+    assert not multiprocessing.active_children(), caught.value
 
 
 def test_a_killed_loading_process_fails_the_run():
     loader = build_loader(Failing(None), [[5]], num_workers=1, pin_memory=False)
-    with pytest.raises(RunFailed, match=r"loading process ended: DataLoader worker .*memory"):
+    with pytest.raises(RunFailed, match=r"loading process ended: DataLoader .*memory") as caught:
         list(loader)
+    assert not multiprocessing.active_children(), caught.value
+
+
+def test_after_an_error_a_loader_goes_on():
+    """With other processes."""
+    data = Failing(KeyError())
+    loader = build_loader(data, [[5], [6]], num_workers=1, pin_memory=False)
+    with pytest.raises(KeyError):
+        list(loader)
+    loader.batch_sampler[:] = [[0], [6]]
+    assert [batch["index"].item() for batch in loader] == [0, 6]
+    assert [batch["index"].item() for batch in loader] == [0, 6]
 
 
 def pairs(root: Path) -> None:

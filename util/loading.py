@@ -5,6 +5,7 @@ those for people come back as values and are raised where the batch was awaited.
 """
 
 import re
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -18,6 +19,8 @@ from util.logger import say
 
 # What a dataset gave, which conversions that took, and the error in its place.
 Fetched = tuple[Any, Found, BadInput | RunFailed | None]
+# torch's words for a loading process that is gone.
+ENDED = re.compile(r"DataLoader worker \(pid")
 
 
 class Guarded(Dataset):
@@ -80,23 +83,25 @@ class Loader(DataLoader):
         return self._opened(super().__iter__())
 
     def _opened(self, batches: Iterator[Any]) -> Iterator[Any]:
-        while True:
-            try:
-                batch, found, error = next(batches)
-            except StopIteration:
-                return
-            except RuntimeError as ended:
-                if not re.search(r"DataLoader worker \(pid", str(ended)):
-                    raise
-                raise RunFailed(
-                    f"a loading process ended: {str(ended).splitlines()[0]} Often it is memory: "
-                    "lower --num_workers, or give the machine more; the same command goes on from "
-                    "the last checkpoint"
-                ) from ended
-            self.tally.add(found)
-            if error is not None:
-                raise error
-            yield batch
+        try:
+            for batch, found, error in batches:
+                self.tally.add(found)
+                if error is not None:
+                    raise error
+                yield batch
+        except Exception as met:
+            # The loading processes end with torch's iterator. That must be now: where it becomes
+            # garbage together with the exception, torch waits ten seconds for each of them.
+            del batches
+            self._iterator = None  # torch keeps persistent processes here
+            traceback.clear_frames(met.__traceback__)
+            if not isinstance(met, RuntimeError) or not ENDED.search(str(met)):
+                raise
+            raise RunFailed(
+                f"a loading process ended: {str(met).splitlines()[0]} Often it is memory: "
+                "lower --num_workers, or give the machine more; the same command goes on from "
+                "the last checkpoint"
+            ) from met
 
 
 def _as_it_is(item: Any) -> Any:

@@ -23,6 +23,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 SEED = os.environ.setdefault("MMAE_TEST_SEED", str(time.time_ns() % 10**6))
 
 import torch  # noqa: E402  # after the environment that it reads
+from trained import Trained  # noqa: E402
 
 from util.images import Subset  # noqa: E402
 from util.signals import STOP_SIGNALS  # noqa: E402
@@ -62,6 +63,13 @@ def run_main(capfd: pytest.CaptureFixture[str]) -> RunMain:
     return run
 
 
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """``trained("main_pretrain", flags) -> run folder``: trained once per test run; see there."""
+    root = tmp_path_factory.getbasetemp()
+    return Trained(root.parent if "PYTEST_XDIST_WORKER" in os.environ else root)
+
+
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> int:
     """Pretraining and fine-tuning see that many images of their data set: runs of a few steps."""
@@ -89,8 +97,8 @@ def pytest_report_header() -> str:
 # lane, for they share fixtures; the longest files come first, so that all lanes end together.
 
 LONGEST = (
-    "test_slurm.py", "test_os_errors.py", "test_resume.py", "test_changed_settings.py",
-    "test_pretrain.py", "test_loading.py", "test_compile.py",
+    "test_slurm.py", "test_resume.py", "test_os_errors.py", "test_pretrain.py", "test_compile.py",
+    "test_changed_settings.py", "test_shard.py",
 )  # fmt: skip
 TIERS = ("slurm", "dist", "parity", "smoke", "gpu")
 SECONDS: dict[str, list[float]] = {}

@@ -17,9 +17,8 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import add_small_models
 from torch import Tensor
-
-import models_zoo
 
 Trace = dict[str, Any]
 # Flags that only the parser itself knows; tests/test_help.py and tests/test_config_files.py have
@@ -217,27 +216,6 @@ class Command:
         if not trace.keys() & NUMBERS:
             trace["said"] = plain(out + err, root)
         return trace
-
-
-def add_small_models(patch: pytest.MonkeyPatch) -> None:
-    """Names for models so small that a run is its files; a segmenter takes four blocks or more.
-
-    The wide ones are for plans, in which what is small is 0.
-    """
-    sizes = {
-        "nano": (32, 2, 2), "heads": (32, 2, 4), "pico": (32, 1, 2), "deep": (32, 4, 2),
-        "deeper": (32, 5, 2), "wide": (384, 4, 6),
-    }  # fmt: skip
-    for name, (width, depth, heads) in sizes.items():
-        size = {"embed_dim": width, "depth": depth, "num_heads": heads}
-        size |= {"img_size": 16, "patch_size": 4}
-        decoder = {"decoder_embed_dim": 32, "decoder_depth": 1, "decoder_num_heads": 2}
-        for names, prefix, arguments in (
-            (models_zoo.MODELS, "mae_vit", size | decoder),
-            (models_zoo.CLASSIFIERS, "vit", size),
-        ):
-            kind = names[f"{prefix}_micro_patch4"][0]
-            patch.setitem(names, f"{prefix}_{name}_patch4", (kind, arguments))
 
 
 def call(name: str, argv: Sequence[str]) -> tuple[str, str, int]:

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from every_flag import add_small_models
 from PIL import Image
+from tiny import add_small_models
 
 import models_zoo
 from util.checkpoint import LAST, save_checkpoint, write_signed

@@ -44,6 +44,13 @@ TINY = [
     "--num_workers=0", "--device=cpu", "--decoder_depth=1", "--picture_every=0",
 ]  # fmt: skip
 
+# Every random part on: crops, flips, order, Gumbel noise, random masks, jitter.
+EVERY_DRAW = [
+    *TINY, "--mask=mixed", "--avg_temperature=1", "--pos_offset=jitter", "--lscale_init=0.1",
+]  # fmt: skip
+# A model of real digits that is hardly trained: something to start from.
+OF_DIGITS = [*TINY, "--dataset=digits", "--batch_size=300", "--epochs=1", "--warmup_epochs=0"]
+
 
 def meeting(world: int) -> tuple[list[dict[str, str]], TCPStore]:
     """The variables that torchrun sets for each of several processes, and the store they meet at.

@@ -54,12 +54,24 @@ CORE = (
 # Where --record leaves what the tests run, and how long they take.
 RECORD = ROOT / "output_dir" / "mutate"
 ENOUGH = 120.0  # seconds of tests, the quickest ones, after which a fault counts as unseen
-# In processes of their own, where nothing is recorded; and the files that are for several.
-ELSEWHERE = ("test_every_sum", "test_processes", "test_shard", "test_resume", "test_signals",
-             "test_bad_images")  # fmt: skip
-SEVERAL = ("engine_pretrain", "engine_finetune", "engine_segment", "util/dist", "util/knn",
-           "util/loading", "util/logger", "util/pca", "util/run", "util/shard", "util/signals",
-           "util/step")  # fmt: skip
+# Files of tests whose runs are processes of their own, where nothing is recorded, by what they
+# hold.
+ELSEWHERE = {
+    "engine_pretrain": ("test_every_sum", "test_processes"),
+    "engine_finetune": ("test_every_sum",),
+    "engine_segment": ("test_every_sum",),
+    "util/dist": ("test_every_sum", "test_signals", "test_lease"),
+    "util/knn": ("test_knn",),
+    "util/lease": ("test_lease",),
+    "util/loading": ("test_bad_images", "test_loading"),
+    "util/logger": ("test_every_sum",),
+    "util/packing": ("test_pack",),
+    "util/pca": ("test_every_sum",),
+    "util/run": ("test_every_sum", "test_lease"),
+    "util/shard": ("test_shard",),
+    "util/signals": ("test_signals",),
+    "util/step": ("test_every_sum", "test_processes"),
+}
 # Arguments that no fault takes away: words, checks, speed, layout, what is there already.
 ASIDE = {
     "help", "metavar", "strict", "non_blocking", "indent", "frozen", "slots", "exist_ok", "parents",
@@ -361,7 +373,7 @@ def tests_for(fault: Fault, recorded: Recorded | None) -> list[str]:
     known = recorded.tests_for(fault) if recorded else []
     file = fault.file.removesuffix(".py")
     others = () if known else importers(file)
-    others = (*others, *(ELSEWHERE if file in SEVERAL else ()))
+    others = (*others, *ELSEWHERE.get(file, ()))
     others = [c for c in dict.fromkeys(others) if c not in ("test_slurm", "test_architecture")]
     return known + [f"tests/{c}.py" for c in others if (ROOT / "tests" / f"{c}.py").exists()]
 
@@ -461,13 +473,18 @@ def main() -> None:
     if args.again:
         unseen = {o["words"] for o in json.loads(args.again.read_text()) if o["by"] is None}
         faults = [f for f in faults if f.words in unseen]
+    table: list[dict] = []
+    if args.json and args.json.exists():  # a run that was stopped goes on
+        names = {f.words for f in faults}
+        table = [o for o in json.loads(args.json.read_text()) if o["words"] in names]
+        faults = [f for f in faults if f.words not in {o["words"] for o in table}]
     if args.list:
         print(*(f.words for f in faults), sep="\n")
         return
     # The server is started once and has what tests import; each fault is a fork of it.
     multiprocessing.get_context("forkserver").set_forkserver_preload(LIBRARIES)
     recorded = Recorded() if (RECORD / "coverage").exists() else None
-    results: list[Outcome] = []
+    total = len(table) + len(faults)
     with tempfile.TemporaryDirectory(prefix="mutate-") as folder:
         free = list(lanes(args.jobs, Path(folder)))
 
@@ -477,22 +494,18 @@ def main() -> None:
                 outcome = try_fault(fault, tests_for(fault, recorded), tree, args.limit)
             finally:
                 free.append(tree)
-            results.append(outcome)
-            seen = sum(o.by is not None for o in results)
-            print(f"[{len(results)}/{len(faults)}, {seen} seen] {outcome.seconds:.0f} s "
+            said = {"words": fault.words, "by": outcome.by, "seconds": round(outcome.seconds, 1)}
+            table.append(said | asdict(fault))
+            seen = sum(o["by"] is not None for o in table)
+            print(f"[{len(table)}/{total}, {seen} seen] {outcome.seconds:.0f} s "
                   f"{fault.words}\n    {outcome.by or 'UNSEEN'}", flush=True)  # fmt: skip
             if args.json:
                 args.json.parent.mkdir(parents=True, exist_ok=True)
-                table = [
-                    {"words": o.fault.words, "by": o.by, "seconds": round(o.seconds, 1)}
-                    | asdict(o.fault)
-                    for o in results
-                ]
                 args.json.write_text(json.dumps(table, indent=1) + "\n")
 
         with ThreadPoolExecutor(args.jobs) as pool:
             list(pool.map(one, faults))
-    print(*(o.fault.words for o in results if o.by is None), sep="\n")
+    print(*(o["words"] for o in table if o["by"] is None), sep="\n")
 
 
 if __name__ == "__main__":

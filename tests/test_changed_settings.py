@@ -4,6 +4,7 @@ import json
 import math
 import signal
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from launch import TINY, launch, wait
 from runs import of_training
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_segment_data import write_pairs
+from tiny import add_small_models
 
 import main_finetune
 import main_pretrain
@@ -49,6 +51,19 @@ class Job:
         return [e.step for e in EventAccumulator(str(where)).Reload().Scalars("train/loss")]
 
 
+def small_models() -> None:
+    """In another process."""
+    add_small_models(pytest.MonkeyPatch())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick() -> Iterator[None]:
+    """Models so small that a run is its bookkeeping."""
+    with pytest.MonkeyPatch.context() as patch:
+        add_small_models(patch)
+        yield
+
+
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Job]:
     """240 images in batches of 24 are 10 steps an epoch, 16 pairs in batches of 4 are 4."""
@@ -58,19 +73,19 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Job]:
     return {
         "pretrain": Job(
             main_pretrain,
-            [*TINY, "--model=mae_vit_micro_patch8", "--train_images=240", "--save_every=1"],
+            [*TINY, "--model=mae_vit_pico_patch4", "--train_images=240", "--save_every=1"],
             "pretrain",
         ),
         "finetune": Job(
             main_finetune,
-            ["--dataset=synthetic", "--model=vit_micro_patch8", "--input_size=16", "--epochs=3",
+            ["--dataset=synthetic", "--model=vit_pico_patch4", "--input_size=16", "--epochs=3",
              "--train_images=240", "--val_images=8", "--batch_size=24", "--warmup_epochs=1",
              "--eval_every=3", "--drop_path=0.1", *common],
             "finetune",
         ),
         "segment": Job(
             main_segment,
-            ["--dataset=folder", f"--data_path={root}", "--model=vit_micro_patch8",
+            ["--dataset=folder", f"--data_path={root}", "--model=vit_deep_patch4",
              "--input_size=16", "--resize", "24", "16", "--window=16", "--stride=16",
              "--channels=8", "--aux_channels=8", "--batch_size=4", "--iterations=12", "--blr=1e-3",
              "--warmup_iterations=2", "--eval_every=0", *common],
@@ -334,7 +349,7 @@ def test_on_more_processes_with_the_batch_of_each(jobs: dict[str, Job], tmp_path
     stopped_at(job, tmp_path, 14)
     flags = [*job.flags, f"--output_dir={tmp_path}", "--allow_changes"]
     out = tmp_path / "out"
-    assert wait(launch(flags, out, 2), 300) == [0, 0], out.read_text()
+    assert wait(launch(flags, out, 2, prepare=small_models)) == [0, 0], out.read_text()
     assert [r["step"] for r in job.records(tmp_path, "train")] == list(range(1, 23))
     assert [r["epoch"] for r in job.records(tmp_path, "epoch")] == [0, 1, 2]
     assert len(job.records(tmp_path, "resume")) == 1

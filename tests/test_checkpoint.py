@@ -5,12 +5,14 @@ import errno
 import os
 import random
 import resource
+import shutil
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from launch import CONTEXT, TINY, launch, repetitions, trial_seed, until, wait
+from trained import Trained
 
 import main_pretrain
 from util import files
@@ -224,10 +226,9 @@ CHANGES = {
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("finished")
-    main_pretrain.main([*TINY, "--epochs=2", f"--output_dir={folder}"])
-    return folder
+def finished(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    return shutil.copytree(trained("main_pretrain", [*TINY, "--epochs=2"]), folder)
 
 
 @pytest.mark.parametrize("case", CHANGES)

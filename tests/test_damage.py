@@ -12,8 +12,8 @@ import pytest
 import torch
 from launch import TINY
 from runs import records
+from trained import Trained
 
-import main_pretrain
 from util.checkpoint import LAST, load_file, newest, save_checkpoint
 from util.checksums import COMMENT
 from util.curves import read_curve
@@ -163,10 +163,8 @@ KINDS = ["folder", "link to nothing", "link to itself", "pipe", "empty", "a list
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("finished")
-    main_pretrain.main([*SHORT, f"--output_dir={folder}"])
-    return folder
+def finished(trained: Trained) -> Path:
+    return trained("main_pretrain", SHORT)
 
 
 SHORT = [*TINY, "--epochs=2", "--train_images=8", "--batch_size=4", "--save_every=1"]

@@ -20,9 +20,9 @@ from PIL import Image
 from safetensors import safe_open
 from test_classifier import micro_mae, save_pretrained
 from test_predict import ALONE, predicted, table, write_images
+from trained import Trained
 
 import main_export
-import main_finetune
 from models_zoo import load_classifier
 from util.checkpoint import LAST
 from util.images import IMAGENET_MEAN
@@ -43,17 +43,16 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoint(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A classifier that reads the class token, as transformers' do."""
-    folder = tmp_path_factory.mktemp("run")
+    folder = tmp_path_factory.mktemp("images")
     write_images(folder / "data")
     flags = [
         "--model=vit_micro_patch8", f"--input_size={SIZE}", "--epochs=1", "--warmup_epochs=0",
         "--batch_size=12", "--blr=2e-2", "--aa=none", "--reprob=0", "--global_pool=cls",
         "--mean", *map(str, MEAN), "--std", *map(str, STD), *ALONE,
     ]  # fmt: skip
-    main_finetune.main([*flags, f"--data_path={folder / 'data'}", f"--output_dir={folder}"])
-    return folder / LAST
+    return trained("main_finetune", [*flags, f"--data_path={folder / 'data'}"]) / LAST
 
 
 @pytest.fixture

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from launch import launch, start_group, wait
+from launch import OF_DIGITS, launch, start_group, wait
 from PIL import Image
+from trained import Trained
 
-import main_pretrain
 from models_zoo import load_encoder
-from util.checkpoint import load_file, save_checkpoint
+from util.checkpoint import LAST, load_file, save_checkpoint
 from util.datasets import SPLITS, build_dataset
 from util.dist import Processes, processes
 from util.errors import BadInput
@@ -193,15 +193,9 @@ def test_processes_find_what_one_finds(world: int, tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoint(trained: Trained) -> Path:
     """A micro model of digits, hardly trained."""
-    folder = tmp_path_factory.mktemp("run")
-    main_pretrain.main(
-        ["--dataset=digits", "--model=mae_vit_micro_patch4", "--input_size=16", "--epochs=1",
-         "--batch_size=300", "--warmup_epochs=0", "--decoder_depth=1", "--picture_every=0",
-         "--num_workers=0", "--device=cpu", f"--output_dir={folder}"]
-    )  # fmt: skip
-    return folder / "checkpoint-last.pth"
+    return trained("main_pretrain", [*OF_DIGITS, "--blr=1e-4"]) / LAST
 
 
 FLAGS = ["--dataset=digits", "--num_workers=0", "--device=cpu", "--batch_size=100"]

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from launch import OF_DIGITS
 from PIL import Image
 from runs import records
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from trained import Trained
 
-import main_pretrain
 from engine_pretrain import fills_of, reconstruct
 from models_zoo import create_model, load_pretrained
 from util.checkpoint import LAST, load_file, save_checkpoint
@@ -26,15 +27,9 @@ pytestmark = pytest.mark.smoke
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(trained: Trained) -> Path:
     """A run folder of a normalised-pixel model of digits."""
-    folder = tmp_path_factory.mktemp("run")
-    main_pretrain.main(
-        ["--dataset=digits", "--model=mae_vit_micro_patch4", "--batch_size=750", "--epochs=1",
-         "--warmup_epochs=0", "--norm_pix_loss", "--picture_every=0", "--num_workers=0",
-         "--device=cpu", f"--output_dir={folder}"]
-    )  # fmt: skip
-    return folder
+    return trained("main_pretrain", [*OF_DIGITS, "--norm_pix_loss"])
 
 
 @pytest.fixture()
@@ -154,16 +149,10 @@ def test_perfect_predictions_restore_the_image() -> None:
 
 
 @pytest.fixture(scope="module")
-def blocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def blocks(trained: Trained) -> Path:
     """A run folder of a model that trained under masks of its own, and measured itself."""
-    folder = tmp_path_factory.mktemp("blocks")
-    main_pretrain.main(
-        ["--dataset=digits", "--model=mae_vit_micro_patch4", "--batch_size=750", "--epochs=1",
-         "--warmup_epochs=0", "--mask=block", "--mask_ratio=0.5", "--picture_every=1",
-         "--eval_every=1", "--eval_images=20", "--num_workers=0", "--device=cpu",
-         f"--output_dir={folder}"]
-    )  # fmt: skip
-    return folder
+    flags = ["--mask=block", "--mask_ratio=0.5", "--picture_every=1", "--eval_every=1"]
+    return trained("main_pretrain", [*OF_DIGITS, *flags, "--eval_images=20"])
 
 
 RANDOM = ["--mask=random", "--mask_ratio=0.75"]

@@ -12,6 +12,7 @@ from launch import launch, wait
 from PIL import Image
 from test_segment import NEW, SMALL
 from test_segment_data import write_pairs
+from trained import Trained
 
 import main_finetune
 import main_pretrain
@@ -46,16 +47,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(data: Path, trained: Trained) -> Path:
     """A fine-tuning of a few steps, of images with statistics of their own."""
-    folder = tmp_path_factory.mktemp("run")
     flags = [
         "--model=vit_micro_patch8", "--input_size=32", "--epochs=2", "--warmup_epochs=0",
         "--batch_size=12", "--blr=2e-2", "--aa=none", "--reprob=0", "--ema_decay=0.5",
         "--mean", ".4", ".5", ".6", "--std", ".2", ".3", ".25", *ALONE,
     ]  # fmt: skip
-    main_finetune.main([*flags, f"--data_path={data}", f"--output_dir={folder}"])
-    return folder
+    return trained("main_finetune", [*flags, f"--data_path={data}"])
 
 
 def table(folder: Path) -> list[dict[str, str]]:

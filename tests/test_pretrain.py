@@ -1,6 +1,7 @@
 """main_pretrain.py as its users run it: small, on real digits and drawn images."""
 
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import yaml
 from launch import PATIENCE
 from runs import different, records, weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from trained import Trained
 
 import main_pretrain
 from models_zoo import create_model
@@ -297,10 +299,9 @@ def test_bad_input_is_one_message_and_exit_code_2(case: str, tmp_path: Path, run
 
 
 @pytest.fixture(scope="module")
-def old_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("old")
-    main_pretrain.main([*TINY, f"--output_dir={folder}"])
-    return folder
+def old_run(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("old") / "run"
+    return shutil.copytree(trained("main_pretrain", TINY), folder)
 
 
 # The run folder's own checkpoint comes before --resume, which is then not looked at.

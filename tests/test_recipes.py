@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from launch import OF_DIGITS
+from trained import Trained
 
 import main_finetune
 import main_pretrain
@@ -371,12 +373,9 @@ TINY = [
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def start(trained: Trained) -> Path:
     """A pretrained checkpoint of the tiny model."""
-    folder = tmp_path_factory.mktemp("start")
-    flags = ["--model=mae_vit_micro_patch4", "--input_size=16", "--picture_every=0"]
-    main_pretrain.main([*TINY, *flags, "--batch_size=750", f"--output_dir={folder}"])
-    return folder / "checkpoint-last.pth"
+    return trained("main_pretrain", OF_DIGITS) / "checkpoint-last.pth"
 
 
 def kind_of(name: str) -> tuple[Any, ...]:

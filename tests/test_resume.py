@@ -7,9 +7,18 @@ import time
 from pathlib import Path
 
 import pytest
-from launch import TINY, launch, repetitions, steps_done, trial_seed, wait, wait_for_step
+from launch import (
+    EVERY_DRAW,
+    launch,
+    repetitions,
+    steps_done,
+    trial_seed,
+    wait,
+    wait_for_step,
+)
 from runs import different, of_training, records, weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from trained import Trained
 
 import main_pretrain
 from util.checkpoint import LAST, load_file
@@ -17,19 +26,17 @@ from util.dist import Agreement, Wish
 from util.errors import EXIT_INTERRUPTED, EXIT_STOPPED
 
 # Every random part on: crops, flips, order, Gumbel noise, random masks, jitter.
-FLAGS = [*TINY, "--mask=mixed", "--avg_temperature=1", "--pos_offset=jitter", "--lscale_init=0.1"]
+FLAGS = EVERY_DRAW
 STEPS = 30
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+def undisturbed(trained: Trained) -> dict[int, Path]:
     """Run folders of runs that were never stopped, by number of processes."""
-    folders = {}
-    for world in (1, 2, 3):
-        folders[world] = tmp_path_factory.mktemp(f"world{world}")
-        flags = [f"--batch_size={24 // world}", f"--output_dir={folders[world]}"]
-        assert wait(launch([*FLAGS, *flags], folders[world] / "out", world)) == [0] * world
-    return folders
+    return {
+        world: trained("main_pretrain", [*FLAGS, f"--batch_size={24 // world}"], world)
+        for world in (1, 2, 3)
+    }
 
 
 def stop_and_go_on(
@@ -77,7 +84,7 @@ def test_stops_at_random_end_in_the_same_bits(
     whole = weights(undisturbed[world])
     reference = [(r["step"], r["loss"], r["lr"]) for r in records(undisturbed[world], "train")]
     in_the_middle = 0
-    trials = repetitions(5, 15)
+    trials = repetitions(3, 15)
     for trial in trials:
         folder = tmp_path / str(trial)
         story = stop_and_go_on(random.Random(trial_seed(trial)), folder, world, kinds)

@@ -17,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_segment_data import FAULTS, write_ade20k, write_pairs
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from trained import Trained
 
 import main_segment
 from engine_segment import Inference, PixelLoss, evaluate, prepare, resized_argmax
@@ -58,11 +59,9 @@ def training(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def whole(data: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(data: str, trained: Trained) -> Path:
     """The folder of a run that was never stopped."""
-    folder = tmp_path_factory.mktemp("whole")
-    segment(folder, data)
-    return folder
+    return trained("main_segment", [*SMALL, *NEW, data])
 
 
 # ---- Parts -------------------------------------------------------------------------------------

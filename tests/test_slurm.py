@@ -21,8 +21,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from launch import PATIENCE, ROOT, TINY, launch, steps_done, until, wait
+from launch import EVERY_DRAW, PATIENCE, ROOT, launch, steps_done, until, wait
 from runs import different, records, weights
+from trained import Trained
 
 import submitit_finetune
 import submitit_pretrain
@@ -34,10 +35,7 @@ from util.task import leave
 
 HERE = Path(__file__).resolve().parent
 # Random parts on; 3 epochs of 10 steps on two processes.
-FLAGS = [
-    *TINY, "--batch_size=12", "--mask=mixed", "--avg_temperature=1", "--pos_offset=jitter",
-    "--lscale_init=0.1",
-]  # fmt: skip
+FLAGS = [*EVERY_DRAW, "--batch_size=12"]
 # Held in step 11, all processes have agreed on the signal after step 16 at the latest: in epoch 1.
 HOLD, STEPS = 11, 30
 ONE_BY_TWO = ["--nodes=1", "--ngpus=0", "--cpu_tasks=2"]
@@ -103,11 +101,9 @@ def hold(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed(trained: Trained) -> Path:
     """Run folder of two processes without Slurm that were never stopped."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    assert wait(launch([*FLAGS, f"--output_dir={folder}"], folder / "out", 2)) == [0, 0]
-    return folder
+    return trained("main_pretrain", FLAGS, 2)
 
 
 def check_same(folder: Path, other: Path, name: str = LAST) -> None:

@@ -262,6 +262,17 @@ def test_neither_data_nor_checkpoint_nor_traces(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("module", [name for name in ABSENT if name != "main_knn"])
+def test_memory_is_said_to_be_of_this_precision(module: str, run_main) -> None:
+    for flags, expected in (
+        (["--precision=fp32"], "fp32"),
+        (["--precision=bf16"], "bf16"),
+        (["--precision=fp16", "--grad_checkpointing"], "fp16, blocks computed again"),
+    ):
+        code, out, err = run_main(module, [*ABSENT[module], "--dry_run", *flags])
+        assert code == 0 and f" GB a device, {expected}\n" in out, out + err
+
+
 def test_a_folder_that_is_not_there_is_named() -> None:
     assert pretrain_plan(["--data_path=nowhere"]).data.note == "ImageNet-1K's: nowhere is not there"
     assert "no --data_path" in pretrain_plan([]).data.note

@@ -2,6 +2,7 @@
 
     python tests/mutate.py --record                                     # once: who runs which line
     python tests/mutate.py --count 160 --json output_dir/mutate/result.json
+    python tests/mutate.py --count 160 --again output_dir/mutate/result.json --enough 900  # unseen
 
 Faults are drawn at random, the same for a seed, over the core files: an argument that is not handed
 on, a condition turned round, a call for its effect left out, a number one off, an entry of a
@@ -53,7 +54,6 @@ CORE = (
 )  # fmt: skip
 # Where --record leaves what the tests run, and how long they take.
 RECORD = ROOT / "output_dir" / "mutate"
-ENOUGH = 120.0  # seconds of tests, the quickest ones, after which a fault counts as unseen
 # Files of tests whose runs are processes of their own, where nothing is recorded, by what they
 # hold.
 ELSEWHERE = {
@@ -340,7 +340,7 @@ class Recorded:
             name = f"{case.get('file')}::{case.get('name')}"
             self.seconds[name] = float(case.get("time") or 0)
 
-    def tests_for(self, fault: Fault) -> list[str]:
+    def tests_for(self, fault: Fault, enough: float) -> list[str]:
         """Tests in the order in which they are tried, none of them for a line that none runs."""
         by_line = self.lines.contexts_by_lineno(str(ROOT / fault.file))
         lines = [n for n in range(fault.line, fault.line + fault.old.count("\n") + 1)]
@@ -354,7 +354,7 @@ class Recorded:
                 found |= {t for t in self.seconds if t.startswith(f"{file}::")}
         order = sorted(found & self.seconds.keys(), key=lambda test: self.seconds[test])
         total = list(itertools.accumulate(self.seconds[test] for test in order))
-        return order[: bisect.bisect(total, ENOUGH)]
+        return order[: bisect.bisect(total, enough)]
 
 
 def importers(module: str) -> list[str]:
@@ -368,9 +368,9 @@ def importers(module: str) -> list[str]:
     return [stem for _, _, stem in sorted(found)]
 
 
-def tests_for(fault: Fault, recorded: Recorded | None) -> list[str]:
+def tests_for(fault: Fault, recorded: Recorded | None, enough: float) -> list[str]:
     """Tests or files of tests in the order in which they are tried."""
-    known = recorded.tests_for(fault) if recorded else []
+    known = recorded.tests_for(fault, enough) if recorded else []
     file = fault.file.removesuffix(".py")
     others = () if known else importers(file)
     others = (*others, *ELSEWHERE.get(file, ()))
@@ -460,6 +460,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the draw; default: 0")
     parser.add_argument("--only", nargs="+", default=CORE, help="files without .py; default: core")
     parser.add_argument("--jobs", type=int, default=2, help="lanes; default: 2")
+    parser.add_argument(
+        "--enough", type=float, default=120, metavar="SECONDS",
+        help="of tests, the quickest ones, after which a fault counts as unseen; default: 120",
+    )  # fmt: skip
     parser.add_argument("--limit", type=float, default=900, help="seconds a fault; default: 900")
     parser.add_argument("--json", type=Path, default=None, help="where results go; default: none")
     parser.add_argument("--again", type=Path, default=None, help="a result: only its unseen")
@@ -491,7 +495,9 @@ def main() -> None:
         def one(fault: Fault) -> None:
             tree = free.pop()
             try:
-                outcome = try_fault(fault, tests_for(fault, recorded), tree, args.limit)
+                outcome = try_fault(
+                    fault, tests_for(fault, recorded, args.enough), tree, args.limit
+                )
             finally:
                 free.append(tree)
             said = {"words": fault.words, "by": outcome.by, "seconds": round(outcome.seconds, 1)}

@@ -1,4 +1,5 @@
-"""Write `pinned_flags.yaml` anew: every flag's default, choices and type, and every preset.
+"""Write `pinned_flags.yaml` anew: defaults, choices and types of flags, presets, and what public
+functions and classes take where nothing is given.
 
 python tests/pin_flags.py    # after a change that is meant; the difference belongs in the commit
 """
@@ -7,7 +8,6 @@ import argparse
 import importlib
 import inspect
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -85,12 +85,29 @@ def free_on_resume(main: Any) -> list[str]:
     return sorted(dests - arithmetic_of(kept, main.HOUSEKEEPING).keys())
 
 
-def arguments_of(create: Callable[..., Any]) -> dict[str, Any]:
-    """Arguments of a class with their defaults; `required` where it has none."""
-    return {
-        name: "required" if p.default is p.empty else plain(p.default)
-        for name, p in inspect.signature(create).parameters.items()
-    }
+def is_plain(value: Any) -> bool:
+    """Whether it is a number, a text, or several."""
+    if isinstance(value, tuple):
+        return bool(value) and all(map(is_plain, value))
+    return isinstance(value, bool | int | float | str)
+
+
+def defaults_in_python() -> dict[str, dict[str, Any]]:
+    """What callers from Python leave to the program, by module and name."""
+    found = {}
+    files = [*ROOT.glob("models_*.py"), *ROOT.glob("engine_*.py"), *(ROOT / "util").rglob("*.py")]
+    for path in sorted(files):
+        name = path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
+        for key, value in vars(importlib.import_module(name)).items():
+            create = value.__init__ if inspect.isclass(value) else value
+            ours = getattr(create, "__module__", None) == name
+            if key.startswith("_") or not inspect.isfunction(create) or not ours:
+                continue
+            parameters = inspect.signature(create).parameters.items()
+            given = {k: plain(p.default) for k, p in parameters if is_plain(p.default)}
+            if given:
+                found[f"{path.stem}.{key}"] = given
+    return found
 
 
 def collect() -> dict[str, Any]:
@@ -101,9 +118,6 @@ def collect() -> dict[str, Any]:
     import main_segment
     import models_zoo
     from engine_segment import LOOKS_BY_DEFAULT
-    from models_mmae import MaskedAutoencoderViT
-    from models_upernet import UperNet
-    from models_vit import VisionTransformer
     from util import config, finetune_flags, transforms
     from util.masking import STANDARD
     from util.slurm import add_job_flags
@@ -150,10 +164,7 @@ def collect() -> dict[str, Any]:
             name: {"class": create.__name__, **arguments}
             for name, (create, arguments) in (models_zoo.MODELS | models_zoo.CLASSIFIERS).items()
         },
-        "arguments": {
-            create.__name__: arguments_of(create)
-            for create in (MaskedAutoencoderViT, VisionTransformer, UperNet)
-        },
+        "arguments": defaults_in_python(),
     }
     return dict(plain(found))
 

@@ -7,6 +7,7 @@ import yaml
 from pin_flags import PINNED, TRAINING, collect, pinned_text
 
 from util.config import METHODS
+from util.segmentation_transforms import SegmentTransform
 
 
 def test_flags_and_presets_are_the_pinned_ones() -> None:
@@ -25,6 +26,14 @@ def test_a_change_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(METHODS["mmae"], "avg_share", 0.25)
     text = pinned_text()
     assert text != PINNED.read_text() and yaml.safe_load(text) != yaml.safe_load(PINNED.read_text())
+
+
+def test_a_change_for_callers_from_python_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    create = SegmentTransform.__init__
+    changed = {**create.__kwdefaults__, "ratio": (0.4, 2.0)}
+    monkeypatch.setattr(create, "__kwdefaults__", changed)
+    text = pinned_text()
+    assert yaml.safe_load(text) != yaml.safe_load(PINNED.read_text())
 
 
 @pytest.mark.parametrize("main", TRAINING)

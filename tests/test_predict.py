@@ -222,6 +222,8 @@ def test_weights_without_names_of_classes(run: Path, data: Path, tmp_path: Path,
     stats = ["--mean", *map(str, IMAGENET_MEAN), "--std", *map(str, IMAGENET_STD)]
     predicted(run_main, run / LAST, image, named, *stats)
     assert table(named)[0]["probability"] == table(tmp_path)[0]["probability"]
+    told = predicted(run_main, tmp_path / "old.pth", image, tmp_path / "told", *stats)
+    assert "does not name its classes" in told and "normalised by" not in told
 
 
 def test_what_cannot_predict_is_refused(data: Path, run: Path, tmp_path: Path, run_main) -> None:

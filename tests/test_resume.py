@@ -83,17 +83,18 @@ def test_stops_at_random_end_in_the_same_bits(
     kinds = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGKILL)
     whole = weights(undisturbed[world])
     reference = [(r["step"], r["loss"], r["lr"]) for r in records(undisturbed[world], "train")]
-    in_the_middle = 0
-    trials = repetitions(3, 15)
-    for trial in trials:
+    in_the_middle, wanted = 0, len(repetitions(3, 15))
+    for trial in range(5 * wanted):
         folder = tmp_path / str(trial)
         story = stop_and_go_on(random.Random(trial_seed(trial)), folder, world, kinds)
         context = f"MMAE_TEST_SEED={trial_seed(0)}, trial {trial}: {story}"
         assert not different(whole, weights(folder)), context
         assert [(r["step"], r["loss"], r["lr"]) for r in records(folder, "train")] == reference
         in_the_middle += any("75" in line or "-9" in line for line in story)
-    # The others were done before the signal came.
-    assert in_the_middle >= 2 * len(trials) // 3
+        if in_the_middle == wanted:
+            return
+    # The others were done before the signal came, which a busy machine is slow to send.
+    raise AssertionError(f"{in_the_middle} of {5 * wanted} trials were stopped before the end")
 
 
 def descendants(pid: int) -> list[int]:

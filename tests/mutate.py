@@ -58,6 +58,7 @@ RECORD = ROOT / "output_dir" / "mutate"
 # hold.
 ELSEWHERE = {
     "engine_pretrain": ("test_every_sum", "test_processes"),
+    "models_batchnorm": ("test_batchnorm",),
     "engine_finetune": ("test_every_sum",),
     "engine_segment": ("test_every_sum",),
     "util/dist": ("test_every_sum", "test_signals", "test_lease"),
@@ -368,11 +369,15 @@ def importers(module: str) -> list[str]:
     return [stem for _, _, stem in sorted(found)]
 
 
-def tests_for(fault: Fault, recorded: Recorded | None, enough: float) -> list[str]:
-    """Tests or files of tests in the order in which they are tried."""
+def tests_for(fault: Fault, recorded: Recorded | None, enough: float, named: bool) -> list[str]:
+    """Tests or files of tests in the order in which they are tried.
+
+    Args:
+        named: also the files that name the module, whether or not a test was seen to run the line.
+    """
     known = recorded.tests_for(fault, enough) if recorded else []
     file = fault.file.removesuffix(".py")
-    others = () if known else importers(file)
+    others = importers(file) if named or not known else ()
     others = (*others, *ELSEWHERE.get(file, ()))
     others = [c for c in dict.fromkeys(others) if c not in ("test_slurm", "test_architecture")]
     return known + [f"tests/{c}.py" for c in others if (ROOT / "tests" / f"{c}.py").exists()]
@@ -466,7 +471,7 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument("--limit", type=float, default=900, help="seconds a fault; default: 900")
     parser.add_argument("--json", type=Path, default=None, help="where results go; default: none")
-    parser.add_argument("--again", type=Path, default=None, help="a result: only its unseen")
+    parser.add_argument("--again", type=Path, default=None, help="a result: its unseen once more")
     parser.add_argument("--record", action="store_true", help="see above; needs pytest-cov")
     parser.add_argument("--list", action="store_true", help="print the faults and try none")
     args = parser.parse_args()
@@ -495,9 +500,8 @@ def main() -> None:
         def one(fault: Fault) -> None:
             tree = free.pop()
             try:
-                outcome = try_fault(
-                    fault, tests_for(fault, recorded, args.enough), tree, args.limit
-                )
+                tests = tests_for(fault, recorded, args.enough, named=args.again is not None)
+                outcome = try_fault(fault, tests, tree, args.limit)
             finally:
                 free.append(tree)
             said = {"words": fault.words, "by": outcome.by, "seconds": round(outcome.seconds, 1)}

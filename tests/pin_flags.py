@@ -8,6 +8,7 @@ import argparse
 import importlib
 import inspect
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -92,21 +93,32 @@ def is_plain(value: Any) -> bool:
     return isinstance(value, bool | int | float | str)
 
 
+def public_functions(name: str) -> Iterator[tuple[str, Callable[..., Any]]]:
+    """Functions of a module, its classes and their methods, by the name that a caller writes."""
+    for key, value in vars(importlib.import_module(name)).items():
+        if key.startswith("_") or getattr(value, "__module__", None) != name:
+            continue
+        members = {key: value}
+        if inspect.isclass(value):
+            members = {f"{key}.{k}": v for k, v in vars(value).items() if not k.startswith("_")}
+            members[key] = value.__init__
+        for called, function in members.items():
+            function = getattr(function, "__func__", function)  # of a class method
+            if inspect.isfunction(function):
+                yield called, function
+
+
 def defaults_in_python() -> dict[str, dict[str, Any]]:
     """What callers from Python leave to the program, by module and name."""
     found = {}
     files = [*ROOT.glob("models_*.py"), *ROOT.glob("engine_*.py"), *(ROOT / "util").rglob("*.py")]
     for path in sorted(files):
         name = path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
-        for key, value in vars(importlib.import_module(name)).items():
-            create = value.__init__ if inspect.isclass(value) else value
-            ours = getattr(create, "__module__", None) == name
-            if key.startswith("_") or not inspect.isfunction(create) or not ours:
-                continue
-            parameters = inspect.signature(create).parameters.items()
+        for called, function in public_functions(name):
+            parameters = inspect.signature(function).parameters.items()
             given = {k: plain(p.default) for k, p in parameters if is_plain(p.default)}
-            if given:
-                found[f"{path.stem}.{key}"] = given
+            if given and function.__module__ == name:
+                found[f"{path.stem}.{called}"] = given
     return found
 
 

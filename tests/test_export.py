@@ -651,6 +651,16 @@ def test_mixed_up_file_of_mmsegmentation(tmp_path: Path) -> None:
         load_encoder(str(tmp_path / "a.pth"))
 
 
+def test_only_scales_of_branches_are_folded() -> None:
+    """A norm that calls its weight gamma is no LScale."""
+    weights = {"norm.gamma": torch.ones(3), "blocks.0.ls1.gamma": torch.full((3,), 2.0)}
+    weights |= {f"blocks.0.attn.proj.{kind}": torch.ones(3) for kind in ("weight", "bias")}
+    weights["blocks.0.attn.proj.weight"] = torch.ones(3, 3)
+    folded = fold_lscale(weights)
+    assert folded.keys() == weights.keys() - {"blocks.0.ls1.gamma"}
+    assert (folded["norm.gamma"] == 1).all() and (folded["blocks.0.attn.proj.bias"] == 2).all()
+
+
 @pytest.mark.parametrize("to", ["timm", "official", "transformers"])
 def test_a_file_that_differs_is_not_written(
     to: str, tmp_path: Path, export: Export, monkeypatch: pytest.MonkeyPatch

@@ -64,6 +64,8 @@ def test_0_and_255_of_the_validation_set_alone(tmp_path: Path) -> None:
     said = ["0:0", "1:1", "255:ignore"]
     source = build_segmentation_set("folder", "val", tmp_path, label_map=said)
     assert source.notes == ["all masks of val hold the class 0 alone: mIoU says little"]
+    label = source[0][1]
+    assert label.dtype == np.uint8 and set(label.flat) <= {0, 255}
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """A run folder has one owner at a time, whoever starts what, where and when."""
 
+import errno
 import json
 import os
 import signal
@@ -70,6 +71,22 @@ def test_a_folder_made_for_nothing_is_removed_again(tmp_path: Path) -> None:
     with pytest.raises(KeyError), hold_folder(tmp_path / "a" / "b", ALONE):
         raise KeyError("a fault before anything was written")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("tells", [True, False])
+def test_an_owner_is_known_by_kernel_and_number_only_with_its_start(
+    tells: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the system does not tell when a process began, another may have its number."""
+
+    def start(pid: int) -> int:
+        if not tells:
+            raise OSError(errno.ENOENT, "no /proc")
+        return 7
+
+    monkeypatch.setattr(leases, "start_of_process", start)
+    owner = this_owner({})
+    assert (owner.started, owner.kernel) == ((7, kernel_of_this_process()) if tells else (0, ""))
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch.utils.data import Dataset
 from util.errors import EXIT_BAD_INPUT, EXIT_FAILED, BadInput, RunFailed
 from util.images import BadImage
 from util.label_maps import BadPair
-from util.loading import Loader
+from util.loading import Loader, say_conversions
 from util.samples import build_loader
 
 FAULTS = {
@@ -91,6 +92,20 @@ def test_after_an_error_a_loader_goes_on():
     loader.batch_sampler[:] = [[0], [6]]
     assert [batch["index"].item() for batch in loader] == [0, 6]
     assert [batch["index"].item() for batch in loader] == [0, 6]
+
+
+@pytest.mark.parametrize("rank", [None, 0, 1])
+def test_conversions_are_said_by_the_first_process(rank: int | None, monkeypatch, capsys):
+    """All take part in gathering them."""
+    loader = build_loader(Failing(None), [[0]], num_workers=0, pin_memory=False)
+    told = [SimpleNamespace(news=lambda gather: gather(["a line"]))]
+    loader.tally = told[0]
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: rank is not None)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
+    asked = []
+    say_conversions(loader, lambda lines: asked.append(lines) or lines)
+    assert asked == [["a line"]]
+    assert ("a line" in capsys.readouterr().out) == (rank in (None, 0))
 
 
 def pairs(root: Path) -> None:

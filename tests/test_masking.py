@@ -519,6 +519,35 @@ def first_rectangles(grid: tuple[int, int], number: int) -> list[tuple[int, int,
     return rectangles
 
 
+@pytest.mark.parametrize("grid", [(14, 14), (2, 20), (7, 5)])
+def test_rectangles_are_those_of_the_numbers_drawn(grid):
+    """Again in Python's own floats: an old run's masks stay what they were."""
+    block = create_strategy("block")
+    inside = block._rectangles(grid, torch.Generator().manual_seed(3))
+    share, turn, down, right = torch.rand(
+        4, block.at_once, generator=torch.Generator().manual_seed(3), dtype=torch.float32
+    ).tolist()
+    checked, heights = 0, set()
+    for i in range(block.at_once):
+        area = (0.08 + (0.4 - 0.08) * share[i]) * grid[0] * grid[1]
+        aspect = math.exp(math.log(0.3) + (math.log(1 / 0.3) - math.log(0.3)) * turn[i])
+        exact = math.sqrt(area * aspect), math.sqrt(area / aspect)
+        size = [min(max(round(s), 1), g) for s, g in zip(exact, grid, strict=True)]
+        room = [u * (g - s + 1) for u, g, s in zip((down[i], right[i]), grid, size, strict=True)]
+        # What lies on the edge between two numbers float32 may round to the other side.
+        if any(abs(s % 1 - 0.5) < 1e-4 for s in exact) or any(
+            min(r % 1, -r % 1) < 1e-4 for r in room
+        ):
+            continue
+        expected = torch.zeros(grid, dtype=torch.bool)
+        top, left = map(int, room)
+        expected[top : top + size[0], left : left + size[1]] = True
+        assert torch.equal(inside[i], expected), (size, room)
+        checked, heights = checked + 1, heights | {size[0]}
+    assert checked > block.at_once // 2
+    assert grid != (2, 20) or heights == {1, 2}  # a rectangle is no lower than a patch
+
+
 def before_rounding(side: int, size: int) -> tuple[float, float]:
     """Between which numbers a rectangle's side lay before it was rounded and held in the grid."""
     return side - 0.5 if side > 1 else 0, side + 0.5 if side < size else math.inf

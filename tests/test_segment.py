@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from trained import Trained
 
+import engine_segment
 import main_segment
 from engine_segment import Inference, PixelLoss, evaluate, prepare, resized_argmax
 from main_segment import is_due, next_stop
 from models_segmenters import load_segmenter
-from models_zoo import create_model
+from models_zoo import create_model, create_segmenter
 from util.checkpoint import BEST, LAST, load_file, save_checkpoint
-from util.dist import Agreement, Wish
+from util.dist import Agreement, Processes, Wish
 from util.errors import EXIT_INTERRUPTED, EXIT_STOPPED, RunFailed
 from util.images import IMAGENET_MEAN, IMAGENET_STD
 from util.schedule import PolySchedule
@@ -379,6 +380,36 @@ def test_predict_and_eval_agree(data: str, whole: Path, tmp_path: Path, run_main
     first = Image.open(out / "maps/p0.png")
     assert first.mode == "P" and first.size == Image.open(out / "overlays/p0.png").size == (30, 20)
     assert (out / "classes.txt").read_text().splitlines()[0] == "class 0"
+
+
+@pytest.mark.parametrize("workers", [None, 0, 2])
+@pytest.mark.parametrize("stats", [None, ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))])
+def test_maps_are_made_with_what_is_given(
+    workers: int | None, stats: tuple | None, data: str, tmp_path: Path, monkeypatch
+) -> None:
+    """Statistics and loading processes; where none are given, ImageNet's and the machine's."""
+    seen: dict[str, Any] = {}
+
+    def loader(source: Any, scale: Any, workers: int, procs: Any) -> list:
+        seen["workers"] = workers
+        return []
+
+    def predict(*rest: Any, mean: Any, std: Any, **more: Any) -> list:
+        seen["stats"] = mean, std
+        return []
+
+    monkeypatch.setattr(engine_segment, "eval_loader", loader)
+    monkeypatch.setattr(engine_segment, "predict", predict)
+    monkeypatch.setattr(engine_segment, "default_workers", lambda local_size: 7 * local_size)
+    images = Path(data.removeprefix("--data_path=")) / "val/images"
+    mean, std = stats or (None, None)
+    engine_segment.write_label_maps(
+        create_segmenter("vit_micro_patch8", 4, img_size=32), [images], tmp_path / "out", None,
+        engine_segment.Inference(), Processes(0, 1, 0, 1, torch.device("cpu")), flag="--predict",
+        scale=(48, 32), mean=mean, std=std, num_workers=workers, max_pixels=None,
+    )  # fmt: skip
+    assert seen["workers"] == (7 if workers is None else workers)
+    assert seen["stats"] == (stats or (IMAGENET_MEAN, IMAGENET_STD))
 
 
 def test_eval_looks_at_images_as_training_did(

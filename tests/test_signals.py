@@ -320,11 +320,12 @@ def test_the_loop_takes_over_whatever_came_before(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("leaving", [False, True])
+@pytest.mark.parametrize("place", ["asked", "seen"])
 def test_a_peer_that_the_same_stop_ended_is_no_failure(
-    leaving: bool, monkeypatch: pytest.MonkeyPatch
+    leaving: bool, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The start is ending, but the loop began before Slurm had ended all of the job's tasks."""
-    start = signals._Start(taken=True, phase="over", seen=signal.SIGUSR2, leaving=leaving)
+    start = signals._Start(taken=True, phase="over", leaving=leaving, **{place: signal.SIGUSR2})
     monkeypatch.setattr(signals, "_start", start)
     with pytest.raises(StoppedAtStart if leaving else RunFailed), peers_lost(0):
         raise RuntimeError("Connection closed by peer")

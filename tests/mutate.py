@@ -384,17 +384,22 @@ def tests_for(fault: Fault, recorded: Recorded | None, enough: float, named: boo
 
 
 def run_tests(tree: str, words: list[str], log: str) -> None:
-    """In a process that has torch already: pytest over a copy of the tree."""
+    """In a process that has torch already: pytest over a copy of the tree; its code to a file."""
     os.setsid()
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     os.chdir(tree)
     sys.path[:0] = [tree, f"{tree}/tests"]
-    os.environ["PYTHONPATH"] = f"{tree}:{tree}/tests"
+    # A file changed twice in a second has the time and often the size that its cache says.
+    sys.dont_write_bytecode = True
+    os.environ |= {"PYTHONPATH": f"{tree}:{tree}/tests", "PYTHONDONTWRITEBYTECODE": "1"}
     import pytest
 
-    os._exit(int(pytest.main(words)))
+    code = int(pytest.main(words))
+    Path(f"{log}.end").write_text(str(code))
+    os.replace(f"{log}.end", f"{log}.code")
+    os._exit(code)
 
 
 LIBRARIES = ["torch", "torchvision.transforms.v2", "timm", "transformers", "pytest", "skimage",
@@ -411,6 +416,14 @@ class Outcome:
     seconds: float
 
 
+def is_there(pid: int) -> bool:
+    """Whether a process has not ended; an ended one that none has asked about is not there."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def try_fault(fault: Fault, tests: list[str], tree: Path, limit: float) -> Outcome:
     """Run tests with the fault in the file."""
     path = tree / fault.file
@@ -423,21 +436,23 @@ def try_fault(fault: Fault, tests: list[str], tree: Path, limit: float) -> Outco
         log = tree.parent / f"{tree.name}.log"
         context = multiprocessing.get_context("forkserver")
         child = context.Process(target=run_tests, args=(str(tree), words, str(log)))
+        code = Path(f"{log}.code")
+        code.unlink(missing_ok=True)
         child.start()
-        child.join(limit)
         assert child.pid is not None
-        ended = child.exitcode is not None
+        # Not `child.join`: of several threads that wait, one may read what another one is told.
+        while is_there(child.pid) and not code.exists() and time.monotonic() < began + limit:
+            time.sleep(0.1)
+        died = not is_there(child.pid)
         with suppress(ProcessLookupError):  # what the tests started, too
             os.killpg(child.pid, signal.SIGKILL)
-        child.join()
-        if not ended:
-            by: str | None = None  # a test that hangs has its own time, and fails by it
-        elif child.exitcode == 0:
-            by = None
-        else:
-            output = log.read_text(errors="replace")
-            failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", output, re.M)
-            by = failed[0] if failed else f"exit code {child.exitcode}: {output[-300:]}"
+        output = log.read_text(errors="replace")
+        failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", output, re.M)
+        by = None
+        if failed:
+            by = failed[0]
+        elif (died and not code.exists()) or (code.exists() and code.read_text() != "0"):
+            by = f"no test, but the run ended: {output[-300:]}"
     finally:
         path.write_text(text)
     return Outcome(fault, by, time.monotonic() - began)

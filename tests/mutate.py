@@ -377,7 +377,7 @@ def tests_for(fault: Fault, recorded: Recorded | None, enough: float, named: boo
     """
     known = recorded.tests_for(fault, enough) if recorded else []
     file = fault.file.removesuffix(".py")
-    others = importers(file) if named or not known else ()
+    others = ["test_pinned_flags", *importers(file)] if named or not known else []
     others = (*others, *ELSEWHERE.get(file, ()))
     others = [c for c in dict.fromkeys(others) if c not in ("test_slurm", "test_architecture")]
     return known + [f"tests/{c}.py" for c in others if (ROOT / "tests" / f"{c}.py").exists()]

@@ -33,6 +33,7 @@ from models_zoo import (
 from util.checkpoint import LAST, load_file, save_checkpoint
 from util.convert_names import to_mmseg, to_transformers
 from util.errors import BadInput
+from util.nested_weights import find_weights
 
 Weights = dict[str, Tensor]
 
@@ -281,6 +282,15 @@ def test_features_are_those_of_the_weights_without_wrapping(
     assert told in out, out
     log = (tmp_path / "out/log-rank0.txt").read_text()
     assert told in log and "  taken " in log
+
+
+def test_a_projection_without_blocks_is_no_encoder(tmp_path: Path) -> None:
+    """As a tokenizer of patches has one: there is nothing to choose between."""
+    weights = plain()
+    lone = {"patch_embed.proj.weight": torch.zeros_like(weights["patch_embed.proj.weight"])}
+    path = write(tmp_path / "f.pth", {"tokens": lone, "net": weights})
+    found = find_weights(torch.load(path), "f.pth")
+    assert found.others == {} and found.weights.keys() == weights.keys()
 
 
 @pytest.mark.smoke

@@ -45,7 +45,7 @@ from models_zoo import (
 )
 from util.checkpoint import load_file, write_signed
 from util.errors import BadInput
-from util.export import fold_lscale, fold_probe
+from util.export import appearing, fold_lscale, fold_probe
 
 Export = Callable[..., tuple[int, str, str]]
 
@@ -649,6 +649,17 @@ def test_mixed_up_file_of_mmsegmentation(tmp_path: Path) -> None:
     found = r"missing 1: blocks\.2\.mlp\.fc2\.bias; unexpected 1: layers\.2\.mlp\.fc2\.bias"
     with pytest.raises(BadInput, match=found):
         load_encoder(str(tmp_path / "a.pth"))
+
+
+def test_the_folder_of_a_new_file_is_made_or_refused(tmp_path: Path) -> None:
+    with appearing(tmp_path / "new/folder/a.pth") as temporary:
+        temporary.write_text("weights")
+    assert (tmp_path / "new/folder/a.pth").read_text() == "weights"
+    with (
+        pytest.raises(BadInput, match=r"cannot write to folder .*a\.pth: "),
+        appearing(tmp_path / "new/folder/a.pth/b.pth"),
+    ):
+        raise AssertionError("refused before it is computed")
 
 
 def test_only_scales_of_branches_are_folded() -> None:

@@ -185,6 +185,24 @@ def test_an_apple_gpu_that_is_there_is_taken(monkeypatch: pytest.MonkeyPatch) ->
     assert choose_device("cpu", 0).type == "cpu"
 
 
+@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize("apple", [True, False])
+@pytest.mark.parametrize("gpus", [0, 2])
+def test_auto_is_what_is_there(
+    gpus: int, apple: bool, alone: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NVIDIA's GPU of this process, else Apple's where no other takes part, else the CPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: apple)
+    expected = "cuda:1" if gpus else "mps" if apple and alone else "cpu"
+    assert choose_device("auto", 1, alone=alone) == torch.device(expected)
+    if gpus:
+        assert choose_device("cuda:0", 1, alone=alone) == torch.device("cuda:0")
+        with pytest.raises(BadInput, match="needs GPU 2, there are 2"):
+            choose_device("cuda", 2)
+
+
 @pytest.mark.smoke
 def test_help_says_each_default_that_is_a_value() -> None:
     text = " ".join(main_pretrain.build_parser().format_help().split())

@@ -4,6 +4,7 @@ import hashlib
 import pickle
 import struct
 import zlib
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,8 +15,10 @@ import torch.nn.functional as F
 from launch import CONTEXT
 from PIL import Image
 from test_datasets import write_fashion
+from torch import Tensor
 
 import util.garments
+from util import segmentation_transforms
 from util.datasets import garment_scenes
 from util.errors import BadInput
 from util.garments import GarmentImages, GarmentScenes
@@ -455,6 +458,35 @@ def test_distortion_keeps_to_its_ranges() -> None:
     assert turned(red, 1.0, 120)[:, 0, 0].tolist() == pytest.approx([0, 200, 0], abs=6)
     pale = turned(red, 0.5, 0)[:, 0, 0].tolist()
     assert pale == pytest.approx([200, 100, 100], abs=2)
+
+
+def test_each_part_of_the_distortion_has_even_odds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Brightness, contrast, saturation and hue; contrast comes last in half of its cases."""
+    done: list[str] = []
+
+    def linear(image: Tensor, factor: float, shift: float) -> Tensor:
+        done.append("brightness" if shift else "contrast")
+        assert (factor == 1) == bool(shift)
+        return image
+
+    def turned(image: Tensor, saturation: float, degrees: float) -> Tensor:
+        done.extend([*["saturation"] * (saturation != 1), *["hue"] * (degrees != 0), "turned"])
+        return image
+
+    monkeypatch.setattr(segmentation_transforms, "linear", linear)
+    monkeypatch.setattr(segmentation_transforms, "turned", turned)
+    count, seen = 2000, Counter()
+    for seed in range(count):
+        done.clear()
+        with seeded(seed):
+            distort(torch.zeros(3, 1, 1, dtype=torch.uint8))
+        seen.update(done)
+        seen["contrast and more"] += {"contrast", "turned"} <= set(done)
+        seen["contrast last"] += "turned" in done and done[-1] == "contrast"
+    # Odds of 2 to 1 would be 15 deviations away.
+    for part in ("brightness", "contrast", "saturation", "hue"):
+        assert abs(seen[part] / count - 0.5) < 0.05, part
+    assert abs(seen["contrast last"] / seen["contrast and more"] - 0.5) < 0.08
 
 
 def test_samples_are_functions_of_seed_and_key(tmp_path: Path) -> None:

@@ -352,7 +352,7 @@ def test_predict_and_eval_agree(data: str, whole: Path, tmp_path: Path, run_main
     images = f"--predict={root / 'val/images'}"
     assert run_main("main_segment", [*flags, images, f"--output_dir={out}"])[0] == 0
     folder = tmp_path / "measured"
-    code, _, err = run_main("main_segment", [*flags, "--eval", data, f"--output_dir={folder}"])
+    code, told, err = run_main("main_segment", [*flags, "--eval", data, f"--output_dir={folder}"])
     assert code == 0, err
     counts = confusion(out, root, 4)
     right, rows, columns = counts.diagonal(), counts.sum(axis=1), counts.sum(axis=0)
@@ -360,6 +360,9 @@ def test_predict_and_eval_agree(data: str, whole: Path, tmp_path: Path, run_main
     result = json.loads((folder / "result-eval.json").read_text())
     assert result["miou"] == pytest.approx(iou.mean(), abs=1e-9)
     assert result["pixel_accuracy"] == pytest.approx(100 * right.sum() / counts.sum(), abs=1e-9)
+    share = [right.sum() / counts.sum(), (right / rows).mean()]
+    numbers = "  pixel accuracy {:.2f}  class accuracy {:.2f}".format(*(100 * s for s in share))
+    assert f"mIoU {iou.mean():.2f}{numbers}  (8 images)" in told
     assert [row["iou"] for row in result["per_class"]] == pytest.approx(iou.tolist(), abs=1e-9)
     assert result["miou"] == json.loads((whole / "result.json").read_text())["miou"]
     assert (folder / "pictures/eval.png").exists()

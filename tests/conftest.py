@@ -2,7 +2,6 @@
 
 import importlib
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,10 +22,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 SEED = os.environ.setdefault("MMAE_TEST_SEED", str(time.time_ns() % 10**6))
 
 import torch  # noqa: E402  # after the environment that it reads
+from runs import signals_kept  # noqa: E402
+from tiny import add_small_models  # noqa: E402
 from trained import Trained  # noqa: E402
 
 from util.images import Subset  # noqa: E402
-from util.signals import STOP_SIGNALS  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -44,16 +44,13 @@ def run_main(capfd: pytest.CaptureFixture[str]) -> RunMain:
 
     def run(module_name: str, argv: Sequence[str]) -> tuple[int, str, str]:
         module = importlib.import_module(module_name)
-        handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
         capfd.readouterr()  # what came before is not this command's
         try:
-            module.main(list(argv))
+            with signals_kept():
+                module.main(list(argv))
             code: int | str | None = 0
         except SystemExit as stop:
             code = stop.code
-        finally:  # a command that has ended ignores them, a test run should not
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
         if isinstance(code, str):
             print(code, file=sys.stderr)
             code = 1
@@ -68,6 +65,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """``trained("main_pretrain", flags) -> run folder``: trained once per test run; see there."""
     root = tmp_path_factory.getbasetemp()
     return Trained(root.parent if "PYTEST_XDIST_WORKER" in os.environ else root)
+
+
+@pytest.fixture(scope="module")
+def small_models() -> Iterator[None]:
+    """Names for models so small that a run is its files and its bookkeeping."""
+    with pytest.MonkeyPatch.context() as patch:
+        add_small_models(patch)
+        yield
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from runs import signals_kept
 from tiny import add_small_models
 from torch import Tensor
 
@@ -222,20 +223,13 @@ def call(name: str, argv: Sequence[str]) -> tuple[str, str, int]:
     """A main's output and exit code, in this process; its signal handlers are put back."""
     import contextlib
     import io
-    import signal
-
-    from util.signals import STOP_SIGNALS
 
     out, err, code = io.StringIO(), io.StringIO(), 0
-    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with signals_kept(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             importlib.import_module(name).main(list(argv))
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
     return out.getvalue(), err.getvalue(), code
 
 

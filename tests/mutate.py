@@ -54,13 +54,12 @@ CORE = (
 )  # fmt: skip
 # Where --record leaves what the tests run, and how long they take.
 RECORD = ROOT / "output_dir" / "mutate"
-# Files of tests whose runs are processes of their own, where nothing is recorded, by what they
-# hold.
+# By module, tests of it whose runs are processes of their own: nothing is recorded there.
 ELSEWHERE = {
     "engine_pretrain": ("test_every_sum", "test_processes"),
-    "models_batchnorm": ("test_batchnorm",),
     "engine_finetune": ("test_every_sum",),
     "engine_segment": ("test_every_sum",),
+    "models_batchnorm": ("test_batchnorm",),
     "util/dist": ("test_every_sum", "test_signals", "test_lease"),
     "util/knn": ("test_knn",),
     "util/lease": ("test_lease",),
@@ -394,6 +393,9 @@ def run_tests(tree: str, words: list[str], log: str) -> None:
     # A file changed twice in a second has the time and often the size that its cache says.
     sys.dont_write_bytecode = True
     os.environ |= {"PYTHONPATH": f"{tree}:{tree}/tests", "PYTHONDONTWRITEBYTECODE": "1"}
+    os.environ["TMPDIR"] = f"{tree}-tmp"
+    shutil.rmtree(f"{tree}-tmp", ignore_errors=True)  # of the run before, which may be killed
+    os.mkdir(f"{tree}-tmp")
     import pytest
 
     code = int(pytest.main(words))

@@ -1,6 +1,9 @@
 """What tests ask of run folders: weights, records, and where two of them differ."""
 
 import json
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +11,21 @@ import torch
 from torch import Tensor
 
 from util.checkpoint import LAST, load_file
+from util.signals import STOP_SIGNALS
 
 # What a record says of the machine and not of the training.
 MACHINE = ("images_per_s", "waiting", "memory_gb")
+
+
+@contextmanager
+def signals_kept() -> Iterator[None]:
+    """Put the handlers back: a command that has ended ignores signals, a test run should not."""
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def weights(folder: Path, name: str = LAST) -> dict[str, Tensor]:

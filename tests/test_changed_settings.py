@@ -4,7 +4,6 @@ import json
 import math
 import signal
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,17 +50,12 @@ class Job:
         return [e.step for e in EventAccumulator(str(where)).Reload().Scalars("train/loss")]
 
 
-def small_models() -> None:
+pytestmark = pytest.mark.usefixtures("small_models")
+
+
+def small_models_there() -> None:
     """In another process."""
     add_small_models(pytest.MonkeyPatch())
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick() -> Iterator[None]:
-    """Models so small that a run is its bookkeeping."""
-    with pytest.MonkeyPatch.context() as patch:
-        add_small_models(patch)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -349,7 +343,7 @@ def test_on_more_processes_with_the_batch_of_each(jobs: dict[str, Job], tmp_path
     stopped_at(job, tmp_path, 14)
     flags = [*job.flags, f"--output_dir={tmp_path}", "--allow_changes"]
     out = tmp_path / "out"
-    assert wait(launch(flags, out, 2, prepare=small_models)) == [0, 0], out.read_text()
+    assert wait(launch(flags, out, 2, prepare=small_models_there)) == [0, 0], out.read_text()
     assert [r["step"] for r in job.records(tmp_path, "train")] == list(range(1, 23))
     assert [r["epoch"] for r in job.records(tmp_path, "epoch")] == [0, 1, 2]
     assert len(job.records(tmp_path, "resume")) == 1

@@ -4,7 +4,7 @@ import errno
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,6 @@ import torch
 from faulty_disk import FaultyDisk
 from launch import TINY
 from runs import records
-from tiny import add_small_models
 from trained import Trained
 
 import main_pretrain
@@ -21,15 +20,13 @@ from util.dist import Agreement, Wish
 from util.errors import EXIT_STOPPED
 from util.files import EARLIER, OURS
 
+# Of hundreds of runs, each in a tenth of a second.
+pytestmark = pytest.mark.usefixtures("small_models")
 # Two epochs of two steps, a numbered checkpoint after each.
 FLAGS = [
-    *TINY,
-    "--model=mae_vit_pico_patch4",
-    "--epochs=2",
-    "--train_images=8",
-    "--batch_size=4",
+    *TINY, "--model=mae_vit_pico_patch4", "--epochs=2", "--train_images=8", "--batch_size=4",
     "--save_every=1",
-]
+]  # fmt: skip
 PARTS = 6
 VALUES = ("step", "loss", "lr", "grad_norm")
 
@@ -45,21 +42,13 @@ def stopped_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Agreement, "after_step", after_step)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick() -> Iterator[None]:
-    """A model so small that a run is its files: there are hundreds of runs."""
-    with pytest.MonkeyPatch.context() as patch:
-        add_small_models(patch)
-        yield
-
-
 @pytest.fixture(scope="module")
-def whole(quick: None, trained: Trained) -> Path:
+def whole(small_models: None, trained: Trained) -> Path:
     return trained("main_pretrain", FLAGS)
 
 
 @pytest.fixture(scope="module")
-def begun(quick: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def begun(small_models: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Stopped in the middle of the second epoch."""
     folder = tmp_path_factory.mktemp("begun")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match=str(EXIT_STOPPED)):

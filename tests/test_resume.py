@@ -25,7 +25,6 @@ from util.checkpoint import LAST, load_file
 from util.dist import Agreement, Wish
 from util.errors import EXIT_INTERRUPTED, EXIT_STOPPED
 
-# Every random part on: crops, flips, order, Gumbel noise, random masks, jitter.
 FLAGS = EVERY_DRAW
 STEPS = 30
 

@@ -22,14 +22,13 @@ from types import ModuleType
 
 import pytest
 from launch import EVERY_DRAW, PATIENCE, ROOT, launch, steps_done, until, wait
-from runs import different, records, weights
+from runs import different, records, signals_kept, weights
 from trained import Trained
 
 import submitit_finetune
 import submitit_pretrain
 from util.checkpoint import LAST, load_file
 from util.errors import EXIT_BAD_INPUT, EXIT_STOPPED, RunFailed, Stopped
-from util.signals import STOP_SIGNALS
 from util.slurm import gpus_of, project_files
 from util.task import leave
 
@@ -721,7 +720,6 @@ def test_who_queues_a_job_again(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     if job is not None:
         (tmp_path / "job").write_text(job)
@@ -731,13 +729,10 @@ def test_who_queues_a_job_again(
         "SLURM_JOB_ID": "7",
     }.items():
         monkeypatch.setenv(name, value)
-    try:
+    with signals_kept():
         with pytest.raises(RunFailed if again is None else SystemExit) as ended:
             leave(Stopped("stopped", kind))
         assert signal.getsignal(signal.SIGUSR2) is signal.SIG_IGN
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
     if again is None:
         assert "job 7 cannot be queued again: refused" in str(ended.value)
         return

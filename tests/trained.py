@@ -4,13 +4,11 @@ import fcntl
 import hashlib
 import importlib
 import shutil
-import signal
 from collections.abc import Sequence
 from pathlib import Path
 
 from launch import launch, wait
-
-from util.signals import STOP_SIGNALS
+from runs import signals_kept
 
 
 class Trained:
@@ -46,9 +44,5 @@ class Trained:
             out = folder.with_suffix(".out")
             assert wait(launch(argv, out, world, module=module)) == [0] * world, out.read_text()
             return
-        handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-        try:
+        with signals_kept():
             importlib.import_module(module).main(argv)
-        finally:  # a command that has ended ignores them, a test run should not
-            for number, handler in handlers.items():
-                signal.signal(number, handler)

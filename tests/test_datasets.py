@@ -17,7 +17,7 @@ from torchvision.datasets.mnist import read_sn3_pascalvincent_tensor
 
 import util.datasets as datasets
 import util.stl10
-from util.datasets import DATASETS, build_dataset, read_idx
+from util.datasets import DATASETS, SyntheticSource, build_dataset, read_idx
 from util.errors import BadInput
 from util.images import BadImage, ImageSource
 from util.photos import PHOTOS, photo_crop
@@ -490,6 +490,22 @@ def test_synthetic_statistics_are_those_of_its_images():
     levels = np.stack([pixels(source[i][0]) for i in range(len(source))]) / 255
     assert levels.mean() == pytest.approx(source.mean[0], abs=0.02)
     assert levels.std() == pytest.approx(source.std[0], abs=0.02)
+
+
+def test_synthetic_discs_are_round_and_everywhere():
+    """Of 200 pictures of six each: one pixel is as often in a disc as its mirror images are."""
+    source = SyntheticSource("train", 1, (33, 33))
+    y, x = np.mgrid[0:1:33j, 0:1:33j]
+    covered = np.zeros((33, 33))
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        cover = source.shape(rng, "discs", y, x)
+        ramp = source.shape(np.random.default_rng(seed), "gradient", y, x)
+        covered += cover != 0.5 * ramp
+    for mirrored in (covered[::-1], covered[:, ::-1], covered.T):
+        assert np.abs(covered - mirrored).max() <= 60  # of 200; 4 standard deviations
+    assert covered[16, 16] > 1.5 * covered[0, 0]  # more centres are in reach
+    assert covered.min() > 30
 
 
 @pytest.mark.skipif(not datasets.FASHION_DEBIAN.is_dir(), reason="no Fashion-MNIST from Debian")

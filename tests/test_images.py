@@ -200,6 +200,14 @@ def test_no_cut_gives_another_picture(tmp_path, kind):
         assert length > len(whole) - 16 and np.array_equal(shown, expected)
 
 
+def test_a_brand_without_its_box_is_no_heif(tmp_path, monkeypatch):
+    """Nobody is asked to install pillow-heif for it."""
+    (tmp_path / "a.jpg").write_bytes(b"1234abcdheic" + b"more")
+    monkeypatch.setattr(images, "register_heif", lambda: pytest.fail("registered"))
+    with pytest.raises(BadImage, match="no image of a known kind"):
+        read_image(tmp_path / "a.jpg", 3)
+
+
 def test_postscript_starts_no_interpreter(tmp_path, monkeypatch):
     def run(*args, **kwargs):
         raise AssertionError("a program was started")

@@ -508,6 +508,12 @@ def test_two_tensors_that_get_one_name(tmp_path: Path) -> None:
         load_encoder(str(write(tmp_path / "f.pth", twice)))
 
 
+def test_weights_in_a_numbered_entry_are_not_searched() -> None:
+    """As optimisers keep theirs: there is no key to name it by."""
+    with pytest.raises(BadInput, match="holds no weights, only 0"):
+        find_weights({0: plain()}, "f.pth")
+
+
 def test_an_encoder_without_a_class_token(tmp_path: Path) -> None:
     weights = encoder()
     del weights["cls_token"]

@@ -49,6 +49,7 @@ def train(rank: int, world: int, accum_iter: int, batch: int, out: Path) -> None
             step(lambda i, x=images, m=mask: trained(x[i], m[i], 4)["loss"], rows, 1e-3)
         if procs.main:
             torch.save(model.state_dict(), out / "weights.pt")
+    assert not torch.distributed.is_initialized()  # what comes after may be of one process
 
 
 @pytest.mark.dist

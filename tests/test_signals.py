@@ -329,3 +329,46 @@ def test_a_peer_that_the_same_stop_ended_is_no_failure(
     monkeypatch.setattr(signals, "_start", start)
     with pytest.raises(StoppedAtStart if leaving else RunFailed), peers_lost(0):
         raise RuntimeError("Connection closed by peer")
+
+
+@pytest.mark.parametrize("number", ALL)
+def test_a_second_stop_in_the_start(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C again is meant to end it at once; a launcher repeats its signals."""
+    monkeypatch.setattr(signals, "_start", signals._Start(taken=True, asked=signal.SIGTERM))
+    ended: list[bool] = []
+    monkeypatch.setattr(signals, "interrupt_at_once", lambda: ended.append(True))
+    signals._note(number, None)
+    assert bool(ended) == (number == signal.SIGINT)
+
+
+@pytest.mark.parametrize("number", [*ALL, signal.SIGWINCH, signal.SIGCHLD])
+def test_the_watching_thread_ends_a_start_for_stops_alone(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A terminal that changes its size is none, and must not be remembered as one."""
+    left: list[int] = []
+    start = signals._Start(taken=True, leave=lambda stop: left.append(stop.signal))
+    monkeypatch.setattr(signals, "_start", start)
+    monkeypatch.setattr(signals, "PATIENCE", 0)
+    read, write = os.pipe()
+    os.write(write, bytes([number]))
+    os.close(write)
+    signals._watch(read)
+    assert left == ([number] if number in ALL else []) and start.seen == (left or [0])[0]
+
+
+def test_a_forked_child_dies_of_signals_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signals, "_start", signals._Start(taken=True, phase="running"))
+    before = {number: signal.getsignal(number) for number in ALL}
+    try:
+        for number in ALL:
+            signal.signal(number, signals._note)
+        signals._forget()
+        after = {number: signal.getsignal(number) for number in ALL}
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    dies = dict.fromkeys(STOP_SIGNALS, signal.SIG_DFL)
+    assert after == dies | {signal.SIGINT: signal.SIG_IGN}

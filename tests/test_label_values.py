@@ -119,7 +119,7 @@ def test_the_map_says_what_values_stand_for(tmp_path: Path) -> None:
     pairs = ["0:0", "255:1", "7:2", "9:ignore"]
     source = build_segmentation_set("folder", "train", tmp_path, label_map=pairs)
     assert len(source.classes) == 3
-    assert source[0][1][0, :4].tolist() == [0, 2, 1, IGNORE]
+    assert source[0][1][0, :4].tolist() == [0, 2, 1, IGNORE] and source[0][1].dtype == np.uint8
     text = refused(tmp_path, label_map=BINARY)
     assert re.search(
         r"p0\.png holds the value 7 \(row 0, column 1\).*add 7:CLASS or 7:ignore", text

@@ -394,7 +394,7 @@ def test_maps_are_made_with_what_is_given(
     seen: dict[str, Any] = {}
 
     def loader(source: Any, scale: Any, workers: int, procs: Any) -> list:
-        seen["workers"] = workers
+        seen["workers"], seen["source"] = workers, (source.mean, source.std)
         return []
 
     def predict(*rest: Any, mean: Any, std: Any, **more: Any) -> list:
@@ -412,7 +412,7 @@ def test_maps_are_made_with_what_is_given(
         scale=(48, 32), mean=mean, std=std, num_workers=workers, max_pixels=None,
     )  # fmt: skip
     assert seen["workers"] == (7 if workers is None else workers)
-    assert seen["stats"] == (stats or (IMAGENET_MEAN, IMAGENET_STD))
+    assert seen["stats"] == seen["source"] == (stats or (IMAGENET_MEAN, IMAGENET_STD))
 
 
 def test_eval_looks_at_images_as_training_did(

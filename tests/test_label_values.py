@@ -11,6 +11,7 @@ from PIL import Image
 from util.checkpoint import LAST, load_file
 from util.confusion import IGNORE
 from util.errors import BadInput
+from util.label_values import apply_values
 from util.segmentation_sets import build_segmentation_set
 
 RUN = [
@@ -119,7 +120,9 @@ def test_the_map_says_what_values_stand_for(tmp_path: Path) -> None:
     pairs = ["0:0", "255:1", "7:2", "9:ignore"]
     source = build_segmentation_set("folder", "train", tmp_path, label_map=pairs)
     assert len(source.classes) == 3
-    assert source[0][1][0, :4].tolist() == [0, 2, 1, IGNORE] and source[0][1].dtype == np.uint8
+    assert source[0][1][0, :4].tolist() == [0, 2, 1, IGNORE]
+    classes = apply_values(np.array([[0, 7], [7, 7]]), {0: 1, 7: 2}, "p0.png")
+    assert classes.tolist() == [[1, 2], [2, 2]] and classes.dtype == np.uint8
     text = refused(tmp_path, label_map=BINARY)
     assert re.search(
         r"p0\.png holds the value 7 \(row 0, column 1\).*add 7:CLASS or 7:ignore", text

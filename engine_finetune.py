@@ -16,8 +16,9 @@ from util.dist import Processes
 from util.errors import RunFailed
 from util.images import ImageSource
 from util.loading import say_conversions
-from util.logger import StepReport, say
+from util.logger import StepReport
 from util.predictions import Prediction
+from util.progress import say
 from util.randomness import EvalSampler, seed_of, seeded
 from util.replace import refuse_bad
 from util.samples import LabelledSamples, build_loader

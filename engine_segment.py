@@ -16,13 +16,14 @@ from torch.utils.data import DataLoader
 from util.confusion import ConfusionMeter, Segmentation
 from util.dist import Processes
 from util.errors import BadInput, RunFailed
-from util.files import write_text
+from util.files import save_png, write_text
 from util.float64 import to_float64
 from util.images import BadImage
 from util.label_maps import IGNORE, overlay, save_label_map
 from util.loading import say_conversions
-from util.logger import StepReport, prepare_folder, say
+from util.logger import StepReport, prepare_folder
 from util.predictions import find_images
+from util.progress import say
 from util.randomness import EvalSampler, seed_of, seeded
 from util.replace import refuse_bad
 from util.samples import build_loader, default_workers
@@ -30,7 +31,7 @@ from util.segmentation_sets import SegmentationSource, UnlabelledSource
 from util.segmentation_transforms import SegmentationSamples, SegmentEvalTransform
 from util.step import OptimizerStep, Stopwatch, steps_of
 from util.transforms import normalize
-from util.visualize import save_png, to_picture
+from util.visualize import to_picture
 from util.windows import multi_scale, resize, slide, whole
 
 Stats = Sequence[float]

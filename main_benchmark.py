@@ -54,12 +54,13 @@ from util.errors import BadInput, command, needs
 from util.flag_types import MOST_IN_BATCH, MOST_SIDE, expanded_path, processes_flag
 from util.images import ImageSource, Subset
 from util.limits import copy_rate, decode_rates, layer_shapes, matrix_rate, show_limits, stopwatch
-from util.logger import StepReport, prepare_folder, say
+from util.logger import StepReport, prepare_folder
 from util.made_images import jpegs_like_imagenet, make_jpegs, make_tiny_files
 from util.many_files import measure_files
 from util.masking import count_visible
 from util.optim import create_adamw, parameter_groups
 from util.peers import create_vitmae
+from util.progress import say
 from util.randomness import EpochSampler, evenly
 from util.samples import PretrainSamples, build_loader, default_workers
 from util.schedule import CosineSchedule, scaled_lr

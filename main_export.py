@@ -29,7 +29,7 @@ from models_upernet import UperNet
 from models_vit import VisionTransformer
 from util.assumed import assumptions
 from util.checkpoint import load_file, local_file, peek, write_signed
-from util.config import FlagParser, add_heads_flag, number, size_pair
+from util.config import FlagParser, add_heads_flag, add_weights_key_flag, number, size_pair
 from util.console import print_text
 from util.convert_names import EPS, config_of, to_mmseg, to_transformers
 from util.errors import BadInput, command, needs
@@ -48,7 +48,6 @@ from util.flag_types import MOST_WIDTH, expanded_path
 from util.load_table import LOADED
 from util.preprocessing import Preprocessing, preprocessing_of
 from util.weights import CONFIG, PREPROCESSOR, load_state, read_json, weights_file
-from util.weights_flags import add_weights_key_flag
 
 PARTS = ("auto", "decoder", "head", "encoder", "segmenter")
 # Targets that take a whole segmenter; to the others goes its encoder.

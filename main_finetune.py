@@ -92,9 +92,10 @@ from util.finetune_flags import (
 from util.images import ImageSource, Subset
 from util.lease import Lease, hold_folder
 from util.load_table import LOADED
-from util.logger import prepare_folder, say
+from util.logger import prepare_folder
 from util.memory import create_in_memory
 from util.optim import create_adamw, create_lars, layer_decay_groups, load_moments
+from util.progress import say
 from util.randomness import EpochSampler, evenly
 from util.results import MEASURED, chosen_on, identity_of, measured_on, set_others_aside
 from util.resume import go_on

@@ -32,6 +32,7 @@ from util.config import (
     add_dry_run_flags,
     add_heads_flag,
     add_split_flags,
+    add_weights_key_flag,
     number,
 )
 from util.console import counted, print_text, visible_line
@@ -47,15 +48,14 @@ from util.images import ImageSource, Subset
 from util.knn import Bank, neighbours, rank_of, unit, vote
 from util.load_table import LOADED
 from util.loading import say_conversions
-from util.logger import prepare_folder, rank_log, say
-from util.progress import Progress
+from util.logger import prepare_folder, rank_log
+from util.progress import Progress, say
 from util.randomness import EvalSampler, evenly
 from util.replace import fault_of
 from util.results import MEASURED, identity_of, measured_on, set_others_aside
 from util.samples import LabelledSamples, build_loader, default_workers
 from util.splits import hold_out_of
 from util.transforms import EvalTransform, normalize
-from util.weights_flags import add_weights_key_flag
 
 RESULT = "knn.json"
 FEATURES = ("cls", "avg", "both")

@@ -23,9 +23,9 @@ from util.datasets import DATASETS, SPLITS, build_dataset
 from util.errors import BadInput, command
 from util.flag_types import MOST_SIDE, expanded_path, processes_flag
 from util.folders import NoSplit
-from util.logger import say
 from util.manifest import FORMATS, MANIFEST
 from util.packing import BAD_IMAGES, Recipe, pack, verify
+from util.progress import say
 from util.samples import default_workers
 
 

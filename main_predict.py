@@ -32,6 +32,7 @@ from util.config import (
     add_device_flag,
     add_heads_flag,
     add_pixels_flag,
+    add_weights_key_flag,
     number,
     size_pair,
 )
@@ -42,7 +43,7 @@ from util.files import write_text
 from util.flag_types import MOST_CLASSES, MOST_IN_BATCH, expanded_path, processes_flag
 from util.load_table import LOADED
 from util.loading import say_conversions
-from util.logger import prepare_folder, say
+from util.logger import prepare_folder
 from util.predictions import (
     FileSamples,
     Prediction,
@@ -51,13 +52,12 @@ from util.predictions import (
     names_of_classes,
     write_predictions,
 )
-from util.progress import Progress
+from util.progress import Progress, say
 from util.randomness import EvalSampler
 from util.results import MEASURED, identity_of, set_others_aside
 from util.samples import build_loader, default_workers
 from util.transforms import EvalTransform, has_margin
 from util.weights import load_state, weights_file
-from util.weights_flags import add_weights_key_flag
 
 RESULT, ABOUT = "predictions.csv", "predictions.json"
 # Flags that decide what is predicted.

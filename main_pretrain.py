@@ -78,14 +78,16 @@ from util.dry_run import (
 )
 from util.dry_run_report import describe
 from util.errors import BadInput, command, needs
+from util.files import save_png
 from util.flag_types import MOST_BLOCKS, MOST_CHANNELS, MOST_WIDTH
 from util.images import ImageSource, Subset
 from util.lease import Lease, hold_folder
 from util.loading import say_conversions
-from util.logger import RunLogger, say, say_once
+from util.logger import RunLogger
 from util.masking import STANDARD, count_visible
 from util.memory import create_in_memory
 from util.optim import create_adamw, load_moments, parameter_groups
+from util.progress import say, say_once
 from util.randomness import EpochSampler, EvalSampler, evenly
 from util.resume import go_on
 from util.run import Run, due
@@ -96,7 +98,7 @@ from util.splits import hold_out_of
 from util.step import OptimizerStep
 from util.timeline import Timeline
 from util.transforms import EvalTransform, pretrain_transform
-from util.visualize import panels, picture_grid, save_png
+from util.visualize import panels, picture_grid
 
 TASK = "pretrain"
 # Held-out images are measured under masks that no flag changes (STANDARD), so that runs compare;

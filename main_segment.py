@@ -55,6 +55,7 @@ from util.config import (
     add_optimisation_flags,
     add_run_flags,
     add_split_flags,
+    add_weights_key_flag,
     arithmetic_of,
     number,
     optional,
@@ -81,13 +82,15 @@ from util.dry_run import (
 )
 from util.dry_run_report import describe
 from util.errors import BadInput, command
+from util.files import save_png
 from util.flag_types import MOST_CLASSES, MOST_LSCALE, MOST_SIDE, MOST_WIDTH, expanded_path
 from util.label_values import label_pair
 from util.lease import Lease, hold_folder
 from util.load_table import LOADED
-from util.logger import prepare_folder, say
+from util.logger import prepare_folder
 from util.memory import create_in_memory
 from util.optim import create_adamw, layer_decay_groups, load_moments
+from util.progress import say
 from util.randomness import IterationSampler, evenly
 from util.results import MEASURED, chosen_on, identity_of, measured_on, set_others_aside
 from util.resume import go_on
@@ -109,9 +112,7 @@ from util.segmentation_transforms import (
 from util.splits import hold_out_of
 from util.step import OptimizerStep
 from util.timeline import Timeline
-from util.visualize import save_png
 from util.weights import load_state
-from util.weights_flags import add_weights_key_flag
 
 TASK = "segment"
 LR = 1e-4

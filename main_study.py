@@ -28,9 +28,10 @@ from util.console import print_text
 from util.errors import EXIT_BAD_INPUT, EXIT_STOPPED, BadInput, RunFailed, Stopped, command, needs
 from util.files import write_text
 from util.flag_types import expanded_path, processes_flag
-from util.given import nearest
-from util.logger import prepare_folder, say
+from util.logger import prepare_folder
+from util.names import nearest
 from util.plan import Cell, Plan, cells_of, read_plan
+from util.progress import say
 from util.signals import STOP_SIGNALS
 from util.study import (
     Finished,

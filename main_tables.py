@@ -43,10 +43,11 @@ from util.errors import BadInput, RunFailed, Stopped, command
 from util.files import write_text
 from util.flag_types import expanded_path, processes_flag
 from util.lease import Lease, acquire
-from util.logger import prepare_folder, say
+from util.logger import prepare_folder
 from util.paper_tables import commands, find_runs, look_up, read_paper, to_csv
 from util.paper_tables import markdown as papers_markdown
 from util.plan import STARTS, Cell, Plan, cells_of, check_unchanged, choose, read_plan
+from util.progress import say
 from util.tables import check_metrics, fill_tables, markdown, show
 
 ROOT = Path(__file__).resolve().parent

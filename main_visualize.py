@@ -42,6 +42,7 @@ from util.config import (
     add_heads_flag,
     add_pixels_flag,
     add_split_flags,
+    add_weights_key_flag,
     number,
 )
 from util.console import print_text
@@ -49,7 +50,7 @@ from util.conversions import describe, take
 from util.datasets import DATASETS, DEFAULT, build_dataset
 from util.dist import choose_device
 from util.errors import BadInput, RunFailed, command
-from util.files import write_text
+from util.files import save_png, write_text
 from util.flag_types import MOST_WIDTH, expanded_path
 from util.folders import image_files
 from util.images import IMAGENET_MEAN, IMAGENET_STD, ImageSource, read_image
@@ -63,8 +64,7 @@ from util.results import MEASURED, identity_of, measured_on, set_others_aside
 from util.samples import PretrainSamples, build_loader
 from util.splits import hold_out_of
 from util.transforms import EvalTransform
-from util.visualize import panels, picture_grid, save_panels, save_png
-from util.weights_flags import add_weights_key_flag
+from util.visualize import panels, picture_grid, save_panels
 
 RESULT = "reconstruction.json"
 MEASURED_AT_ONCE = 64

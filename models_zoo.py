@@ -1,6 +1,5 @@
 """The one list of model names."""
 
-import difflib
 from collections.abc import Callable, Mapping
 from inspect import signature
 from typing import Any
@@ -24,6 +23,7 @@ from util.convert import (
 from util.convert_names import EPS
 from util.errors import BadInput
 from util.load_table import LOADED, Loading, positions_resized
+from util.names import did_you_mean
 from util.weights import load_state
 
 Pair = tuple[int, int]
@@ -129,8 +129,7 @@ def create_segmenter(name: str, num_classes: int, **kwargs: Any) -> UperNet:
         BadInput: unknown name, or settings that do not fit.
     """
     if name not in CLASSIFIERS:
-        near = difflib.get_close_matches(name, CLASSIFIERS, n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
+        hint = did_you_mean(name, CLASSIFIERS)
         raise BadInput(
             f"unknown encoder {name!r}{hint}; UPerNet takes: {', '.join(list_segmenters())}"
         )
@@ -152,8 +151,7 @@ def model_arguments(name: str) -> dict[str, Any]:
     """
     known = MODELS | CLASSIFIERS
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
+        hint = did_you_mean(name, known)
         raise BadInput(f"unknown model {name!r}{hint}; valid names: {', '.join(known)}")
     return dict(known[name][1])
 

@@ -14,7 +14,8 @@ from PIL import Image
 from util.console import print_text, visible, visible_line
 from util.conversions import Tally
 from util.errors import EXIT_BAD_INPUT, BadInput
-from util.logger import BadImages, RunLogger, prepare_folder, rank_log, say
+from util.logger import BadImages, RunLogger, prepare_folder, rank_log
+from util.progress import say
 
 CLEAR = "\x1b[2J"
 NO_UTF8 = os.fsdecode(b"caf\xe9.jpg")

@@ -24,12 +24,11 @@ from util import checkpoint as ckpt
 from util import files
 from util.dist import Processes
 from util.export import appearing, save_folder, save_safetensors
-from util.files import build_whole, link, open_whole, write_bytes, write_text
+from util.files import build_whole, link, open_whole, save_png, write_bytes, write_text
 from util.listing import list_images
 from util.manifest import TABLES
 from util.packing import Recipe, pack
 from util.slurm import write_code
-from util.visualize import save_png
 
 WHOLE = "open_whole, or what goes through it"
 BUILT = "inside of build_whole, which syncs every file"
@@ -105,7 +104,7 @@ WRITERS = {
     "util/step_speed.py:draw_sweeps": BENCH,
     "util/study_report.py:_draw_effects": BENCH,
     "util/study_report.py:_draw_training": BENCH,
-    "util/visualize.py:save_png": WHOLE,
+    "util/files.py:save_png": WHOLE,
 }
 NAMES = {
     "write_text", "write_bytes", "save", "savez", "savez_compressed", "savetxt", "save_file",

@@ -12,7 +12,7 @@ from typing import Any
 
 from util.console import counted
 from util.errors import BadInput
-from util.logger import say
+from util.progress import say
 
 # More of an epoch than this left out, because it fills no step, is worth a word.
 TAIL = 0.1

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from util.errors import BadInput
-from util.given import known, mapping, seeds_of
+from util.given import mapping, seeds_of
+from util.names import known
 
 FORMS = ({"factors"}, {"base", "vary"}, {"list"})
 MOST_ARMS = 1000  # each is a run at every seed

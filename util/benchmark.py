@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from util.files import write_text
-from util.logger import say
 from util.memory import SETTINGS
+from util.progress import say
 
 PACKAGES = ("torch", "torchvision", "timm", "transformers", "numpy", "pillow", "datasets")
 # What decides a processor's rate of matrix products.

@@ -25,8 +25,9 @@ import torch
 from util.console import counted
 from util.errors import EXIT_STOPPED, RunFailed, Stopped
 from util.files import write_text, writing
-from util.logger import METRICS, prepare_folder, say
+from util.logger import METRICS, prepare_folder
 from util.plan import DONE, STARTS, Cell
+from util.progress import say
 from util.signals import STOP_SIGNALS
 
 ROOT = Path(__file__).resolve().parent.parent  # where the mains are

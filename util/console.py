@@ -14,6 +14,7 @@ from typing import TextIO
 _UNSAFE = "\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff"
 _IN_TEXT = re.compile(f"[{_UNSAFE}]")
 _IN_LINE = re.compile(f"[{_UNSAFE}\t\n]")
+SHOWN = 40  # characters of a wrong value that a message repeats
 _ESCAPED_BYTE = 0xDC00  # surrogateescape: byte b is U+DC00 + b
 
 
@@ -48,6 +49,11 @@ def listed(values: Sequence[object], most: int = 6) -> str:
     """The first values of a list, and how many more."""
     more = f" and {len(values) - most:,} more" if len(values) > most else ""
     return f"{', '.join(map(str, values[:most]))}{more}"
+
+
+def shown(text: str) -> str:
+    """A value as a message repeats it: in quotes, and not all of a long one."""
+    return repr(text) if len(text) <= SHOWN else f"{text[:SHOWN]!r}... ({len(text):,} characters)"
 
 
 def printable(text: str, stream: TextIO) -> str:

@@ -5,8 +5,9 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from util.config import METHODS as PRESETS
+from util.console import shown
 from util.errors import BadInput
-from util.flag_types import MOST_IN_BATCH, MOST_SIDE, PER_CORE, most_processes, shown
+from util.flag_types import MOST_IN_BATCH, MOST_SIDE, PER_CORE, most_processes
 from util.masking import MaskStrategy, create_strategy
 from util.step import PRECISIONS
 

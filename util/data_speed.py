@@ -20,9 +20,9 @@ from util.benchmark import ratios, spread, summary, table, take_turns
 from util.errors import BadInput
 from util.images import ImageSource, Subset
 from util.limits import stopwatch
-from util.logger import say
 from util.packing import Recipe, pack
 from util.peers import UsualFiles
+from util.progress import say
 from util.randomness import EpochSampler, Key, evenly
 from util.samples import PretrainSamples, build_loader
 

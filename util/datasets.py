@@ -24,10 +24,10 @@ from util.garments import SIZE as GARMENTS_SIZE
 from util.garments import GarmentImages, GarmentScenes
 from util.hub import hugging_face
 from util.images import ArraySource, ImageSource, PathLike, Subset
-from util.logger import say_once
 from util.packed import packed
 from util.photos import photos
 from util.places import places365
+from util.progress import say_once
 from util.splits import NOTHING_HELD_OUT, HoldOut
 from util.stl10 import stl10, stl10_unlabeled
 

@@ -16,9 +16,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from util.errors import BadInput, CannotWrite
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 # .NAME.16 hex digits.mmae-tmp; NAME may be cut.
 OURS = re.compile(r"\..*\.[0-9a-f]{16}\.mmae-tmp", re.DOTALL)
@@ -307,3 +310,17 @@ def sync_folder(folder: Path) -> None:
         sync(handle)
     finally:
         os.close(handle)
+
+
+def save_png(path: str | os.PathLike[str], image: "Image.Image") -> Path:
+    """Write a PNG file, whole or not at all, making its folder.
+
+    Raises:
+        CannotWrite: the file cannot be written there.
+    """
+    path = Path(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open_whole(path) as file:
+            image.save(file, format="PNG")
+    return path

@@ -3,9 +3,15 @@
 import argparse
 from typing import Any
 
-from util.config import FlagParser, add_heads_flag, number, optional, size_pair
+from util.config import (
+    FlagParser,
+    add_heads_flag,
+    add_weights_key_flag,
+    number,
+    optional,
+    size_pair,
+)
 from util.flag_types import LEAST_CROP, MOST_CHANNELS, MOST_CLASSES, MOST_LSCALE, expanded_path
-from util.weights_flags import add_weights_key_flag
 
 # Not in the namespace unless given: --tune says what they are.
 UNSET: dict[str, Any] = {"default": argparse.SUPPRESS}

@@ -1,15 +1,16 @@
 """The parser of every command: recipe first, then the command line, and messages for people."""
 
 import argparse
-import difflib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from util.console import SHOWN, shown
 from util.errors import BadInput
 from util.flag_help import FlagHelp, Help, Presets, example_text, first_screen
-from util.flag_types import SHOWN, expanded_path, shown
+from util.flag_types import expanded_path
+from util.names import did_you_mean
 from util.recipes import read_layers
 
 
@@ -95,8 +96,7 @@ class FlagParser(StrictParser):
 
     def _nearest(self, flag: str) -> str:
         flags = [f for action in self._actions for f in action.option_strings]
-        near = difflib.get_close_matches(flag.split("=")[0], flags, n=1)
-        return f" (did you mean {near[0]}?)" if near else "; --help_all lists the flags"
+        return did_you_mean(flag.split("=")[0], flags) or "; --help_all lists the flags"
 
     def _recipe_tokens(self, recipe: Path) -> list[str]:
         """A recipe as command-line words, so that each value is cast and checked as its flag's."""
@@ -106,8 +106,7 @@ class FlagParser(StrictParser):
         for file, flags_there in read_layers(recipe):
             for key, value in flags_there.items():
                 if key not in flags or key in ("config", "help", "help_all"):
-                    near = difflib.get_close_matches(str(key), flags, n=1)
-                    hint = f" (did you mean {near[0]}?)" if near else ""
+                    hint = did_you_mean(str(key), flags)
                     self.error(f"unknown key {key!r} in {file}{hint}")
                 resolved[key] = value, file
         tokens: list[str] = []
@@ -118,8 +117,7 @@ class FlagParser(StrictParser):
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         """As argparse's, and the message names the nearest choice."""
         if action.choices is not None and value not in action.choices:
-            near = difflib.get_close_matches(str(value), map(str, action.choices), n=1)
-            hint = f" (did you mean {near[0]}?)" if near else ""
+            hint = did_you_mean(str(value), map(str, action.choices))
             choices = ", ".join(map(str, action.choices))
             raise argparse.ArgumentError(
                 action, f"invalid choice: {shown(str(value))}{hint}; choose from {choices}"

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from util.console import SHOWN, shown
 from util.errors import BadInput
 
 MOST = 10**12  # of whole numbers and of others, where nothing else bounds them
@@ -28,7 +29,6 @@ MOST_TASKS = 10**6  # of a job
 MOST_RATE = 10**6  # learning rates and weight decay: float32 overflows not far beyond
 LEAST_CROP = 1e-4  # share of an image's area; less is less than a pixel of most images
 LONGEST_PATH = 4096  # characters, as Linux has it
-SHOWN = 40  # characters of a wrong value that a message repeats
 
 # What --data_path may begin with; a path follows.
 PREFIXES = ("packed:", "hf:")
@@ -81,11 +81,6 @@ def number(
 def processes_flag(low: int) -> Callable[[str], Any]:
     """An argparse type: processes or threads to start on this machine."""
     return number(int, low, most_processes(), why=f"{PER_CORE} for each core of this machine")
-
-
-def shown(text: str) -> str:
-    """A value as a message repeats it: in quotes, and not all of a long one."""
-    return repr(text) if len(text) <= SHOWN else f"{text[:SHOWN]!r}... ({len(text):,} characters)"
 
 
 def optional(convert: Callable[[str], Any]) -> Callable[[str], Any]:

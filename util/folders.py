@@ -24,8 +24,8 @@ from util.images import (
 )
 from util.jpeg import read_pixels
 from util.listing import Listing, Names, list_images
-from util.logger import say_once
 from util.pixel_limits import open_at_once
+from util.progress import say_once
 
 
 class FolderSource(ImageSource):

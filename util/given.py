@@ -1,10 +1,10 @@
-"""What a YAML file says, checked: mappings with known keys, and the nearest name of a wrong one."""
+"""What a YAML file says, checked: mappings with known keys, and seeds."""
 
-import difflib
 from collections.abc import Collection
 from typing import Any
 
 from util.errors import BadInput
+from util.names import known
 
 
 def mapping(given: Any, where: str, keys: Collection[str] | None = None) -> dict[str, Any]:
@@ -17,18 +17,6 @@ def mapping(given: Any, where: str, keys: Collection[str] | None = None) -> dict
         if keys is not None:
             known(key, keys, f"key of {where}")
     return given
-
-
-def known(name: Any, names: Collection[str], what: str) -> None:
-    """Refuse a name that is not among these."""
-    if not isinstance(name, str) or name not in names:
-        raise BadInput(f"unknown {what}: {name!r}{nearest(str(name), names)}")
-
-
-def nearest(name: str, names: Collection[str]) -> str:
-    """The end of a message about an unknown name: the nearest valid one, or all."""
-    near = difflib.get_close_matches(name, names, n=1)
-    return f" (did you mean {near[0]}?)" if near else f"; known: {', '.join(names)}"
 
 
 def seeds_of(given: Any, where: str) -> tuple[int, ...]:

@@ -7,8 +7,8 @@ import numpy as np
 from PIL import Image
 
 from util.errors import BadInput
+from util.files import save_png
 from util.images import PathLike, read_stored
-from util.visualize import save_png
 
 IGNORE = 255
 MOST_CLASSES = 255

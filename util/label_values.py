@@ -11,9 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from util.console import listed
+from util.console import SHOWN, listed, shown
 from util.errors import BadInput
-from util.flag_types import SHOWN, shown
 from util.images import BadImage
 from util.label_maps import IGNORE, MOST_CLASSES, BadPair, read_label_map
 from util.listing import Names

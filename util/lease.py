@@ -26,7 +26,7 @@ from typing import Any
 from util.dist import Processes
 from util.errors import BadInput, RunFailed, Stopped
 from util.files import sweep
-from util.logger import say
+from util.progress import say
 from util.signals import StoppedAtStart, asked_at_start
 
 NAME = ".lease"

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision.io import decode_jpeg
 
 from util.benchmark import spread, summary, table
-from util.logger import say
+from util.progress import say
 
 # Rows, inner and outer width of a linear layer.
 Shape = tuple[int, int, int]

@@ -22,7 +22,7 @@ from util.endings import is_hidden, readable_endings, unread_endings
 from util.errors import BadInput
 from util.files import open_whole, sweep
 from util.images import PathLike
-from util.logger import say
+from util.progress import say
 
 # Part of the cache's name: raise it with any change of what is listed or how it is stored.
 VERSION = 2

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from util.conversions import Found, Tally, take, tally_of
 from util.errors import BadInput, RunFailed
-from util.logger import say
+from util.progress import say
 
 # What a dataset gave, which conversions that took, and the error in its place.
 Fetched = tuple[Any, Found, BadInput | RunFailed | None]

@@ -19,7 +19,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from util.console import counted, first_time, visible, visible_line
+from util.console import counted, visible, visible_line
 from util.conversions import Tally
 from util.dist import Processes
 from util.errors import BadInput, RunFailed, Stopped
@@ -178,13 +178,6 @@ class RunLogger:
 def save_settings(path: Path, settings: dict[str, Any]) -> None:
     """The resolved settings of a run, readable as a recipe."""
     write_text(path, yaml.safe_dump(settings))
-
-
-def say_once(text: str) -> None:
-    """As `say`, by the main process alone and once in a command, however often it is told."""
-    main = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-    if main and first_time(text):
-        say(text)
 
 
 class _VisibleFormatter(logging.Formatter):

@@ -11,7 +11,7 @@ import torch
 from util.benchmark import private_memory, summary
 from util.children import Answer, Children
 from util.limits import stopwatch
-from util.logger import say
+from util.progress import say
 
 
 def build_start(rank: int, open_source: Callable[[], Sized]) -> Answer:

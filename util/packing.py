@@ -23,7 +23,6 @@ from util.files import open_whole, reading, sweep, writing
 from util.images import BadImage, ImageSource, decode_image
 from util.listing import Names
 from util.loading import Loader
-from util.logger import say
 from util.manifest import (
     CHECKSUM,
     MANIFEST,
@@ -38,7 +37,7 @@ from util.manifest import (
     shard_name,
 )
 from util.packed import RECORD, check_files, check_tables, checksum
-from util.progress import Progress
+from util.progress import Progress, say
 
 SETTINGS, BAD_IMAGES = "packing.json", "bad_images.txt"
 # A few hundred shards: few enough to keep them open, enough to lose little when one is cut off.

@@ -10,7 +10,7 @@ from typing import Any
 
 from util.errors import BadInput
 from util.logger import METRICS, SETTINGS
-from util.plan import nearest
+from util.names import nearest
 from util.recipes import read_recipe
 from util.yaml_files import read_settings, read_yaml
 

@@ -15,7 +15,8 @@ from typing import Any
 
 from util.arms import ArmSet, Copy, expand, read_arms
 from util.errors import BadInput
-from util.given import known, mapping, nearest, seeds_of
+from util.given import mapping, seeds_of
+from util.names import known, nearest
 from util.yaml_files import read_yaml
 
 PLACEHOLDER = re.compile(r"\{([^{}]*)\}")

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from tqdm import tqdm
 
-from util.console import printable
+from util.console import first_time, printable
 
 log = logging.getLogger("mmae")
 log.setLevel(logging.INFO)
@@ -46,6 +46,15 @@ def say(text: str) -> None:
     tqdm.write(printable(text, sys.stdout), file=sys.stdout)
     sys.stdout.flush()
     log.info(text)
+
+
+def say_once(text: str) -> None:
+    """As `say`, by the main process alone and once in a command, however often it is told."""
+    from torch import distributed  # here: a start says things before torch is loaded
+
+    main = not distributed.is_initialized() or distributed.get_rank() == 0
+    if main and first_time(text):
+        say(text)
 
 
 class Progress:

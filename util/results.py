@@ -7,7 +7,7 @@ from typing import Any
 
 from util.checkpoint import BEST
 from util.files import writing
-from util.logger import say
+from util.progress import say
 from util.splits import hold_out_of, leak_of
 
 MEASURED = "measured"

@@ -23,9 +23,8 @@ from util.logger import (
     prepare_folder,
     rank_log,
     save_settings,
-    say,
 )
-from util.progress import Progress
+from util.progress import Progress, say
 from util.replace import NamedSource, fault_of
 from util.resume import VERSION
 from util.timeline import Timeline

@@ -32,7 +32,7 @@ from util.label_maps import (
 )
 from util.label_values import apply_values, check_two_classes, count_classes, values_of
 from util.listing import Names
-from util.plan import nearest
+from util.names import nearest
 
 Pair = tuple[Image.Image, np.ndarray]
 

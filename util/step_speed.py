@@ -22,10 +22,10 @@ from util.children import Answer, Children
 from util.contenders import Arm
 from util.dist import Processes, distribute
 from util.errors import BadInput, needs
-from util.logger import say
 from util.masking import MaskStrategy, count_visible
 from util.memory import keep_freed_memory
 from util.optim import create_adamw, parameter_groups
+from util.progress import say
 from util.randomness import generator_of
 from util.step import PRECISIONS, OptimizerStep
 from util.transforms import normalize

@@ -32,8 +32,9 @@ from util.effects import (
     signs_of,
 )
 from util.errors import BadInput
-from util.given import known, mapping, seeds_of
+from util.given import mapping, seeds_of
 from util.logger import METRICS
+from util.names import known
 from util.plan import DONE, Cell, Plan
 
 CHOSEN_BY = "accuracy"

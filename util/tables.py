@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from util.errors import BadInput
-from util.plan import DONE, Cell, Plan, Row, nearest
+from util.names import nearest
+from util.plan import DONE, Cell, Plan, Row
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float | None, float | None]:

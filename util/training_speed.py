@@ -7,8 +7,9 @@ import torch
 
 from util.benchmark import ratios, show_rates, summary, table, take_turns
 from util.limits import stopwatch
-from util.logger import StepReport, say
+from util.logger import StepReport
 from util.memory import keep_freed_memory
+from util.progress import say
 
 SMOOTHED = 20  # steps of the moving mean
 # Trains on the batches of an iterable, and hands each step's report over.

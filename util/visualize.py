@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from util.console import visible
-from util.files import open_whole, writing
+from util.files import save_png
 from util.metrics import mask_pixels
 from util.patches import Pair
 
@@ -121,20 +121,6 @@ def picture_grid(
     if notes:
         blocks.append(_text_block(notes, FOOTER, width, 0))
     return _stack(blocks, width)
-
-
-def save_png(path: str | os.PathLike[str], image: Image.Image) -> Path:
-    """Write a PNG file, whole or not at all, making its folder.
-
-    Raises:
-        CannotWrite: the file cannot be written there.
-    """
-    path = Path(path)
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open_whole(path) as file:
-            image.save(file, format="PNG")
-    return path
 
 
 def save_panels(

@@ -16,7 +16,7 @@ from torch.distributed import TCPStore
 from util.signals import take_signals
 
 # Seconds that a test waits for anything: a hang is meant, and never a busy machine.
-PATIENCE = 600.0
+PATIENCE = 1800.0
 ROOT = Path(__file__).resolve().parent.parent
 CONTEXT = multiprocessing.get_context("forkserver")
 # The server imports by PYTHONPATH alone: Python 3.11 does not hand it this process's sys.path.

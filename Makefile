@@ -51,11 +51,11 @@ results: $(DEMO)
 
 # Peers and the plot are extras of the tests' environment.
 bench: $(DEV)
-	$(BIN)/python main_benchmark.py limits --json output_dir/bench/limits.json
-	$(BIN)/python main_benchmark.py step --json output_dir/bench/step.json $(BENCH_ARGS)
+	$(BIN)/python -m lab.bench limits --json output_dir/bench/limits.json
+	$(BIN)/python -m lab.bench step --json output_dir/bench/step.json $(BENCH_ARGS)
 
 study: $(DEMO)
-	$(BIN)/python main_study.py --plan recipes/tables/study.yaml --jobs $(JOBS)
+	$(BIN)/python -m lab.study --plan recipes/tables/study.yaml --jobs $(JOBS)
 
 tables: $(DEMO)
 	@mkdir -p $(RUNS)

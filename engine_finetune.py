@@ -11,19 +11,19 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from util.accuracy import Accuracy, AccuracyMeter
-from util.dist import Processes
+from util.data.images import ImageSource
+from util.data.loading import say_conversions
+from util.data.randomness import EvalSampler, seed_of, seeded
+from util.data.replace import refuse_bad
+from util.data.samples import LabelledSamples, build_loader
+from util.data.transforms import EvalTransform, normalize
 from util.errors import RunFailed
-from util.images import ImageSource
-from util.loading import say_conversions
-from util.logger import StepReport
-from util.predictions import Prediction
+from util.measure.accuracy import Accuracy, AccuracyMeter
+from util.measure.predictions import Prediction
 from util.progress import say
-from util.randomness import EvalSampler, seed_of, seeded
-from util.replace import refuse_bad
-from util.samples import LabelledSamples, build_loader
-from util.step import OptimizerStep, Stopwatch, steps_of
-from util.transforms import EvalTransform, normalize
+from util.train.dist import Processes
+from util.train.logger import StepReport
+from util.train.step import OptimizerStep, Stopwatch, steps_of
 
 Stats = Sequence[float]
 EVAL_SEED = 0
@@ -166,7 +166,7 @@ def classify(
 
     Args:
         model: not wrapped.
-        loader: batches of `util.predictions.FileSamples`.
+        loader: batches of `util.measure.predictions.FileSamples`.
         top: classes of each image; of equal probabilities the first class comes first.
 
     Yields:

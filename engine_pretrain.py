@@ -8,11 +8,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from util.data.transforms import denormalize, normalize
 from util.errors import RunFailed
 from util.float64 import float64_home
-from util.logger import StepReport
-from util.masking import MaskStrategy, count_visible, strategy_of
-from util.metrics import (
+from util.mask.patches import patch_averages, patchify
+from util.mask.pca import PatchFit, PatchMoments
+from util.mask.strategies import MaskStrategy, count_visible, strategy_of
+from util.measure.metrics import (
     FILLS,
     ReconstructionMeter,
     apply_statistics,
@@ -20,10 +22,8 @@ from util.metrics import (
     fill,
     masked_patches,
 )
-from util.patches import patch_averages, patchify
-from util.pca import PatchFit, PatchMoments
-from util.step import OptimizerStep, Stopwatch, steps_of
-from util.transforms import denormalize, normalize
+from util.train.logger import StepReport
+from util.train.step import OptimizerStep, Stopwatch, steps_of
 
 Stats = Sequence[float]
 
@@ -89,7 +89,7 @@ def masker_of(settings: Mapping[str, Any], model: Any) -> Masker:
     """Masks of a model's grid.
 
     Args:
-        settings: with the names of `util.masking.STANDARD`.
+        settings: with the names of `util.mask.strategies.STANDARD`.
         model: with a grid and a patch_size.
 
     Raises:

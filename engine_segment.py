@@ -13,26 +13,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from util.confusion import ConfusionMeter, Segmentation
-from util.dist import Processes
+from util.data.images import BadImage
+from util.data.label_maps import IGNORE, overlay, save_label_map
+from util.data.loading import say_conversions
+from util.data.randomness import EvalSampler, seed_of, seeded
+from util.data.replace import refuse_bad
+from util.data.samples import build_loader, default_workers
+from util.data.segmentation_sets import SegmentationSource, UnlabelledSource
+from util.data.segmentation_transforms import SegmentationSamples, SegmentEvalTransform
+from util.data.transforms import normalize
 from util.errors import BadInput, RunFailed
 from util.files import save_png, write_text
 from util.float64 import to_float64
-from util.images import BadImage
-from util.label_maps import IGNORE, overlay, save_label_map
-from util.loading import say_conversions
-from util.logger import StepReport, prepare_folder
-from util.predictions import find_images
+from util.measure.confusion import ConfusionMeter, Segmentation
+from util.measure.predictions import find_images
+from util.measure.visualize import to_picture
+from util.measure.windows import multi_scale, resize, slide, whole
 from util.progress import say
-from util.randomness import EvalSampler, seed_of, seeded
-from util.replace import refuse_bad
-from util.samples import build_loader, default_workers
-from util.segmentation_sets import SegmentationSource, UnlabelledSource
-from util.segmentation_transforms import SegmentationSamples, SegmentEvalTransform
-from util.step import OptimizerStep, Stopwatch, steps_of
-from util.transforms import normalize
-from util.visualize import to_picture
-from util.windows import multi_scale, resize, slide, whole
+from util.train.dist import Processes
+from util.train.logger import StepReport, prepare_folder
+from util.train.step import OptimizerStep, Stopwatch, steps_of
 
 Stats = Sequence[float]
 Size = tuple[int, int]

@@ -27,13 +27,15 @@ from models_mmae import MaskedAutoencoderViT
 from models_segmenters import holds_segmenter, mmseg_config, segmenter_of, to_mmseg_names
 from models_upernet import UperNet
 from models_vit import VisionTransformer
-from util.assumed import assumptions
-from util.checkpoint import load_file, local_file, peek, write_signed
-from util.config import FlagParser, add_heads_flag, add_weights_key_flag, number, size_pair
+from util.config.flag_types import MOST_WIDTH, expanded_path
+from util.config.flags import FlagParser, add_heads_flag, add_weights_key_flag, number, size_pair
 from util.console import print_text
-from util.convert_names import EPS, config_of, to_mmseg, to_transformers
+from util.data.preprocessing import Preprocessing, preprocessing_of
 from util.errors import BadInput, command, needs
-from util.export import (
+from util.train.checkpoint import load_file, local_file, peek, write_signed
+from util.weights.assumed import assumptions
+from util.weights.convert_names import EPS, config_of, to_mmseg, to_transformers
+from util.weights.export import (
     appearing,
     check_same,
     fold_lscale,
@@ -44,10 +46,8 @@ from util.export import (
     save_onnx,
     save_safetensors,
 )
-from util.flag_types import MOST_WIDTH, expanded_path
-from util.load_table import LOADED
-from util.preprocessing import Preprocessing, preprocessing_of
-from util.weights import CONFIG, PREPROCESSOR, load_state, read_json, weights_file
+from util.weights.files import CONFIG, PREPROCESSOR, load_state, read_json, weights_file
+from util.weights.load_table import LOADED
 
 PARTS = ("auto", "decoder", "head", "encoder", "segmenter")
 # Targets that take a whole segmenter; to the others goes its encoder.

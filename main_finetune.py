@@ -34,21 +34,14 @@ from engine_finetune import (
     train_one_epoch,
 )
 from models_vit import blocks_of
-from util import checkpoint as ckpt
-from util.accuracy import EVAL_FILES, RUN_FILES, save_accuracy
-from util.advice import (
-    Published,
-    check_settings,
-    need_two,
-    say_warnings,
-    warn_of_course,
-    warn_of_flags,
-    warn_of_shards,
-    warn_of_start,
+from util.config.finetune_flags import (
+    FULL,
+    LINEAR,
+    UNSET,
+    add_augmentation_flags,
+    add_model_flags,
 )
-from util.assumed import assumptions, check_given, set_statistics
-from util.class_names import as_trained, check_classes, check_splits, need_labels
-from util.config import (
+from util.config.flags import (
     FlagParser,
     add_checkpoint_flags,
     add_data_flags,
@@ -65,11 +58,16 @@ from util.config import (
     settings_of,
 )
 from util.console import counted, print_text
-from util.convert import read_encoder
-from util.cost import classifier_layers, cost_of
-from util.datasets import DATASETS, build_dataset
-from util.dist import Processes, choose_device, distribute, processes
-from util.dry_run import (
+from util.data.class_names import as_trained, check_classes, check_splits, need_labels
+from util.data.datasets import DATASETS, build_dataset
+from util.data.images import ImageSource, Subset
+from util.data.randomness import EpochSampler, evenly
+from util.data.samples import LabelledSamples, build_loader, default_workers
+from util.data.splits import hold_out_of
+from util.data.transforms import FinetuneTransform
+from util.dry_run.cost import classifier_layers, cost_of
+from util.dry_run.report import describe
+from util.dry_run.training import (
     Data,
     Plan,
     limited,
@@ -80,34 +78,36 @@ from util.dry_run import (
     rate_of,
     start_of_plan,
 )
-from util.dry_run_report import describe
 from util.errors import BadInput, command
-from util.finetune_flags import (
-    FULL,
-    LINEAR,
-    UNSET,
-    add_augmentation_flags,
-    add_model_flags,
-)
-from util.images import ImageSource, Subset
-from util.lease import Lease, hold_folder
-from util.load_table import LOADED
-from util.logger import prepare_folder
-from util.memory import create_in_memory
-from util.optim import create_adamw, create_lars, layer_decay_groups, load_moments
+from util.measure.accuracy import EVAL_FILES, RUN_FILES, save_accuracy
 from util.progress import say
-from util.randomness import EpochSampler, evenly
-from util.results import MEASURED, chosen_on, identity_of, measured_on, set_others_aside
-from util.resume import go_on
-from util.run import Run, due
-from util.samples import LabelledSamples, build_loader, default_workers
-from util.schedule import CosineSchedule, scaled_lr
-from util.shard import Placed
-from util.splits import hold_out_of
-from util.step import OptimizerStep
-from util.timeline import Timeline
-from util.transforms import FinetuneTransform
-from util.weights import load_state
+from util.train import checkpoint as ckpt
+from util.train.advice import (
+    Published,
+    check_settings,
+    need_two,
+    say_warnings,
+    warn_of_course,
+    warn_of_flags,
+    warn_of_shards,
+    warn_of_start,
+)
+from util.train.dist import Processes, choose_device, distribute, processes
+from util.train.lease import Lease, hold_folder
+from util.train.logger import prepare_folder
+from util.train.memory import create_in_memory
+from util.train.optim import create_adamw, create_lars, layer_decay_groups, load_moments
+from util.train.results import MEASURED, chosen_on, identity_of, measured_on, set_others_aside
+from util.train.resume import go_on
+from util.train.run import Run, due
+from util.train.schedule import CosineSchedule, scaled_lr
+from util.train.shard import Placed
+from util.train.step import OptimizerStep
+from util.train.timeline import Timeline
+from util.weights.assumed import assumptions, check_given, set_statistics
+from util.weights.convert import read_encoder
+from util.weights.files import load_state
+from util.weights.load_table import LOADED
 
 TASK = "finetune"
 # Beside those of every main: what is only measured.
@@ -343,7 +343,7 @@ def check_batch(args: argparse.Namespace, count: int) -> None:
 
 
 def plan_run(args: argparse.Namespace, count: int, warnings: Sequence[str] = ()) -> Plan:
-    """What the run would do and cost on `count` processes, see `util.dry_run`."""
+    """What the run would do and cost on `count` processes, see `util.dry_run.training`."""
     check_batch(args, count)
     everything = argparse.Namespace(**vars(args) | {"train_images": None})
     data = look_at_data(

@@ -22,10 +22,8 @@ import torch
 from torch import Tensor
 
 import models_zoo
-from util.advice import check_settings, say_warnings, warn_of_flags
-from util.assumed import ASSUMED, assumptions, set_statistics
-from util.class_names import check_splits
-from util.config import (
+from util.config.flag_types import MOST_IN_BATCH, expanded_path
+from util.config.flags import (
     FlagParser,
     add_data_flags,
     add_device_flag,
@@ -36,26 +34,28 @@ from util.config import (
     number,
 )
 from util.console import counted, print_text, visible_line
-from util.cost import classifier_layers, cost_of
-from util.datasets import DATASETS, SPLITS, build_dataset
-from util.dist import Processes, processes
-from util.dry_run import look_at_data, processes_of
-from util.dry_run_report import Features, describe_features
+from util.data.class_names import check_splits
+from util.data.datasets import DATASETS, SPLITS, build_dataset
+from util.data.images import ImageSource, Subset
+from util.data.loading import say_conversions
+from util.data.randomness import EvalSampler, evenly
+from util.data.replace import fault_of
+from util.data.samples import LabelledSamples, build_loader, default_workers
+from util.data.splits import hold_out_of
+from util.data.transforms import EvalTransform, normalize
+from util.dry_run.cost import classifier_layers, cost_of
+from util.dry_run.report import Features, describe_features
+from util.dry_run.training import look_at_data, processes_of
 from util.errors import BadInput, CannotWrite, command
 from util.files import create_temporary, sync, sync_folder, write_text, writing
-from util.flag_types import MOST_IN_BATCH, expanded_path
-from util.images import ImageSource, Subset
-from util.knn import Bank, neighbours, rank_of, unit, vote
-from util.load_table import LOADED
-from util.loading import say_conversions
-from util.logger import prepare_folder, rank_log
+from util.measure.knn import Bank, neighbours, rank_of, unit, vote
 from util.progress import Progress, say
-from util.randomness import EvalSampler, evenly
-from util.replace import fault_of
-from util.results import MEASURED, identity_of, measured_on, set_others_aside
-from util.samples import LabelledSamples, build_loader, default_workers
-from util.splits import hold_out_of
-from util.transforms import EvalTransform, normalize
+from util.train.advice import check_settings, say_warnings, warn_of_flags
+from util.train.dist import Processes, processes
+from util.train.logger import prepare_folder, rank_log
+from util.train.results import MEASURED, identity_of, measured_on, set_others_aside
+from util.weights.assumed import ASSUMED, assumptions, set_statistics
+from util.weights.load_table import LOADED
 
 RESULT = "knn.json"
 FEATURES = ("cls", "avg", "both")

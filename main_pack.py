@@ -16,17 +16,17 @@ if __name__ == "__main__":  # before the imports that take seconds
 from collections.abc import Sequence
 from pathlib import Path
 
-from util.advice import check_settings, say_warnings, warn_of_flags
-from util.config import FlagParser, add_pixels_flag, number
+from util.config.flag_types import MOST_SIDE, expanded_path, processes_flag
+from util.config.flags import FlagParser, add_pixels_flag, number
 from util.console import counted
-from util.datasets import DATASETS, SPLITS, build_dataset
+from util.data.datasets import DATASETS, SPLITS, build_dataset
+from util.data.folders import NoSplit
+from util.data.manifest import FORMATS, MANIFEST
+from util.data.packing import BAD_IMAGES, Recipe, pack, verify
+from util.data.samples import default_workers
 from util.errors import BadInput, command
-from util.flag_types import MOST_SIDE, expanded_path, processes_flag
-from util.folders import NoSplit
-from util.manifest import FORMATS, MANIFEST
-from util.packing import BAD_IMAGES, Recipe, pack, verify
 from util.progress import say
-from util.samples import default_workers
+from util.train.advice import check_settings, say_warnings, warn_of_flags
 
 
 def build_parser() -> FlagParser:

@@ -24,10 +24,8 @@ import models_segmenters
 import models_zoo
 from engine_finetune import classify
 from engine_segment import LOOKS_BY_DEFAULT, Inference, write_label_maps
-from util import checkpoint as ckpt
-from util.advice import check_settings, say_warnings, warn_of_flags
-from util.assumed import assumptions
-from util.config import (
+from util.config.flag_types import MOST_CLASSES, MOST_IN_BATCH, expanded_path, processes_flag
+from util.config.flags import (
     FlagParser,
     add_device_flag,
     add_heads_flag,
@@ -37,14 +35,13 @@ from util.config import (
     size_pair,
 )
 from util.console import counted
-from util.dist import Processes, processes
+from util.data.loading import say_conversions
+from util.data.randomness import EvalSampler
+from util.data.samples import build_loader, default_workers
+from util.data.transforms import EvalTransform, has_margin
 from util.errors import BadInput, RunFailed, command
 from util.files import write_text
-from util.flag_types import MOST_CLASSES, MOST_IN_BATCH, expanded_path, processes_flag
-from util.load_table import LOADED
-from util.loading import say_conversions
-from util.logger import prepare_folder
-from util.predictions import (
+from util.measure.predictions import (
     FileSamples,
     Prediction,
     file_source,
@@ -53,11 +50,14 @@ from util.predictions import (
     write_predictions,
 )
 from util.progress import Progress, say
-from util.randomness import EvalSampler
-from util.results import MEASURED, identity_of, set_others_aside
-from util.samples import build_loader, default_workers
-from util.transforms import EvalTransform, has_margin
-from util.weights import load_state, weights_file
+from util.train import checkpoint as ckpt
+from util.train.advice import check_settings, say_warnings, warn_of_flags
+from util.train.dist import Processes, processes
+from util.train.logger import prepare_folder
+from util.train.results import MEASURED, identity_of, set_others_aside
+from util.weights.assumed import assumptions
+from util.weights.files import load_state, weights_file
+from util.weights.load_table import LOADED
 
 RESULT, ABOUT = "predictions.csv", "predictions.json"
 # Flags that decide what is predicted.

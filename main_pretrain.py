@@ -32,16 +32,8 @@ from engine_pretrain import (
     train_one_epoch,
 )
 from models_mmae import DECODERS
-from util import checkpoint as ckpt
-from util.advice import (
-    Published,
-    check_settings,
-    say_warnings,
-    warn_of_course,
-    warn_of_flags,
-    warn_of_shards,
-)
-from util.config import (
+from util.config.flag_types import MOST_BLOCKS, MOST_CHANNELS, MOST_WIDTH
+from util.config.flags import (
     METHODS,
     PCA_PER_IMAGE,
     FlagParser,
@@ -64,10 +56,16 @@ from util.config import (
     size_pair,
 )
 from util.console import counted, print_text
-from util.cost import autoencoder_layers, cost_of
-from util.datasets import DATASETS, build_dataset
-from util.dist import Processes, choose_device, distribute, processes
-from util.dry_run import (
+from util.data.datasets import DATASETS, build_dataset
+from util.data.images import ImageSource, Subset
+from util.data.loading import say_conversions
+from util.data.randomness import EpochSampler, EvalSampler, evenly
+from util.data.samples import PretrainSamples, build_loader, default_workers
+from util.data.splits import hold_out_of
+from util.data.transforms import EvalTransform, pretrain_transform
+from util.dry_run.cost import autoencoder_layers, cost_of
+from util.dry_run.report import describe
+from util.dry_run.training import (
     Plan,
     limited,
     look_at_data,
@@ -76,29 +74,31 @@ from util.dry_run import (
     processes_of,
     rate_of,
 )
-from util.dry_run_report import describe
 from util.errors import BadInput, command, needs
 from util.files import save_png
-from util.flag_types import MOST_BLOCKS, MOST_CHANNELS, MOST_WIDTH
-from util.images import ImageSource, Subset
-from util.lease import Lease, hold_folder
-from util.loading import say_conversions
-from util.logger import RunLogger
-from util.masking import STANDARD, count_visible
-from util.memory import create_in_memory
-from util.optim import create_adamw, load_moments, parameter_groups
+from util.mask.strategies import STANDARD, count_visible
+from util.measure.visualize import panels, picture_grid
 from util.progress import say, say_once
-from util.randomness import EpochSampler, EvalSampler, evenly
-from util.resume import go_on
-from util.run import Run, due
-from util.samples import PretrainSamples, build_loader, default_workers
-from util.schedule import CosineSchedule, scaled_lr
-from util.shard import Placed
-from util.splits import hold_out_of
-from util.step import OptimizerStep
-from util.timeline import Timeline
-from util.transforms import EvalTransform, pretrain_transform
-from util.visualize import panels, picture_grid
+from util.train import checkpoint as ckpt
+from util.train.advice import (
+    Published,
+    check_settings,
+    say_warnings,
+    warn_of_course,
+    warn_of_flags,
+    warn_of_shards,
+)
+from util.train.dist import Processes, choose_device, distribute, processes
+from util.train.lease import Lease, hold_folder
+from util.train.logger import RunLogger
+from util.train.memory import create_in_memory
+from util.train.optim import create_adamw, load_moments, parameter_groups
+from util.train.resume import go_on
+from util.train.run import Run, due
+from util.train.schedule import CosineSchedule, scaled_lr
+from util.train.shard import Placed
+from util.train.step import OptimizerStep
+from util.train.timeline import Timeline
 
 TASK = "pretrain"
 # Held-out images are measured under masks that no flag changes (STANDARD), so that runs compare;
@@ -344,7 +344,7 @@ def peak_lr(args: argparse.Namespace, model: Any, num_visible: int, global_batch
 
 
 def plan_run(args: argparse.Namespace, count: int, warnings: Sequence[str] = ()) -> Plan:
-    """What the run would do and cost on `count` processes, see `util.dry_run`."""
+    """What the run would do and cost on `count` processes, see `util.dry_run.training`."""
     everything = argparse.Namespace(**vars(args) | {"train_images": None})
     data = look_at_data(
         args.dataset,

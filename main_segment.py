@@ -34,19 +34,8 @@ from engine_segment import (
     train_iterations,
     write_label_maps,
 )
-from util import checkpoint as ckpt
-from util.advice import (
-    Published,
-    check_settings,
-    need_two,
-    say_warnings,
-    warn_of_course,
-    warn_of_flags,
-    warn_of_start,
-)
-from util.assumed import ASSUMED, assumptions, check_given, set_statistics
-from util.class_names import check_classes, check_splits
-from util.config import (
+from util.config.flag_types import MOST_CLASSES, MOST_LSCALE, MOST_SIDE, MOST_WIDTH, expanded_path
+from util.config.flags import (
     FlagParser,
     add_checkpoint_flags,
     add_data_flags,
@@ -63,13 +52,27 @@ from util.config import (
     settings_of,
     size_pair,
 )
-from util.confusion import Segmentation
 from util.console import counted, listed, print_text
-from util.convert import read_encoder
-from util.cost import cost_of
-from util.cost_upernet import segmenter_layers
-from util.dist import Processes, choose_device, distribute, processes
-from util.dry_run import (
+from util.data.class_names import check_classes, check_splits
+from util.data.label_values import label_pair
+from util.data.randomness import IterationSampler, evenly
+from util.data.samples import build_loader, default_workers
+from util.data.segmentation_sets import (
+    SEGMENTATION_SETS,
+    SegmentationSource,
+    SegmentationSubset,
+    build_segmentation_set,
+    check_pairs,
+)
+from util.data.segmentation_transforms import (
+    SegmentationSamples,
+    SegmentTransform,
+)
+from util.data.splits import hold_out_of
+from util.dry_run.cost import cost_of
+from util.dry_run.cost_upernet import segmenter_layers
+from util.dry_run.report import describe
+from util.dry_run.training import (
     Data,
     Plan,
     limited,
@@ -80,39 +83,36 @@ from util.dry_run import (
     rate_of,
     start_of_plan,
 )
-from util.dry_run_report import describe
 from util.errors import BadInput, command
 from util.files import save_png
-from util.flag_types import MOST_CLASSES, MOST_LSCALE, MOST_SIDE, MOST_WIDTH, expanded_path
-from util.label_values import label_pair
-from util.lease import Lease, hold_folder
-from util.load_table import LOADED
-from util.logger import prepare_folder
-from util.memory import create_in_memory
-from util.optim import create_adamw, layer_decay_groups, load_moments
+from util.measure.confusion import Segmentation
+from util.measure.segmentation_results import EVAL_FILES, RUN_FILES, save_segmentation, sheet
 from util.progress import say
-from util.randomness import IterationSampler, evenly
-from util.results import MEASURED, chosen_on, identity_of, measured_on, set_others_aside
-from util.resume import go_on
-from util.run import Run
-from util.samples import build_loader, default_workers
-from util.schedule import PolySchedule, scaled_lr
-from util.segmentation_results import EVAL_FILES, RUN_FILES, save_segmentation, sheet
-from util.segmentation_sets import (
-    SEGMENTATION_SETS,
-    SegmentationSource,
-    SegmentationSubset,
-    build_segmentation_set,
-    check_pairs,
+from util.train import checkpoint as ckpt
+from util.train.advice import (
+    Published,
+    check_settings,
+    need_two,
+    say_warnings,
+    warn_of_course,
+    warn_of_flags,
+    warn_of_start,
 )
-from util.segmentation_transforms import (
-    SegmentationSamples,
-    SegmentTransform,
-)
-from util.splits import hold_out_of
-from util.step import OptimizerStep
-from util.timeline import Timeline
-from util.weights import load_state
+from util.train.dist import Processes, choose_device, distribute, processes
+from util.train.lease import Lease, hold_folder
+from util.train.logger import prepare_folder
+from util.train.memory import create_in_memory
+from util.train.optim import create_adamw, layer_decay_groups, load_moments
+from util.train.results import MEASURED, chosen_on, identity_of, measured_on, set_others_aside
+from util.train.resume import go_on
+from util.train.run import Run
+from util.train.schedule import PolySchedule, scaled_lr
+from util.train.step import OptimizerStep
+from util.train.timeline import Timeline
+from util.weights.assumed import ASSUMED, assumptions, check_given, set_statistics
+from util.weights.convert import read_encoder
+from util.weights.files import load_state
+from util.weights.load_table import LOADED
 
 TASK = "segment"
 LR = 1e-4
@@ -472,7 +472,7 @@ def planned_model(args: argparse.Namespace, data: Data) -> tuple[Any, str]:
 
 
 def plan_run(args: argparse.Namespace, count: int, warnings: Sequence[str] = ()) -> Plan:
-    """What the run would do and cost on `count` processes, see `util.dry_run`."""
+    """What the run would do and cost on `count` processes, see `util.dry_run.training`."""
     if args.eval or args.predict:
         raise BadInput("--dry_run plans a training; --eval and --predict have no plan")
     need_two(args.batch_size * count, POOL)

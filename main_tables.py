@@ -20,7 +20,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from util.cell_runs import (
+from util.config.flag_types import expanded_path, processes_flag
+from util.config.flags import FlagParser, number
+from util.console import print_text
+from util.errors import BadInput, RunFailed, Stopped, command
+from util.files import write_text
+from util.progress import say
+from util.runs.cell_runs import (
     MAINS,
     StopRequest,
     now,
@@ -28,9 +34,7 @@ from util.cell_runs import (
     surroundings,
     write_json,
 )
-from util.config import FlagParser, number
-from util.console import print_text
-from util.curves import (
+from util.runs.curves import (
     TOLERANCE,
     WINDOW,
     compare,
@@ -39,16 +43,12 @@ from util.curves import (
     save_curve,
     verdict,
 )
-from util.errors import BadInput, RunFailed, Stopped, command
-from util.files import write_text
-from util.flag_types import expanded_path, processes_flag
-from util.lease import Lease, acquire
-from util.logger import prepare_folder
-from util.paper_tables import commands, find_runs, look_up, read_paper, to_csv
-from util.paper_tables import markdown as papers_markdown
-from util.plan import STARTS, Cell, Plan, cells_of, check_unchanged, choose, read_plan
-from util.progress import say
-from util.tables import check_metrics, fill_tables, markdown, show
+from util.runs.paper_tables import commands, find_runs, look_up, read_paper, to_csv
+from util.runs.paper_tables import markdown as papers_markdown
+from util.runs.plan import STARTS, Cell, Plan, cells_of, check_unchanged, choose, read_plan
+from util.runs.tables import check_metrics, fill_tables, markdown, show
+from util.train.lease import Lease, acquire
+from util.train.logger import prepare_folder
 
 ROOT = Path(__file__).resolve().parent
 

@@ -34,9 +34,8 @@ from engine_pretrain import (
     note_of,
     reconstruct,
 )
-from util.advice import check_settings, say_warnings, warn_of_flags
-from util.assumed import assumptions
-from util.config import (
+from util.config.flag_types import MOST_WIDTH, expanded_path
+from util.config.flags import (
     FlagParser,
     add_device_flag,
     add_heads_flag,
@@ -46,25 +45,26 @@ from util.config import (
     number,
 )
 from util.console import print_text
-from util.conversions import describe, take
-from util.datasets import DATASETS, DEFAULT, build_dataset
-from util.dist import choose_device
+from util.data.conversions import describe, take
+from util.data.datasets import DATASETS, DEFAULT, build_dataset
+from util.data.folders import image_files
+from util.data.images import IMAGENET_MEAN, IMAGENET_STD, ImageSource, read_image
+from util.data.loading import say_conversions
+from util.data.randomness import EvalSampler, evenly, generator_of
+from util.data.samples import PretrainSamples, build_loader
+from util.data.splits import hold_out_of
+from util.data.transforms import EvalTransform
 from util.errors import BadInput, RunFailed, command
 from util.files import save_png, write_text
-from util.flag_types import MOST_WIDTH, expanded_path
-from util.folders import image_files
-from util.images import IMAGENET_MEAN, IMAGENET_STD, ImageSource, read_image
-from util.load_table import LOADED
-from util.loading import say_conversions
-from util.logger import prepare_folder
-from util.masking import ORDERS, STANDARD, STRATEGIES
-from util.metrics import masked_psnr
-from util.randomness import EvalSampler, evenly, generator_of
-from util.results import MEASURED, identity_of, measured_on, set_others_aside
-from util.samples import PretrainSamples, build_loader
-from util.splits import hold_out_of
-from util.transforms import EvalTransform
-from util.visualize import panels, picture_grid, save_panels
+from util.mask.strategies import ORDERS, STANDARD, STRATEGIES
+from util.measure.metrics import masked_psnr
+from util.measure.visualize import panels, picture_grid, save_panels
+from util.train.advice import check_settings, say_warnings, warn_of_flags
+from util.train.dist import choose_device
+from util.train.logger import prepare_folder
+from util.train.results import MEASURED, identity_of, measured_on, set_others_aside
+from util.weights.assumed import assumptions
+from util.weights.load_table import LOADED
 
 RESULT = "reconstruction.json"
 MEASURED_AT_ONCE = 64
@@ -219,7 +219,7 @@ def measure(
 
     Args:
         maskers: the masks to measure under, and where nobody chose them the run's own as well.
-        identity: what the numbers are of, and where: on which images, see `util.results`.
+        identity: what the numbers are of, and where: on which images, see `util.train.results`.
     """
     if not args.dataset:
         raise BadInput(

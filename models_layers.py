@@ -339,7 +339,7 @@ class PatchPCA(nn.Module):
         self.register_buffer("basis", torch.full((values, components), torch.nan))
 
     def set(self, mean: Tensor, basis: Tensor) -> None:
-        """Take in a fit: [V], and orthonormal columns [V, components], see `util.pca`."""
+        """Take in a fit: [V], and orthonormal columns [V, components], see `util.mask.pca`."""
         self.mean.copy_(mean)
         self.basis.copy_(basis)
 

@@ -2,7 +2,7 @@
 
 MAE (He et al., arXiv 2111.06377): the encoder sees visible patches alone, a light decoder predicts
 the pixels of the masked ones. M-MAE adds LScale and an offset in the position code here, and its
-masks in `util/masking.py`; the model is handed the mask, so it knows of no strategy.
+masks in `util/mask/strategies.py`; the model is handed the mask, so it knows of no strategy.
 
 Shape legend: B images, L patches, K visible, M masked (L = K + M), N tokens, D channels, V values
 of a patch (ph*pw*C).
@@ -31,8 +31,8 @@ from models_layers import (
     take,
 )
 from util.errors import BadInput
-from util.patches import patch_statistics, patchify
-from util.pos_embed import COORDINATES, sincos_2d
+from util.mask.patches import patch_statistics, patchify
+from util.mask.pos_embed import COORDINATES, sincos_2d
 
 Pair = tuple[int, int]
 
@@ -52,7 +52,7 @@ class MaskedAutoencoderViT(nn.Module):
         lscale_init: LScale's gamma at the start; None: no LScale.
         branch_init: factor on the last weights of every attention and MLP branch at the start.
             What LScale does to the first step, without its parameters: the study's control.
-        pos_offset: none | center | learned | jitter, see `util.pos_embed`.
+        pos_offset: none | center | learned | jitter, see `util.mask.pos_embed`.
         decoder: full: MAE's; cross: masked tokens read the encoder's outputs and not each other
             (CrossMAE, see `CrossTrunk`).
         predict_ratio: share of the masked patches that `cross` predicts while training.

@@ -8,20 +8,27 @@ from torch import Tensor
 from models_layers import relative_index
 from models_upernet import UperNet
 from models_zoo import model_arguments, segmenter_from, settle_heads
-from util.assumed import ASSUMED
-from util.checkpoint import load_file, load_weights
-from util.convert import HEAD_KEYS, NORM_KEYS, PLACE, assumed_of, beside_weights, read_encoder
-from util.convert_upernet import (
+from util.errors import BadInput
+from util.train.checkpoint import load_file, load_weights
+from util.weights.assumed import ASSUMED
+from util.weights.convert import (
+    HEAD_KEYS,
+    NORM_KEYS,
+    PLACE,
+    assumed_of,
+    beside_weights,
+    read_encoder,
+)
+from util.weights.convert_upernet import (
     is_mmseg_segmenter,
     is_segmenter,
     segmenter_arguments,
     segmenter_from_mmseg,
     segmenter_to_mmseg,
 )
-from util.errors import BadInput
-from util.load_table import LOADED, Loading, positions_resized
-from util.nested_weights import find_weights
-from util.weights import load_state, weights_file
+from util.weights.files import load_state, weights_file
+from util.weights.load_table import LOADED, Loading, positions_resized
+from util.weights.nested_weights import find_weights
 
 
 def load_segmenter_encoder(
@@ -36,10 +43,11 @@ def load_segmenter_encoder(
     Args:
         model: changed in place.
         path: pretraining, fine-tuning or segmentation checkpoint of ours, official MAE, timm,
-            mmsegmentation, a folder of transformers, or an https URL; `util.weights.load_state`.
+            mmsegmentation, a folder of transformers, or an https URL;
+            `util.weights.files.load_state`.
         pos_resize: rescale | extend: how its positions come to the grid of the model's crop, see
             `EncoderWeights.positions`.
-        weights_key: which weights of a file that holds several, see `util.nested_weights`.
+        weights_key: which weights of a file that holds several, see `util.weights.nested_weights`.
 
     Returns:
         what else the file holds, with what was taken from it under `LOADED`.
@@ -100,11 +108,11 @@ def load_segmenter(
         name: model that it has to be, and whose number of attention heads a file has that does not
             say; None: whatever it is, with the usual number for its width.
         num_heads: of attention, for a file that does not say.
-        weights_key: which weights of a file that holds several, see `util.nested_weights`.
+        weights_key: which weights of a file that holds several, see `util.weights.nested_weights`.
 
     Returns:
         the model, on the CPU; what else the file holds, with what was assumed of it under `ASSUMED`
-        (see `util.assumed.assumptions`) and what was taken from it under `LOADED`.
+        (see `util.weights.assumed.assumptions`) and what was taken from it under `LOADED`.
 
     Raises:
         BadInput: unreadable, of another architecture, or weights that do not fit.

@@ -239,7 +239,7 @@ class UperNet(nn.Module):
 
     @torch.no_grad()
     def predict(self, images: Tensor) -> Tensor:
-        """Logits at the images' resolution, float32 [B, K, H, W], for `util.windows`.
+        """Logits at the images' resolution, float32 [B, K, H, W], for `util.measure.windows`.
 
         Resized bilinearly before the padding is cut off, so that nothing is shifted where H or W is
         not a multiple of the stride.

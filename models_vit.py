@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from models_batchnorm import GlobalBatchNorm
 from models_layers import EncoderBlock, LayerNorm, check_lscale, pair
 from util.errors import BadInput
-from util.pos_embed import resize_table, sincos_2d
+from util.mask.pos_embed import resize_table, sincos_2d
 
 Pair = tuple[int, int]
 

@@ -10,9 +10,11 @@ from models_layers import pair
 from models_mmae import MaskedAutoencoderViT
 from models_upernet import UperNet
 from models_vit import VisionTransformer
-from util.assumed import ASSUMED, settle_number
-from util.checkpoint import load_weights
-from util.convert import (
+from util.errors import BadInput
+from util.names import did_you_mean
+from util.train.checkpoint import load_weights
+from util.weights.assumed import ASSUMED, settle_number
+from util.weights.convert import (
     HEAD_KEYS,
     NORM_KEYS,
     flags_of,
@@ -20,11 +22,9 @@ from util.convert import (
     in_our_names,
     read_encoder,
 )
-from util.convert_names import EPS
-from util.errors import BadInput
-from util.load_table import LOADED, Loading, positions_resized
-from util.names import did_you_mean
-from util.weights import load_state
+from util.weights.convert_names import EPS
+from util.weights.files import load_state
+from util.weights.load_table import LOADED, Loading, positions_resized
 
 Pair = tuple[int, int]
 
@@ -167,12 +167,12 @@ def create_model(
     >>> create_model("vit_base_patch16", pretrained="RUN/checkpoint-last.pth")  # trained
 
     Args:
-        pretrained: path or https URL of weights, see `util.weights.load_state`. They decide the
-            architecture, which has to be the name's; `kwargs` are then those of `load_classifier`
-            (num_classes, global_pool, probe, drop_path, img_size, pos_resize, num_heads) or, for a
-            model with a decoder, of `load_pretrained`. Without `num_classes` the head is the
-            file's, or none.
-        weights_key: which weights of a file that holds several, see `util.nested_weights`.
+        pretrained: path or https URL of weights, see `util.weights.files.load_state`. They decide
+            the architecture, which has to be the name's; `kwargs` are then those of
+            `load_classifier` (num_classes, global_pool, probe, drop_path, img_size, pos_resize,
+            num_heads) or, for a model with a decoder, of `load_pretrained`. Without `num_classes`
+            the head is the file's, or none.
+        weights_key: which weights of a file that holds several, see `util.weights.nested_weights`.
 
     Raises:
         BadInput: unknown name, settings or weights that do not fit.
@@ -217,12 +217,13 @@ def load_pretrained(
     Args:
         path: checkpoint file, folder of transformers, or https URL.
         name: model name, for weights that do not say.
-        weights_key: which weights of a file that holds several, see `util.nested_weights`.
+        weights_key: which weights of a file that holds several, see `util.weights.nested_weights`.
         overrides: arguments of the model, for weights that do not say; None is ignored.
 
     Returns:
         the model, on the CPU, and what else the file holds, with what was assumed of it under
-        `ASSUMED` (see `util.assumed.assumptions`) and what was taken from it under `LOADED`.
+        `ASSUMED` (see `util.weights.assumed.assumptions`) and what was taken from it under
+        `LOADED`.
 
     Raises:
         BadInput: unreadable, unnamed or encoder-only weights, or weights that do not fit.
@@ -342,7 +343,7 @@ def load_classifier(
     weights_key: str | None = None,
     **overrides: Any,
 ) -> tuple[VisionTransformer, dict[str, Any], dict[str, Any]]:
-    """An encoder with a head, from any file of weights that `util.weights.load_state` reads.
+    """An encoder with a head, from any file of weights that `util.weights.files.load_state` reads.
 
     Size, LScale and positions are the file's. Heads of attention are not in foreign files: they
     are `num_heads`, or the name's, or those of our model of that width and depth, or one for every
@@ -356,14 +357,14 @@ def load_classifier(
         img_size: (height, width) to run at; None: the file's.
         pos_resize: rescale | extend, see `EncoderWeights.positions`.
         num_heads: of attention, for a file that does not say.
-        weights_key: which weights of a file that holds several, see `util.nested_weights`.
+        weights_key: which weights of a file that holds several, see `util.weights.nested_weights`.
         overrides: `VisionTransformer`'s num_classes, global_pool, probe and drop_path; None is
             ignored.
 
     Returns:
         the model, on the CPU; its arguments in plain types; what else the file holds, with what was
-        assumed of it under `ASSUMED` (see `util.assumed.assumptions`) and what was taken from it
-        under `LOADED` (see `util.load_table`).
+        assumed of it under `ASSUMED` (see `util.weights.assumed.assumptions`) and what was taken
+        from it under `LOADED` (see `util.weights.load_table`).
 
     Raises:
         BadInput: unreadable, of another architecture, with another number of heads, or weights that

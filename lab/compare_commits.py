@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from util.console import print_text
+from util.train.checkpoint import LAST, load_file
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKTREE = "WORKTREE"
@@ -103,7 +104,7 @@ def train(code: Path, setup: Setup, folder: Path) -> None:
     Raises:
         RuntimeError: it failed; with what it printed.
     """
-    flags = [flag.format(mmae=folder.parent / "mmae/checkpoint-last.pth") for flag in setup.flags]
+    flags = [flag.format(mmae=folder.parent / "mmae" / LAST) for flag in setup.flags]
     # One thread: the order of sums is not the machine's load.
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(code)}
     found = subprocess.run(
@@ -118,9 +119,7 @@ def read_run(folder: Path) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """The records of a run and the digests of its last checkpoint's tensors by name."""
     (path,) = folder.glob("metrics*.jsonl")
     records = [json.loads(line) for line in path.read_text().splitlines()]
-    state = torch.load(
-        folder / "checkpoint-last.pth", map_location="cpu", weights_only=True, mmap=False
-    )
+    state = load_file(folder / LAST)
     tensors = {name: digest(value) for name, value in walk(state, "")}
     return [{k: v for k, v in r.items() if k not in MACHINE} for r in records], tensors
 

@@ -10,7 +10,7 @@ from PIL import Image
 from tiny import add_small_models
 
 import models_zoo
-from util.checkpoint import LAST, save_checkpoint, write_signed
+from util.train.checkpoint import LAST, save_checkpoint, write_signed
 
 
 def write_images(root: Path, seed: int = 0) -> None:

@@ -22,9 +22,9 @@ from every_flag import (
     rows_of,
 )
 
-from util.checkpoint import LAST, load_file
-from util.dist import Processes
-from util.randomness import Key
+from util.data.randomness import Key
+from util.train.checkpoint import LAST, load_file
+from util.train.dist import Processes
 
 
 @dataclass
@@ -101,7 +101,7 @@ class Runner(Command):
             return save(folder, state, epoch, keep)
 
         patch.setattr(module, self.loop, watched)
-        run = importlib.import_module("util.run")
+        run = importlib.import_module("util.train.run")
         save = run.ckpt.save_checkpoint
         patch.setattr(run.ckpt, "save_checkpoint", saved)
         for name, word in (("distribute", "compiled"), ("Placed", "shard")):
@@ -307,7 +307,7 @@ def check_no_pin_mem(runner: Command, module: Any, beside: str = "--no-compile")
     for flags in ("", "--no_pin_mem"):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(module, "processes", gpu)
-            patch.setattr(importlib.import_module("util.samples"), "Loader", build_loader)
+            patch.setattr(importlib.import_module("util.data.samples"), "Loader", build_loader)
             patch.setattr(torch.nn.Module, "to", lambda self, *rest, **more: self)
             with pytest.raises(Enough):
                 runner(beside, flags)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from commands import COMMANDS
 
 ROOT = Path(__file__).resolve().parent.parent
 PINNED = ROOT / "tests" / "pinned_flags.yaml"
@@ -78,7 +79,7 @@ def flag_rows(parser: argparse.ArgumentParser) -> dict[str, dict[str, Any]]:
 
 def free_on_resume(main: Any) -> list[str]:
     """Flags of a training main that may differ on resume; all others are refused if changed."""
-    from util.config import NOT_KEPT, arithmetic_of
+    from util.config.flags import NOT_KEPT, arithmetic_of
 
     dests = {action.dest for action in main.build_parser()._actions} - {"help", "help_all"}
     # `settings_of` leaves out what holds for one start alone.
@@ -124,22 +125,25 @@ def defaults_in_python() -> dict[str, dict[str, Any]]:
 
 def collect() -> dict[str, Any]:
     """All that is pinned, in plain types."""
-    import main_benchmark
+    import lab.bench.__main__ as lab_bench
     import main_finetune
     import main_pretrain
     import main_segment
     import models_zoo
     from engine_segment import LOOKS_BY_DEFAULT
-    from util import config, finetune_flags, transforms
-    from util.masking import STANDARD
+    from util.config import finetune_flags, flags
+    from util.data import transforms
+    from util.mask.strategies import STANDARD
     from util.slurm import add_job_flags
 
-    mains = sorted(path.stem for path in ROOT.glob("main_*.py"))
     job = argparse.ArgumentParser(add_help=False)
     add_job_flags(job)
-    flags = {name: flag_rows(importlib.import_module(name).build_parser()) for name in mains}
+    rows = {
+        name.removesuffix(".__main__"): flag_rows(importlib.import_module(name).build_parser())
+        for name in COMMANDS
+    }
     found = {
-        "flags": flags | {"job": flag_rows(job)},
+        "flags": rows | {"job": flag_rows(job)},
         "free on resume": {
             name: free_on_resume(importlib.import_module(name)) for name in TRAINING
         },
@@ -149,12 +153,12 @@ def collect() -> dict[str, Any]:
             "segment": vars(main_segment.PUBLISHED),
         },
         "presets": {
-            "--method": config.METHODS,
+            "--method": flags.METHODS,
             "--tune": {"full": finetune_flags.FULL, "linear": finetune_flags.LINEAR},
             "segment": {"lr": main_segment.LR, "scales": main_segment.SCALES},
             "segment looks": LOOKS_BY_DEFAULT,
             "standard masks": STANDARD,
-            "patches of an image for a PCA": config.PCA_PER_IMAGE,
+            "patches of an image for a PCA": flags.PCA_PER_IMAGE,
             "crop jitter": transforms.JITTER,
             "evaluation": {
                 "crop share": transforms.CROP_SHARE,
@@ -163,9 +167,9 @@ def collect() -> dict[str, Any]:
                 "pictures": main_pretrain.PICTURES,
             },
             "benchmark": {
-                "arms": main_benchmark.DEFAULT_ARMS,
-                "blr": main_benchmark.BLR,
-                "crops": main_benchmark.CROPS,
+                "arms": lab_bench.DEFAULT_ARMS,
+                "blr": lab_bench.BLR,
+                "crops": lab_bench.CROPS,
             },
         },
         "measured by": {

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from util.checkpoint import LAST, load_file
 from util.signals import STOP_SIGNALS
+from util.train.checkpoint import LAST, load_file
 
 # What a record says of the machine and not of the training.
 MACHINE = ("images_per_s", "waiting", "memory_gb")

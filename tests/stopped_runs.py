@@ -34,12 +34,12 @@ import main_finetune
 import main_pretrain
 import main_segment
 import models_zoo
-from util.checkpoint import BEST, LAST, load_file
-from util.dist import Wish
+from util.data.images import BadImage
 from util.errors import EXIT_STOPPED
-from util.images import BadImage
-from util.logger import StepReport
-from util.run import Run, named
+from util.train.checkpoint import BEST, LAST, load_file
+from util.train.dist import Wish
+from util.train.logger import StepReport
+from util.train.run import Run, named
 
 IMAGES, BROKEN, FOUND = 22, (2, 9, 11, 18), (2, 9, 11)
 FIRST_STOP, EDGE, STOP, END = 4, 7, 10, 12

@@ -8,17 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import COMMANDS
 
 import main_pretrain
-from util.config import FlagParser
-from util.dist import choose_device
+from util.config.flag_types import expanded_path, most_processes
+from util.config.flags import FlagParser
 from util.errors import BadInput, RunFailed, command
-from util.flag_types import expanded_path, most_processes
-from util.memory import create_in_memory
 from util.slurm import add_job_flags
+from util.train.dist import choose_device
+from util.train.memory import create_in_memory
 
 ROOT = Path(__file__).resolve().parent.parent
-MAINS = sorted(path.stem for path in ROOT.glob("main_*.py"))
 ABSURD = (
     "100000000000", "-1", "0", "nan", "inf", "-inf", "", "1e400", "9" * 5000, "1e-9", "x", "None",
     "1_0", "٣", "0x10", "1x2x3", "99999x99999", " ",
@@ -36,7 +36,7 @@ TEXTS = {
 
 
 def parsers() -> Iterator[tuple[str, FlagParser]]:
-    for name in MAINS:
+    for name in COMMANDS:
         yield name, importlib.import_module(name).build_parser()
     job = FlagParser()
     add_job_flags(job)
@@ -82,7 +82,7 @@ def test_every_number_has_bounds_and_every_path_its_home(monkeypatch: pytest.Mon
     for name, _, action in valued():
         kind = action.type
         where = f"{name} --{action.dest}"
-        if action.dest in PATHS and not (name == "main_benchmark" and action.dest == "images"):
+        if action.dest in PATHS and not (name == "lab.bench.__main__" and action.dest == "images"):
             assert kind is expanded_path, where
         elif action.choices is None and action.dest not in TEXTS:
             assert kind not in (None, int, float, str), f"{where}: no bounds"
@@ -156,14 +156,14 @@ def test_out_of_memory_is_one_line(error: Exception, capsys: pytest.CaptureFixtu
 def test_a_benchmark_knows_first_that_it_cannot_write(
     flag: str, tmp_path: Path, run_main, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import main_benchmark
+    import lab.bench.__main__ as lab_bench
 
     def measured(*rest: object) -> None:
         raise AssertionError("measured before the file was looked at")
 
-    monkeypatch.setitem(main_benchmark.BENCHMARKS, "step", measured)
+    monkeypatch.setitem(lab_bench.BENCHMARKS, "step", measured)
     for place, expected in ((tmp_path, "is a folder"), ("/proc/x/y.json", "cannot write")):
-        code, _, err = run_main("main_benchmark", ["step", f"--{flag}={place}"])
+        code, _, err = run_main("lab.bench.__main__", ["step", f"--{flag}={place}"])
         assert code == 2 and expected in err
 
 

@@ -14,14 +14,14 @@ from torch import Tensor
 
 from engine_finetune import evaluate
 from models_zoo import CLASSIFIERS, create_model
-from util.accuracy import Accuracy, AccuracyMeter, save_accuracy
-from util.checkpoint import save_checkpoint
-from util.datasets import build_dataset
+from util.data.datasets import build_dataset
+from util.data.images import BadImage, ImageSource, Subset
+from util.data.randomness import EvalSampler
+from util.data.samples import LabelledSamples, build_loader
+from util.data.transforms import EvalTransform, normalize
 from util.errors import BadInput
-from util.images import BadImage, ImageSource, Subset
-from util.randomness import EvalSampler
-from util.samples import LabelledSamples, build_loader
-from util.transforms import EvalTransform, normalize
+from util.measure.accuracy import Accuracy, AccuracyMeter, save_accuracy
+from util.train.checkpoint import save_checkpoint
 
 CPU = torch.device("cpu")
 # Small enough that an evaluation takes milliseconds.

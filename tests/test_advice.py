@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 import main_finetune
-from util.advice import (
+from util.errors import BadInput
+from util.train.advice import (
     Published,
     check_settings,
     need_two,
@@ -16,7 +17,6 @@ from util.advice import (
     warn_of_shards,
     warn_of_start,
 )
-from util.errors import BadInput
 
 TINY = [
     "--dataset=digits", "--input_size=16", "--batch_size=30", "--epochs=1", "--num_workers=0",

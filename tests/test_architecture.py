@@ -5,12 +5,15 @@ project, and to small faulty sources that it must catch.
 """
 
 import ast
+import itertools
 import re
 import sys
 from collections.abc import Callable, Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
+from commands import program_files
 
 pytest_plugins = ["pytester"]
 
@@ -18,15 +21,61 @@ ROOT = Path(__file__).resolve().parent.parent
 Sources = dict[str, str]
 Rule = Callable[[Sources], list[str]]
 
-LEVELS = {"util": 0, "models": 1, "engine": 2, "main": 3, "submitit": 4}
+# Which files belong to a place, and which other places they may import: DESIGN of the house, whole.
+# The first pattern that fits a path decides.
+PLACES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "slurm": (("util/slurm.py",), ("root", "train", "config")),
+    "root": (("util/*.py",), ()),
+    "mask": (("util/mask/*.py",), ("root",)),
+    "data": (("util/data/*.py", "util/data/sets/*.py"), ("root", "mask")),
+    "train": (("util/train/*.py",), ("root", "data")),
+    "measure": (("util/measure/*.py",), ("root", "mask", "data", "train")),
+    "weights": (("util/weights/*.py",), ("root", "mask", "train")),
+    "dry run": (("util/dry_run/*.py",), ("root", "data", "train")),
+    "config": (("util/config/*.py",), ("root", "mask", "data", "train", "dry run")),
+    "runs": (("util/runs/*.py",), ("root", "train", "measure", "config")),
+    "pieces": (("models_layers.py", "models_batchnorm.py"), ("root", "mask")),
+    "encoders": (("models_vit.py",), ("root", "mask", "pieces")),
+    "models": (
+        ("models_mmae.py", "models_upernet.py"),
+        ("root", "mask", "pieces", "encoders"),
+    ),
+    # By name and from files.
+    "zoo": (
+        ("models_zoo.py", "models_segmenters.py"),
+        ("root", "mask", "train", "weights", "pieces", "encoders", "models"),
+    ),
+    "engines": (("engine_*.py",), ("root", "mask", "data", "train", "measure")),
+    "mains": (
+        ("main_*.py",),
+        ("root", "mask", "data", "train", "measure", "weights", "dry run", "config", "runs",
+         "pieces", "encoders", "models", "zoo", "engines"),
+    ),
+    "jobs": (("submitit_*.py",), ("root", "slurm", "mains")),
+    "lab": (
+        ("lab/*.py", "lab/*/*.py"),
+        ("root", "mask", "data", "train", "measure", "weights", "dry run", "config", "runs",
+         "slurm", "pieces", "encoders", "models", "zoo", "engines", "mains", "jobs"),
+    ),
+}  # fmt: skip
+# Places whose files import none of their own kind: a command is read without the others.
+ALONE = ("mains", "jobs", "engines", "encoders", "models")
+EXTENDS: dict[str, str] = {}  # a method file: the one that it is a preset of
+PACKAGES = {
+    "/".join(folder)
+    for patterns, _ in PLACES.values()
+    for pattern in patterns
+    for folder in itertools.accumulate((part,) for part in pattern.split("/")[:-1])
+    if "*" not in folder
+} | {"lab/bench", "lab/study", "lab/tests"}
 # A model knows nothing of data or optimisers, by itself or through what it imports.
 NOT_FOR_MODELS = (
-    "util.datasets",
-    "util.samples",
-    "util.transforms",
-    "util.optim",
-    "util.schedule",
-    "util.step",
+    "util.data.datasets",
+    "util.data.samples",
+    "util.data.transforms",
+    "util.train.optim",
+    "util.train.schedule",
+    "util.train.step",
     "torch.optim",
     "torch.utils.data",
     "torchvision",
@@ -34,6 +83,8 @@ NOT_FOR_MODELS = (
     "timm.optim",
     "timm.scheduler",
 )
+PRINTING = ("util/console.py", "util/train/logger.py", "util/progress.py")
+LOADER = "util/train/checkpoint.py"
 REQUIRED = {"torch", "torchvision", "timm", "submitit", "numpy", "tensorboard", "PyYAML", "tqdm"}
 # What may be imported when a file is: those, by their import names, and torchvision's Pillow.
 ALWAYS_THERE = (REQUIRED - {"PyYAML"}) | {"yaml", "PIL"}
@@ -43,20 +94,20 @@ ALWAYS_THERE = (REQUIRED - {"PyYAML"}) | {"yaml", "PIL"}
 
 
 def project_sources() -> Sources:
-    files = [*ROOT.glob("*.py"), *(ROOT / "util").rglob("*.py")]
-    return {path.relative_to(ROOT).as_posix(): path.read_text() for path in sorted(files)}
+    return {path.relative_to(ROOT).as_posix(): path.read_text() for path in program_files()}
 
 
 def module_of(path: str) -> str:
     return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
 
 
-def level_of(module: str) -> int | None:
-    """Level of a module of the project; None for other packages."""
-    if module == "util" or module.startswith("util."):
-        return LEVELS["util"]
-    prefix, _, rest = module.partition("_")
-    return LEVELS.get(prefix) if rest and "." not in module and prefix != "util" else None
+def place_of(path: str) -> str | None:
+    """The place that a file belongs to; None: to none."""
+    for place, (patterns, _) in PLACES.items():
+        if any(fnmatch(path, pattern) and path.count("/") == pattern.count("/")
+               for pattern in patterns):  # fmt: skip
+            return place
+    return None
 
 
 def imported(node: ast.AST, path: str) -> list[str]:
@@ -84,33 +135,35 @@ def imports(path: str, text: str) -> Iterator[tuple[int, str]]:
 def project_module(name: str) -> str | None:
     """The module of the project that an imported dotted name means; None for other packages."""
     parts = name.split(".")
-    if parts[0] == "util":
-        return ".".join(parts[:2])
-    return parts[0] if level_of(parts[0]) is not None else None
+    if parts[0] in ("util", "lab"):
+        depth = 1
+        while depth < len(parts) and "/".join(parts[:depth]) in PACKAGES:
+            depth += 1
+        return ".".join(parts[:depth])
+    return parts[0] if place_of(f"{parts[0]}.py") else None
 
 
 # ---- Rules -------------------------------------------------------------------------------------
 
 
-def imports_go_down(sources: Sources) -> list[str]:
-    """submitit_* -> main_* -> engine_* -> models_* -> util/*; engines get models as arguments."""
+def imports_fit(sources: Sources) -> list[str]:
+    """Each place imports what `PLACES` names; engines get models as arguments."""
     found = []
     for path, text in sources.items():
-        here = module_of(path)
-        level = level_of(here)
-        if level is None:
-            found.append(f"{path}: belongs to no level; name it after one of {', '.join(LEVELS)}")
+        here = place_of(path)
+        if here is None and path.endswith("__init__.py"):
+            here = place_of(path.replace("__init__", "face"))
+        if here is None:
+            found.append(f"{path}: belongs to no place; see PLACES")
             continue
         for line, name in imports(path, text):
-            target = project_module(name)
-            if target is None or target == here:
+            module = project_module(name)
+            if module is None or module == module_of(path):
                 continue
-            below = level_of(target)
-            assert below is not None
-            peers = below == level and level in (LEVELS["util"], LEVELS["models"])
-            handed = level == LEVELS["engine"] and below == LEVELS["models"]
-            if handed or not (below < level or peers):
-                found.append(f"{path}:{line}: imports {target}")
+            place = place_of(f"{module.replace('.', '/')}.py")
+            among = here not in ALONE or module == EXTENDS.get(module_of(path))
+            if place is None or not (place in PLACES[here][1] or (place == here and among)):
+                found.append(f"{path}:{line}: imports {module}")
     return found
 
 
@@ -142,20 +195,20 @@ def models_know_no_data(sources: Sources) -> list[str]:
 
 
 def one_torch_load(sources: Sources) -> list[str]:
-    """Files are unpickled in util/checkpoint.py alone, and there as tensors and plain types."""
+    """Files are unpickled in one file alone, and there as tensors and plain types."""
     loaders = {"torch.load", "torch.hub.load_state_dict_from_url", "pickle.load", "pickle.loads"}
     found = []
     for path, text in sources.items():
         nodes = list(ast.walk(ast.parse(text, path)))
         known = {local: name for node in nodes for local, name in local_names(node, path)}
         for node in nodes:
-            if path != "util/checkpoint.py" and isinstance(node, ast.Attribute | ast.Name):
+            if path != LOADER and isinstance(node, ast.Attribute | ast.Name):
                 first, dot, rest = ast.unparse(node).partition(".")
                 if known.get(first, "") + dot + rest in loaders:
-                    found.append(f"{path}:{node.lineno}: loads a file; use util.checkpoint")
+                    found.append(f"{path}:{node.lineno}: loads a file; use {LOADER}")
             elif isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
                 given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
-                if path == "util/checkpoint.py" and given.get("weights_only") != "True":
+                if path == LOADER and given.get("weights_only") != "True":
                     found.append(f"{path}:{node.lineno}: torch.load without weights_only=True")
     return found
 
@@ -209,11 +262,12 @@ def bound_names(tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 
 def args_stops_at_main(sources: Sources) -> list[str]:
-    """Below main_* functions take named parameters; util/config.py makes the flags."""
+    """Below the commands functions take named parameters; util/config/flags.py makes the flags."""
     return [
         f"{path}:{line}: args; take named parameters"
         for path, text in sources.items()
-        if not path.startswith(("main_", "submitit_")) and path != "util/config.py"
+        if not path.startswith(("main_", "submitit_"))
+        and path not in ("util/config/flags.py", "lab/bench/__main__.py", "lab/study/__main__.py")
         for line, name in bound_names(ast.parse(text, path))
         if name == "args"
     ]
@@ -253,7 +307,7 @@ def text_through_console(sources: Sources) -> list[str]:
     return [
         f"{path}:{node.lineno}: prints; use util.console.print_text"
         for path, text in sources.items()
-        if path not in ("util/console.py", "util/logger.py", "util/progress.py")
+        if path not in PRINTING
         for node in ast.walk(ast.parse(text, path))
         if isinstance(node, ast.Call)
         and ast.unparse(node.func)
@@ -264,7 +318,7 @@ def text_through_console(sources: Sources) -> list[str]:
 RULES: dict[str, Rule] = {
     rule.__name__: rule
     for rule in (
-        imports_go_down,
+        imports_fit,
         models_know_no_data,
         one_torch_load,
         names_say_the_job,
@@ -298,25 +352,31 @@ def _python_files(top: Path) -> list[Path]:
 
 
 FAULTS = [
-    ("imports_go_down", "main_a.py", "import main_b", "main_b"),
-    ("imports_go_down", "main_a.py", "def f():\n    from main_b import x", "main_a.py:2"),
-    ("imports_go_down", "main_a.py", "import submitit_pretrain", "submitit_pretrain"),
-    ("imports_go_down", "submitit_a.py", "import submitit_b", "submitit_b"),
-    ("imports_go_down", "engine_a.py", "from models_vit import x", "models_vit"),
-    ("imports_go_down", "engine_a.py", "import engine_b", "engine_b"),
-    ("imports_go_down", "engine_a.py", "from main_pretrain import main", "main_pretrain"),
-    ("imports_go_down", "models_a.py", "import engine_pretrain as e", "engine_pretrain"),
-    ("imports_go_down", "util/a.py", "from models_zoo import create_model", "models_zoo"),
-    (
-        "imports_go_down",
-        "util/a.py",
-        "import importlib\nimportlib.import_module('main_b')",
-        "main_b",
-    ),
-    ("imports_go_down", "helpers.py", "", "belongs to no level"),
-    ("models_know_no_data", "models_a.py", "from util.datasets import x", "util.datasets"),
-    ("models_know_no_data", "models_a.py", "from util import optim", "util.optim"),
-    ("models_know_no_data", "models_a.py", "import util.transforms", "util.transforms"),
+    ("imports_fit", "main_a.py", "import main_b", "main_b"),
+    ("imports_fit", "main_a.py", "def f():\n    from main_b import x", "main_a.py:2"),
+    ("imports_fit", "main_a.py", "import submitit_pretrain", "submitit_pretrain"),
+    ("imports_fit", "main_a.py", "from lab.bench.limits import x", "lab.bench.limits"),
+    ("imports_fit", "submitit_a.py", "import submitit_b", "submitit_b"),
+    ("imports_fit", "engine_a.py", "from models_vit import x", "models_vit"),
+    ("imports_fit", "engine_a.py", "import engine_b", "engine_b"),
+    ("imports_fit", "engine_a.py", "from main_pretrain import main", "main_pretrain"),
+    ("imports_fit", "engine_a.py", "from util.config import flags", "util.config.flags"),
+    ("imports_fit", "models_mmae.py", "import engine_pretrain as e", "engine_pretrain"),
+    ("imports_fit", "models_mmae.py", "import models_upernet", "models_upernet"),
+    ("imports_fit", "models_vit.py", "import models_mmae", "models_mmae"),
+    ("imports_fit", "util/a.py", "from models_zoo import create_model", "models_zoo"),
+    ("imports_fit", "util/a.py", "from util.train.run import Run", "util.train.run"),
+    ("imports_fit", "util/mask/a.py", "from ..data import images", "util.data.images"),
+    ("imports_fit", "util/data/a.py", "from util.train.step import x", "util.train.step"),
+    ("imports_fit", "util/data/sets/a.py", "import util.measure.knn", "util.measure.knn"),
+    ("imports_fit", "util/train/a.py", "from util.config.flags import x", "util.config.flags"),
+    ("imports_fit", "util/runs/a.py", "from lab.study.rates import x", "lab.study.rates"),
+    ("imports_fit", "util/a.py", "import importlib\nimportlib.import_module('main_b')", "main_b"),
+    ("imports_fit", "util/other/a.py", "", "belongs to no place"),
+    ("imports_fit", "helpers_a.py", "", "belongs to no place"),
+    ("models_know_no_data", "models_a.py", "from util.data.samples import x", "util.data.samples"),
+    ("models_know_no_data", "models_a.py", "from util.train import optim", "util.train.optim"),
+    ("models_know_no_data", "models_a.py", "import util.data.transforms", "util.data.transforms"),
     ("models_know_no_data", "models_a.py", "from torch.utils.data import Dataset", "torch.utils"),
     ("models_know_no_data", "models_a.py", "import torch\ntorch.optim.SGD", "torch.optim"),
     ("models_know_no_data", "models_a.py", "import torchvision", "torchvision"),
@@ -325,8 +385,13 @@ FAULTS = [
     ("one_torch_load", "util/a.py", "from torch import load as read\nread('f')", "util/a.py:2"),
     ("one_torch_load", "util/a.py", "import torch.hub\nf = torch.load", "util/a.py:2"),
     ("one_torch_load", "util/a.py", "import pickle\npickle.load(f)", "util/a.py:2"),
-    ("one_torch_load", "util/checkpoint.py", "import torch\ntorch.load('f')", "weights_only"),
-    ("one_torch_load", "util/checkpoint.py", "torch.load('f', weights_only=False)", "weights_only"),
+    ("one_torch_load", "util/train/checkpoint.py", "import torch\ntorch.load('f')", "weights_only"),
+    (
+        "one_torch_load",
+        "util/train/checkpoint.py",
+        "torch.load('f', weights_only=False)",
+        "weights_only",
+    ),
     ("names_say_the_job", "util/misc.py", "", "util/misc.py"),
     ("names_say_the_job", "utils/masking.py", "", "utils/masking.py"),
     ("no_bare_except", "util/a.py", "try:\n    f()\nexcept:\n    pass", "util/a.py:3"),
@@ -368,15 +433,18 @@ def test_model_reaches_data_through_util() -> None:
 def test_rules_accept_what_is_right() -> None:
     sources = {
         "submitit_a.py": "import submitit\nimport main_a\nfrom util.slurm import submit",
-        "main_a.py": "import engine_a\nfrom models_zoo import x\nfrom util import optim\nargs = 1",
-        "engine_a.py": "import torch.optim\nfrom util.datasets import build_loader",
-        "models_zoo.py": "from models_a import A\nimport timm.layers\nfrom util.patches import p",
-        "models_a.py": "from torch import nn\nimport models_layers",
+        "main_a.py": "import engine_a, models_zoo\nfrom util.train import optim\nargs = 1",
+        "engine_a.py": "import torch.optim\nfrom util.data.datasets import build_loader",
+        "models_zoo.py": "import models_mmae, timm.layers\nfrom util.mask.patches import p",
+        "models_mmae.py": "from torch import nn\nimport models_layers, models_vit",
+        "models_segmenters.py": "import models_zoo\nfrom util.weights.files import load_state",
         "models_layers.py": "",
-        "util/checkpoint.py": "import torch\ndef f(p): return torch.load(p, weights_only=True)",
-        "util/datasets.py": "import torch.utils.data\nfrom . import patches\nfrom .errors import E",
-        "util/patches.py": "import yaml, PIL\nclass A:\n    def f(self):\n        import skimage",
-        "util/config.py": "def parse(args): ...",
+        "lab/bench/a.py": "import main_a, models_zoo\nfrom lab.study import rates",
+        LOADER: "import torch\ndef f(): return torch.load(p, weights_only=True)",
+        "util/data/b.py": "import torch.utils.data\nfrom . import a\nfrom ..names import n",
+        "util/data/sets/cifar.py": "from util.data import images\nfrom util.mask.patches import p",
+        "util/mask/patches.py": "import yaml, PIL\ndef f():\n    import skimage",
+        "util/config/flags.py": "def parse(args): ...",
         "util/errors.py": "import json\ndef w(*args, **kwargs): return json.load(*args, **kwargs)",
     }
     assert {name: rule(sources) for name, rule in RULES.items()} == {name: [] for name in RULES}
@@ -408,7 +476,7 @@ def test_ci_fails_on_a_skip_it_can_avoid(
     module_level: bool,
 ) -> None:
     monkeypatch.setenv("CI", ci)
-    pytester.makeconftest((ROOT / "tests" / "conftest.py").read_text())
+    pytester.makeconftest((ROOT / "conftest.py").read_text())
     call = f"pytest.skip({reason!r}, allow_module_level=True)"
     body = call if module_level else f"def test_it():\n    {call}"
     pytester.makepyfile(test_skips=f"import pytest\n{body}", test_runs="def test_it(): assert True")

@@ -13,11 +13,11 @@ from test_segment_data import write_pairs
 from models_segmenters import load_segmenter
 from models_vit import VisionTransformer
 from models_zoo import MODELS, create_model, create_segmenter, load_classifier, load_pretrained
-from util.assumed import assumptions
-from util.checkpoint import save_checkpoint
-from util.datasets import build_dataset
+from util.data.datasets import build_dataset
+from util.data.transforms import EvalTransform, normalize
 from util.errors import BadInput
-from util.transforms import EvalTransform, normalize
+from util.train.checkpoint import save_checkpoint
+from util.weights.assumed import assumptions
 
 WIDTH = {"img_size": 16, "patch_size": 4, "embed_dim": 128, "depth": 4}
 HEADS, USUAL = 2, 4  # of the model, and what ViT-micro of this width and depth has

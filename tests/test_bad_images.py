@@ -10,7 +10,7 @@ from launch import TINY, launch, wait, wait_for_step
 from odd_files import odd_files
 from runs import records
 
-from util.checkpoint import LAST, load_file
+from util.train.checkpoint import LAST, load_file
 
 pytestmark = pytest.mark.dist
 FLAGS = [

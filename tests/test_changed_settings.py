@@ -20,15 +20,15 @@ from tiny import add_small_models
 import main_finetune
 import main_pretrain
 import main_segment
-from util.checkpoint import BEST, LAST, best_or_newest, load_file, write_signed
-from util.dist import Wish
+from util.data.randomness import EpochSampler
 from util.errors import EXIT_STOPPED, BadInput
-from util.logger import StepReport
-from util.randomness import EpochSampler
-from util.resume import CHANGES, VERSION, bring_up_to_date, check_length, move
-from util.run import Run
-from util.schedule import CosineSchedule
-from util.timeline import Timeline
+from util.train.checkpoint import BEST, LAST, best_or_newest, load_file, write_signed
+from util.train.dist import Wish
+from util.train.logger import StepReport
+from util.train.resume import CHANGES, VERSION, bring_up_to_date, check_length, move
+from util.train.run import Run
+from util.train.schedule import CosineSchedule
+from util.train.timeline import Timeline
 
 
 @dataclass(frozen=True)

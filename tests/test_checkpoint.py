@@ -16,8 +16,8 @@ from trained import Trained
 
 import main_pretrain
 from util import files
-from util.checkpoint import LAST, load_file, newest, save_checkpoint, verify
 from util.errors import CannotWrite
+from util.train.checkpoint import LAST, load_file, newest, save_checkpoint, verify
 
 
 def state_of(step: int, task: str = "pretrain", size: int = 1000) -> dict:

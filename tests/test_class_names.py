@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from util.checkpoint import load_file
-from util.class_names import check_splits
+from util.data.class_names import check_splits
 from util.errors import BadInput
+from util.train.checkpoint import load_file
 
 CLASSES = {"ant": (200, 40, 40), "bee": (40, 200, 40), "cat": (40, 40, 200)}
 TRAIN = [

@@ -33,11 +33,11 @@ from models_zoo import (
     load_encoder,
     model_arguments,
 )
-from util.checkpoint import LAST, load_file, local_file, newest, save_checkpoint
-from util.checksums import COMMENT
 from util.errors import BadInput
-from util.patches import patchify
-from util.pos_embed import COORDINATES, sincos_2d, spread
+from util.mask.patches import patchify
+from util.mask.pos_embed import COORDINATES, sincos_2d, spread
+from util.train.checkpoint import LAST, load_file, local_file, newest, save_checkpoint
+from util.train.checksums import COMMENT
 
 Weights = dict[str, Tensor]
 
@@ -715,7 +715,7 @@ def test_an_address_is_fetched_once(
         fetched.append(url)
         shutil.copyfile(files[url], dst)
 
-    monkeypatch.setattr("util.checkpoint.download", fetch)
+    monkeypatch.setattr("util.train.checkpoint.download", fetch)
     for _ in range(2):
         for url, weights in zip(files, (mine, other, other), strict=True):
             model, _, _ = load_classifier(url, head="own")
@@ -730,7 +730,7 @@ def test_only_https_is_fetched(scheme: str, cache: Path, monkeypatch: pytest.Mon
     def fetch(*_: Any, **__: Any) -> None:
         raise AssertionError("it was fetched")
 
-    monkeypatch.setattr("util.checkpoint.download", fetch)
+    monkeypatch.setattr("util.train.checkpoint.download", fetch)
     with pytest.raises(BadInput, match=rf"{scheme}://example\.org/weights\.pth.*https"):
         load_classifier(f"{scheme}://example.org/weights.pth")
 
@@ -767,7 +767,7 @@ FAULTS: dict[str, Callable[[], Exception | None]] = {
 def test_a_download_that_breaks_leaves_nothing(
     fault: str, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("util.fetch.urlopen", lambda *_, **__: Response(FAULTS[fault]()))
+    monkeypatch.setattr("util.data.fetch.urlopen", lambda *_, **__: Response(FAULTS[fault]()))
     with pytest.raises(BadInput, match=r"example\.org/mae/weights\.pth"):
         local_file(ADDRESS)
     assert [p for p in cache.rglob("*") if p.is_file()] == []
@@ -779,14 +779,14 @@ def test_a_refused_download_is_asked_for_again(
     def refuse(*_: Any, **__: Any) -> None:
         raise urllib.error.HTTPError(ADDRESS, 404, "Not Found", email.message.Message(), None)
 
-    monkeypatch.setattr("util.fetch.urlopen", refuse)
+    monkeypatch.setattr("util.data.fetch.urlopen", refuse)
     with pytest.raises(BadInput, match=r"example\.org/mae/weights\.pth: HTTP Error 404: Not Found"):
         local_file(ADDRESS)
 
     def fetch(_: str, dst: str, **__: Any) -> None:
         Path(dst).write_bytes(b"here")
 
-    monkeypatch.setattr("util.checkpoint.download", fetch)
+    monkeypatch.setattr("util.train.checkpoint.download", fetch)
     assert local_file(ADDRESS).read_bytes() == b"here"
 
 

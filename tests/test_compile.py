@@ -13,12 +13,12 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import main_finetune
 import main_pretrain
-import util.dist
+import util.train.dist
 from models_zoo import create_model
-from util.checkpoint import LAST, load_file
-from util.config import FlagParser, add_optimisation_flags, add_shard_flag, compiles
-from util.dist import Processes, distribute
+from util.config.flags import FlagParser, add_optimisation_flags, add_shard_flag, compiles
 from util.errors import BadInput
+from util.train.checkpoint import LAST, load_file
+from util.train.dist import Processes, distribute
 
 ALONE = Processes(0, 1, 0, 1, torch.device("cpu"))
 
@@ -182,7 +182,7 @@ def test_flag_and_recipe(tmp_path: Path) -> None:
 
 
 def test_no_compiler_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(util.dist.shutil, "which", lambda name: None)
+    monkeypatch.setattr(util.train.dist.shutil, "which", lambda name: None)
     with pytest.raises(BadInput, match="--no-compile"):
         distribute(torch.nn.Linear(1, 1), ALONE, compiled=True)
 

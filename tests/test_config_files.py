@@ -9,13 +9,13 @@ import pytest
 import yaml
 
 import main_pretrain
-from util.arms import read_arms
-from util.curves import read_curve
+from util.config.flag_types import expanded_path
+from util.config.recipes import read_layers
 from util.errors import BadInput
-from util.flag_types import expanded_path
-from util.paper_tables import read_paper
-from util.plan import read_plan
-from util.recipes import read_layers
+from util.runs.arms import read_arms
+from util.runs.curves import read_curve
+from util.runs.paper_tables import read_paper
+from util.runs.plan import read_plan
 from util.yaml_files import MOST_BYTES, MOST_VALUES, read_settings, read_yaml
 
 

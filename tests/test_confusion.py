@@ -9,7 +9,7 @@ import torch
 from launch import start_group, wait
 from torch import Tensor
 
-from util.confusion import ConfusionMeter, Segmentation
+from util.measure.confusion import ConfusionMeter, Segmentation
 
 K = 7
 SIZES = [(3, 5), (1, 1), (8, 2), (6, 6), (4, 9), (2, 7), (5, 5)]

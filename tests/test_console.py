@@ -12,10 +12,10 @@ from launch import PATIENCE, ROOT
 from PIL import Image
 
 from util.console import print_text, visible, visible_line
-from util.conversions import Tally
+from util.data.conversions import Tally
 from util.errors import EXIT_BAD_INPUT, BadInput
-from util.logger import BadImages, RunLogger, prepare_folder, rank_log
 from util.progress import say
+from util.train.logger import BadImages, RunLogger, prepare_folder, rank_log
 
 CLEAR = "\x1b[2J"
 NO_UTF8 = os.fsdecode(b"caf\xe9.jpg")

@@ -9,12 +9,12 @@ from launch import TINY
 from odd_files import GRAYS, encoded, good_files, gray_array, png, png_rows, quarters, tiff
 from PIL import Image
 
-from util.conversions import Conversion as C
-from util.conversions import Tally, take
-from util.datasets import build_dataset
-from util.images import BadImage, read_image
-from util.jpeg import read_pixels
-from util.segmentation_sets import build_segmentation_set
+from util.data.conversions import Conversion as C
+from util.data.conversions import Tally, take
+from util.data.datasets import build_dataset
+from util.data.images import BadImage, read_image
+from util.data.jpeg import read_pixels
+from util.data.segmentation_sets import build_segmentation_set
 
 SIZE = (64, 32)
 # Every other good file is read exactly as anyone expects, and nothing is said.
@@ -133,7 +133,7 @@ def test_a_large_image_is_converted_strip_by_strip_to_the_same(tmp_path, monkeyp
         image.save(tmp_path / name)
         whole = np.asarray(read_image(tmp_path / name, 3))
         with monkeypatch.context() as patch:
-            patch.setattr("util.pixels.STRIP", 53 * 5)
+            patch.setattr("util.data.pixels.STRIP", 53 * 5)
             assert np.array_equal(np.asarray(read_image(tmp_path / name, 3)), whole)
     white = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     assert np.array_equal(np.asarray(read_image(tmp_path / "rgba.png", 3)), np.asarray(white))

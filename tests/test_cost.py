@@ -1,4 +1,4 @@
-"""util/cost.py against what torch counts, keeps and writes: FLOPs, saved tensors, checkpoints."""
+"""util/dry_run/cost.py beside what torch counts, keeps and writes: FLOPs, tensors, checkpoints."""
 
 import contextlib
 from collections.abc import Callable
@@ -12,9 +12,10 @@ import torch.nn.functional as F
 import main_finetune
 import main_pretrain
 from engine_segment import PixelLoss
+from lab.bench.step_speed import flop_counter
 from models_vit import blocks_of
 from models_zoo import create_model, create_segmenter, model_arguments
-from util.cost import (
+from util.dry_run.cost import (
     HALF,
     Layer,
     autoencoder_layers,
@@ -24,8 +25,7 @@ from util.cost import (
     memory_of,
     numbered_checkpoints,
 )
-from util.cost_upernet import segmenter_layers
-from util.step_speed import flop_counter
+from util.dry_run.cost_upernet import segmenter_layers
 
 MMAE = {"lscale_init": 0.1, "pos_offset": "learned"}
 CROSS = {"decoder": "cross", "predict_ratio": 0.34}

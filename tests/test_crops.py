@@ -9,13 +9,13 @@ import torch
 from launch import TINY, launch, wait
 from runs import different, records, weights
 
-from util.dist import Agreement, Wish
+from util.data.images import BadImage
+from util.data.randomness import STREAMS, EpochSampler, Key, generator_of, seed_of, seeds_of
+from util.data.samples import PretrainSamples, build_loader
+from util.data.transforms import PretrainTensorTransform, PretrainTransform
 from util.errors import EXIT_STOPPED, BadInput
-from util.images import BadImage
-from util.masking import create_strategy
-from util.randomness import STREAMS, EpochSampler, Key, generator_of, seed_of, seeds_of
-from util.samples import PretrainSamples, build_loader
-from util.transforms import PretrainTensorTransform, PretrainTransform
+from util.mask.strategies import create_strategy
+from util.train.dist import Agreement, Wish
 
 NUMBER = 50
 # (processes, micro-steps, batch per process), all 12 images a step, every batch holds pairs

@@ -13,9 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from models_layers import split_ids, take
 from models_mmae import MaskedAutoencoderViT
-from util.checkpoint import load_file
 from util.errors import BadInput
-from util.patches import patchify
+from util.mask.patches import patchify
+from util.train.checkpoint import load_file
 
 CROSS = {"decoder": "cross", "depth": 3}
 

@@ -14,12 +14,12 @@ from launch import TINY
 from runs import records
 from trained import Trained
 
-from util.checkpoint import LAST, load_file, newest, save_checkpoint
-from util.checksums import COMMENT
-from util.curves import read_curve
 from util.errors import BadInput
-from util.results import set_others_aside
-from util.weights import read_json
+from util.runs.curves import read_curve
+from util.train.checkpoint import LAST, load_file, newest, save_checkpoint
+from util.train.checksums import COMMENT
+from util.train.results import set_others_aside
+from util.weights.files import read_json
 
 WEIGHTS = {"model": {"a": torch.randn(40, 50, generator=torch.Generator().manual_seed(0))}}
 

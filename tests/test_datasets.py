@@ -15,12 +15,12 @@ import torchvision
 from PIL import Image
 from torchvision.datasets.mnist import read_sn3_pascalvincent_tensor
 
-import util.datasets as datasets
-import util.stl10
-from util.datasets import DATASETS, SyntheticSource, build_dataset, read_idx
+import util.data.datasets as datasets
+import util.data.sets.stl10
+from util.data.datasets import DATASETS, SyntheticSource, build_dataset, read_idx
+from util.data.images import BadImage, ImageSource
+from util.data.sets.photos import PHOTOS, photo_crop
 from util.errors import BadInput
-from util.images import BadImage, ImageSource
-from util.photos import PHOTOS, photo_crop
 
 
 def write_folder(root: Path) -> None:
@@ -103,7 +103,7 @@ def write_stl10(root: Path) -> None:
         rng.integers(0, 256, (count, 3, 96, 96), dtype=np.uint8).tofile(folder / f"{part}_X.bin")
         if part != "unlabeled":
             rng.integers(1, 11, count, dtype=np.uint8).tofile(folder / f"{part}_y.bin")
-    (folder / "class_names.txt").write_text("\n".join(util.stl10.CLASSES) + "\n")
+    (folder / "class_names.txt").write_text("\n".join(util.data.sets.stl10.CLASSES) + "\n")
 
 
 # Sets that read files; the others come inside a package or are drawn.
@@ -141,7 +141,7 @@ def accept(monkeypatch, root: Path) -> None:
     monkeypatch.setattr(places, "_CATEGORIES_META", categories)
     lists = {split: sums("", [meta])[0] for split, meta in places._FILE_LIST_META.items()}
     monkeypatch.setattr(places, "_FILE_LIST_META", lists)
-    monkeypatch.setattr(util.stl10, "COUNTS", STL10_COUNTS)
+    monkeypatch.setattr(util.data.sets.stl10, "COUNTS", STL10_COUNTS)
 
 
 @pytest.fixture(params=sorted(DATASETS))
@@ -428,7 +428,7 @@ def test_stl10_names_a_broken_file(tmp_path, monkeypatch, file, change, message)
 
 
 def test_the_published_counts_of_stl10():
-    assert util.stl10.COUNTS == {"train": 5000, "test": 8000, "unlabeled": 100_000}
+    assert util.data.sets.stl10.COUNTS == {"train": 5000, "test": 8000, "unlabeled": 100_000}
 
 
 # --- Photographs ---

@@ -13,15 +13,15 @@ from odd_files import bad_files, good_files, odd_files
 from PIL import Image
 from torchvision.transforms import v2
 
-import util.images
-import util.jpeg as jpeg
-from util.datasets import build_dataset
+import util.data.images
+import util.data.jpeg as jpeg
+from util.data.datasets import build_dataset
+from util.data.images import BadImage, read_image
+from util.data.jpeg import plain_header, read_pixels
+from util.data.samples import collate, empty_batch
+from util.data.sets.photos import photos
+from util.data.transforms import PretrainTensorTransform, PretrainTransform, crop_box
 from util.errors import BadInput
-from util.images import BadImage, read_image
-from util.jpeg import plain_header, read_pixels
-from util.photos import photos
-from util.samples import collate, empty_batch
-from util.transforms import PretrainTensorTransform, PretrainTransform, crop_box
 
 GOOD, BAD = good_files(), bad_files()
 
@@ -150,11 +150,11 @@ def test_damaged_headers_have_the_same_fault_or_picture(tmp_path, photographs):
 def test_a_bomb_is_refused_before_it_is_decoded(tmp_path, monkeypatch, by_torchvision):
     path = tmp_path / "x.jpg"
     path.write_bytes(saved(Image.new("RGB", (64, 48))))
-    monkeypatch.setattr(util.pixel_limits, "MOST_PIXELS", 64 * 48 - 1)
+    monkeypatch.setattr(util.data.pixel_limits, "MOST_PIXELS", 64 * 48 - 1)
     with pytest.raises(BadImage, match="exceeds limit"):
         read_pixels(path, 3)
     assert not by_torchvision
-    monkeypatch.setattr(util.pixel_limits, "MOST_PIXELS", 64 * 48)
+    monkeypatch.setattr(util.data.pixel_limits, "MOST_PIXELS", 64 * 48)
     assert read_pixels(path, 3).shape == (3, 48, 64)
 
 
@@ -179,7 +179,7 @@ def test_a_fault_of_the_machine_is_not_one_of_the_file(tmp_path, monkeypatch):
     def fail(*args):
         raise OSError(24, os.strerror(24))
 
-    monkeypatch.setattr(util.images.os, "open", fail)
+    monkeypatch.setattr(util.data.images.os, "open", fail)
     with pytest.raises(OSError, match="Too many open files") as caught:
         read_pixels(path, 3)
     assert not isinstance(caught.value, BadImage)

@@ -13,7 +13,7 @@ import main_knn
 import main_pretrain
 import main_segment
 from models_zoo import create_model, create_segmenter
-from util.dry_run_report import describe, warnings_of
+from util.dry_run.report import describe, warnings_of
 
 TINY = [
     "--dataset=digits", "--input_size=16", "--batch_size=12", "--warmup_epochs=1.5", "--epochs=4",

@@ -16,19 +16,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from commands import program_files
 from launch import ROOT
 from PIL import Image
 
 import main_knn
-from util import checkpoint as ckpt
 from util import files
-from util.dist import Processes
-from util.export import appearing, save_folder, save_safetensors
+from util.data.listing import list_images
+from util.data.manifest import TABLES
+from util.data.packing import Recipe, pack
 from util.files import build_whole, link, open_whole, save_png, write_bytes, write_text
-from util.listing import list_images
-from util.manifest import TABLES
-from util.packing import Recipe, pack
 from util.slurm import write_code
+from util.train import checkpoint as ckpt
+from util.train.dist import Processes
+from util.weights.export import appearing, save_folder, save_safetensors
 
 WHOLE = "open_whole, or what goes through it"
 BUILT = "inside of build_whole, which syncs every file"
@@ -47,30 +48,30 @@ WRITERS = {
     "main_knn.py:FeatureFiles.close": "watched below",
     "main_knn.py:measure": WHOLE,
     "main_predict.py:classify_files": WHOLE,
-    "main_study.py:write_plan": WHOLE,
-    "main_study.py:write_report": WHOLE,
+    "lab/study/__main__.py:write_plan": WHOLE,
+    "lab/study/__main__.py:write_report": WHOLE,
     "main_tables.py:paper_tables": WHOLE,
     "main_tables.py:run_plan.write_tables": WHOLE,
     "main_visualize.py:measure": WHOLE,
-    "util/accuracy.py:save_accuracy": WHOLE,
-    "util/accuracy.py:write_table": WHOLE,
-    "util/benchmark.py:save_json": WHOLE,
-    "util/cell_runs.py:start": "what a child says, for people",
-    "util/cell_runs.py:write_json": WHOLE,
-    "util/checkpoint.py:save_checkpoint": WHOLE,
-    "util/checkpoint.py:set_aside": "a rename; the file that takes the name syncs the folder",
-    "util/checkpoint.py:keep_best": WHOLE,
-    "util/checkpoint.py:renew_last": WHOLE,
-    "util/checkpoint.py:write_signed": WHOLE,
-    "util/checkpoint.py:local_file": BUILT,
-    "util/curves.py:save_curve": WHOLE,
-    "util/curves.py:draw_curves": WHOLE,
-    "util/events.py:EventFile.__init__": GROWS,
-    "util/export.py:appearing": BUILT,
-    "util/export.py:save_safetensors": BUILT,
-    "util/export.py:save_folder": BUILT,
-    "util/export.py:save_onnx": BUILT,
-    "util/fetch.py:download": BUILT,
+    "util/measure/accuracy.py:save_accuracy": WHOLE,
+    "util/measure/accuracy.py:write_table": WHOLE,
+    "lab/bench/measuring.py:save_json": WHOLE,
+    "util/runs/cell_runs.py:start": "what a child says, for people",
+    "util/runs/cell_runs.py:write_json": WHOLE,
+    "util/train/checkpoint.py:save_checkpoint": WHOLE,
+    "util/train/checkpoint.py:set_aside": "a rename; the file that takes the name syncs the folder",
+    "util/train/checkpoint.py:keep_best": WHOLE,
+    "util/train/checkpoint.py:renew_last": WHOLE,
+    "util/train/checkpoint.py:write_signed": WHOLE,
+    "util/train/checkpoint.py:local_file": BUILT,
+    "util/runs/curves.py:save_curve": WHOLE,
+    "util/runs/curves.py:draw_curves": WHOLE,
+    "util/train/events.py:EventFile.__init__": GROWS,
+    "util/weights/export.py:appearing": BUILT,
+    "util/weights/export.py:save_safetensors": BUILT,
+    "util/weights/export.py:save_folder": BUILT,
+    "util/weights/export.py:save_onnx": BUILT,
+    "util/data/fetch.py:download": BUILT,
     "util/files.py:open_whole": "watched below",
     "util/files.py:build_whole": "watched below",
     "util/files.py:write_bytes": WHOLE,
@@ -79,31 +80,31 @@ WRITERS = {
     "util/files.py:check_folder": "a probe, removed at once",
     "util/files.py:create_temporary": "under a name that nobody reads",
     "util/files.py:AppendedFile.__init__": GROWS,
-    "util/lease.py:Lease.__init__": LEASE,
-    "util/lease.py:acquire": LEASE,
-    "util/lease.py:put_in_place": LEASE,
-    "util/lease.py:write_in_place": LEASE,
-    "util/listing.py:write_cache": WHOLE,
-    "util/logger.py:RunLogger.__init__": GROWS,
-    "util/logger.py:RunLogger._drop_after": GROWS,
-    "util/logger.py:save_settings": WHOLE,
-    "util/logger.py:rank_log": "what is said, for people",
-    "util/logger.py:BadImages.agree": WHOLE,
-    "util/logger.py:StepLog._report_broken": WHOLE,
-    "util/made_images.py:jpegs_like_imagenet": MEMORY,
-    "util/made_images.py:make_jpegs": BENCH,
-    "util/made_images.py:make_tiny_files": BENCH,
-    "util/packing.py:Recipe.__call__": MEMORY,
-    "util/packing.py:claim": WHOLE,
-    "util/packing.py:Shards.__getitem__": WHOLE,
-    "util/packing.py:finish": WHOLE,
-    "util/packing.py:write_bad": WHOLE,
-    "util/results.py:set_others_aside": "a rename; the file that takes the name syncs the folder",
-    "util/segmentation_results.py:save_segmentation": WHOLE,
+    "util/train/lease.py:Lease.__init__": LEASE,
+    "util/train/lease.py:acquire": LEASE,
+    "util/train/lease.py:put_in_place": LEASE,
+    "util/train/lease.py:write_in_place": LEASE,
+    "util/data/listing.py:write_cache": WHOLE,
+    "util/train/logger.py:RunLogger.__init__": GROWS,
+    "util/train/logger.py:RunLogger._drop_after": GROWS,
+    "util/train/logger.py:save_settings": WHOLE,
+    "util/train/logger.py:rank_log": "what is said, for people",
+    "util/train/logger.py:BadImages.agree": WHOLE,
+    "util/train/logger.py:StepLog._report_broken": WHOLE,
+    "util/data/made_images.py:jpegs_like_imagenet": MEMORY,
+    "util/data/made_images.py:make_jpegs": BENCH,
+    "util/data/made_images.py:make_tiny_files": BENCH,
+    "util/data/packing.py:Recipe.__call__": MEMORY,
+    "util/data/packing.py:claim": WHOLE,
+    "util/data/packing.py:Shards.__getitem__": WHOLE,
+    "util/data/packing.py:finish": WHOLE,
+    "util/data/packing.py:write_bad": WHOLE,
+    "util/train/results.py:set_others_aside": "a rename; the next file syncs the folder",
+    "util/measure/segmentation_results.py:save_segmentation": WHOLE,
     "util/slurm.py:write_code": BUILT,
-    "util/step_speed.py:draw_sweeps": BENCH,
-    "util/study_report.py:_draw_effects": BENCH,
-    "util/study_report.py:_draw_training": BENCH,
+    "lab/bench/step_speed.py:draw_sweeps": BENCH,
+    "lab/study/report.py:_draw_effects": BENCH,
+    "lab/study/report.py:_draw_training": BENCH,
     "util/files.py:save_png": WHOLE,
 }
 NAMES = {
@@ -150,7 +151,7 @@ def writers() -> Iterator[str]:
                 yield f"{path}:{name}"
             yield from walk(child, path, inner)
 
-    for path in (*ROOT.glob("*.py"), *ROOT.glob("util/**/*.py")):
+    for path in program_files():
         name = path.relative_to(ROOT).as_posix()
         yield from walk(ast.parse(path.read_text()), name, "")
 

@@ -9,9 +9,9 @@ from odd_files import good_files
 from PIL import Image
 
 import util.endings as endings
-from util.datasets import build_dataset
+from util.data.datasets import build_dataset
+from util.data.segmentation_sets import build_segmentation_set
 from util.errors import BadInput
-from util.segmentation_sets import build_segmentation_set
 
 GOOD = good_files()
 # Each new ending, in any case, by a file that has it.

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 import engine_finetune
 import main_segment
 from engine_segment import Inference, PixelLoss, train_iterations
-from util.checkpoint import LAST, load_file
-from util.confusion import Segmentation
-from util.logger import StepReport
-from util.optim import create_adamw, parameter_groups
-from util.step import OptimizerStep
+from util.measure.confusion import Segmentation
+from util.train.checkpoint import LAST, load_file
+from util.train.logger import StepReport
+from util.train.optim import create_adamw, parameter_groups
+from util.train.step import OptimizerStep
 
 BEST = "checkpoint-best.pth"
 

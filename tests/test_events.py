@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from util.events import EventFile
+from util.train.events import EventFile
 
 
 def starts(folder: Path, count: int) -> None:

@@ -27,15 +27,15 @@ from torch import Tensor, nn
 
 from engine_pretrain import fit_pca
 from models_mmae import MaskedAutoencoderViT
-from util.dist import Agreement, Processes, Wish
-from util.images import BadImage, ImageSource
-from util.masking import create_strategy
-from util.metrics import FILLS
-from util.patches import patch_averages
-from util.randomness import STREAMS, Key, generator_of, seed_of, seeded
-from util.run import Run
-from util.samples import PURPOSES
-from util.segmentation_sets import SegmentationSource
+from util.data.images import BadImage, ImageSource
+from util.data.randomness import STREAMS, Key, generator_of, seed_of, seeded
+from util.data.samples import PURPOSES
+from util.data.segmentation_sets import SegmentationSource
+from util.mask.patches import patch_averages
+from util.mask.strategies import create_strategy
+from util.measure.metrics import FILLS
+from util.train.dist import Agreement, Processes, Wish
+from util.train.run import Run
 
 CPU = torch.device("cpu")
 IMAGES, HELD_OUT, SIDE = 24, 6, 96
@@ -303,7 +303,7 @@ class Draw:
     """One purpose of a stream in one main.
 
     Attributes:
-        stream: of `util.randomness.STREAMS`.
+        stream: of `util.data.randomness.STREAMS`.
         kind: of the images that show it.
         read: the drawn thing, as far as a sample shows it.
         flags: with which it is drawn.
@@ -791,25 +791,30 @@ HELD = {
 }
 # Who draws from which stream; an entry added here needs one in a table above.
 DRAWN_IN = {
-    ("util/randomness.py", "order"),
-    ("util/samples.py", "PURPOSES"),
-    ("util/samples.py", "augment"),
-    ("util/segmentation_transforms.py", "augment"),
-    ("util/replace.py", "fallback"),
+    ("util/data/randomness.py", "order"),
+    ("util/data/samples.py", "PURPOSES"),
+    ("util/data/samples.py", "augment"),
+    ("util/data/segmentation_transforms.py", "augment"),
+    ("util/data/replace.py", "fallback"),
     ("engine_finetune.py", "model"),
     ("engine_segment.py", "model"),
     ("main_visualize.py", "mask"),
-    ("util/step_speed.py", "mask"),  # a measurement of speed: any masks will do
+    ("lab/bench/step_speed.py", "mask"),  # a measurement of speed: any masks will do
 }
+# Where the stream is an argument of one's own, or another function is called `seeds_of`.
+HANDED_ON = (
+    "util/data/randomness.py", "lab/study/analysis.py", "util/runs/plan.py", "util/runs/arms.py",
+    "util/yaml_values.py",
+)  # fmt: skip
 # Who draws from global generators: a main's first weights and, seeded for each sample, transforms.
 FROM_GLOBAL = {
     "models_layers.py": "the mix of a cross decoder at the start",
     "models_mmae.py": "first weights", "models_upernet.py": "first weights",
     "models_vit.py": "first weights",
-    "util/segmentation_transforms.py": "seeded by SegmentationSamples",
+    "util/data/segmentation_transforms.py": "seeded by SegmentationSamples",
     "main_pretrain.py": "a rate beforehand", "main_finetune.py": "a rate beforehand",
-    "main_segment.py": "a rate beforehand", "util/step_speed.py": "a measurement of speed",
-    "util/limits.py": "a measurement of the machine",
+    "main_segment.py": "a rate beforehand", "lab/bench/step_speed.py": "a measurement of speed",
+    "lab/bench/limits.py": "a measurement of the machine",
 }  # fmt: skip
 GLOBAL_DRAWS = {
     "torch": {"rand", "randn", "randint", "randperm", "bernoulli", "multinomial", "normal",
@@ -829,7 +834,9 @@ Calls = list[tuple[str, list[str], ast.Call]]
 def calls() -> Calls:
     """Every call of the program: file, dotted name of what is called, and the call."""
     found = []
-    for path in [*sorted(ROOT.glob("*.py")), *sorted((ROOT / "util").rglob("*.py"))]:
+    for path in sorted(
+        p for where in ("*.py", "util/**/*.py", "lab/[bs]*/*.py") for p in ROOT.glob(where)
+    ):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call):
                 names, part = [], node.func
@@ -855,8 +862,7 @@ def test_every_stream_and_every_call_has_an_entry(calls: Calls) -> None:
             elif isinstance(stream, ast.Name) and stream.id == "PURPOSES":
                 found.add((at, stream.id))
             else:  # a name that is handed through, or another function that is called so
-                assert at in ("util/randomness.py", "util/study.py", "util/plan.py",
-                              "util/arms.py", "util/given.py"), (at, call.lineno)  # fmt: skip
+                assert at in HANDED_ON, (at, call.lineno)
     assert found == DRAWN_IN
 
 

@@ -12,7 +12,7 @@ from every_flag_training import names_of
 
 import main_finetune
 import main_segment
-from util.checkpoint import LAST
+from util.train.checkpoint import LAST
 
 pytestmark = pytest.mark.smoke
 

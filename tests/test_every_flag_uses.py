@@ -28,7 +28,7 @@ import main_export
 import main_pack
 import main_predict
 import main_visualize
-from util.checkpoint import load_file
+from util.train.checkpoint import load_file
 
 pytestmark = pytest.mark.smoke
 

@@ -15,11 +15,11 @@ import pytest
 import torch
 from stopped_runs import FOUND, JOBS, Story, copy, differing, flat, only_last, put, same, stopping
 
-from util.checkpoint import LAST, load_file, write_signed
 from util.errors import EXIT_STOPPED, BadInput, Stopped
-from util.resume import VERSION, bring_up_to_date, differences, go_on
-from util.run import Run
-from util.timeline import Timeline
+from util.train.checkpoint import LAST, load_file, write_signed
+from util.train.resume import VERSION, bring_up_to_date, differences, go_on
+from util.train.run import Run
+from util.train.timeline import Timeline
 
 ALL = tuple(JOBS)
 SCALED = ("pretrain", "finetune", "segment")  # in fp16

@@ -31,7 +31,7 @@ from launch import CONTEXT, wait
 from PIL import Image
 from torch import Tensor, nn
 
-from util.checkpoint import LAST, load_file
+from util.train.checkpoint import LAST, load_file
 
 # Nothing waits for the clock; on a busy machine all the processes together may take minutes.
 SECONDS = 900
@@ -207,7 +207,7 @@ class Watch:
 
     def _note_gradients(self) -> None:
         """For each parameter two numbers that any change of its gradient changes."""
-        from util.step import OptimizerStep
+        from util.train.step import OptimizerStep
 
         original = OptimizerStep._update
 
@@ -225,13 +225,13 @@ class Watch:
 
     def _agree_at_once(self) -> None:
         """Exchange wishes after each step: the runs are shorter than the usual four."""
-        import util.run
-        from util.dist import Agreement
+        import util.train.run
+        from util.train.dist import Agreement
 
-        util.run.Agreement = lambda *args: Agreement(*args, every=1)  # type: ignore
+        util.train.run.Agreement = lambda *args: Agreement(*args, every=1)  # type: ignore
 
     def _send_signals(self, world: int, rank: int) -> None:
-        from util.logger import StepLog, StepReport
+        from util.train.logger import StepLog, StepReport
 
         original = StepLog.__call__
 
@@ -321,7 +321,7 @@ class Told(nn.Module):
 
 def images_of(rank: int, world: int, what: str, size: int) -> list[dict[str, Any]]:
     """Five batches of one image, of which this process has its own; the fourth has a fault."""
-    from util.randomness import EvalSampler
+    from util.data.randomness import EvalSampler
 
     found = []
     for ((key,),) in [(keys,) for keys in EvalSampler(range(5), 1, world_size=world, rank=rank)]:
@@ -344,7 +344,7 @@ def alone_checks(rank: int, world: int, root: Path) -> dict[str, Any]:
     import engine_finetune
     import engine_segment
     from engine_segment import Inference, PixelLoss
-    from util.dist import Agreement, Place, join
+    from util.train.dist import Agreement, Place, join
 
     place = Place(rank, world, rank, world, f"file://{root}/meeting-{world}")
     procs, found = join(place, torch.device("cpu")), {}

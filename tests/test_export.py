@@ -33,7 +33,7 @@ from test_classifier import (
 from torch import Tensor, nn
 
 import main_export
-import util.checkpoint
+import util.train.checkpoint
 from models_mmae import MaskedAutoencoderViT
 from models_vit import VisionTransformer
 from models_zoo import (
@@ -43,9 +43,9 @@ from models_zoo import (
     load_pretrained,
     model_arguments,
 )
-from util.checkpoint import load_file, write_signed
 from util.errors import BadInput
-from util.export import appearing, fold_lscale, fold_probe
+from util.train.checkpoint import load_file, write_signed
+from util.weights.export import appearing, fold_lscale, fold_probe
 
 Export = Callable[..., tuple[int, str, str]]
 
@@ -790,7 +790,7 @@ def test_weights_from_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setenv("MMAE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(
-        util.checkpoint, "download", lambda address, to: shutil.copyfile(checkpoint, to)
+        util.train.checkpoint, "download", lambda address, to: shutil.copyfile(checkpoint, to)
     )
     address = "https://example.org/mae/weights.pth"
     same_autoencoder(create_model(name, pretrained=address), mae, 0.0)

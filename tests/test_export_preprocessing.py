@@ -24,10 +24,10 @@ from trained import Trained
 
 import main_export
 from models_zoo import load_classifier
-from util.checkpoint import LAST
-from util.images import IMAGENET_MEAN
-from util.preprocessing import preprocessing_of
-from util.transforms import EvalTransform, normalize
+from util.data.images import IMAGENET_MEAN
+from util.data.preprocessing import preprocessing_of
+from util.data.transforms import EvalTransform, normalize
+from util.train.checkpoint import LAST
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
 SIZE, SHORT = 56, 64

@@ -7,10 +7,10 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-import util.fetch
-from util.checkpoint import local_file
+import util.data.fetch
+from util.data.fetch import download
 from util.errors import BadInput
-from util.fetch import download
+from util.train.checkpoint import local_file
 
 BODY = b"weights" * 1000
 
@@ -81,7 +81,7 @@ def test_what_may_not_be_whole_or_leaves_https_is_refused(
         download(server + kind, tmp_path / "x")
     monkeypatch.setenv("MMAE_CACHE", str(tmp_path / "cache"))
     fetch = download
-    monkeypatch.setattr("util.checkpoint.download", lambda _, to: fetch(server + kind, to))
+    monkeypatch.setattr("util.train.checkpoint.download", lambda _, to: fetch(server + kind, to))
     with pytest.raises(BadInput, match=r"cannot fetch https://example\.org/w\.pth"):
         local_file("https://example.org/w.pth")
     assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] == []
@@ -89,9 +89,9 @@ def test_what_may_not_be_whole_or_leaves_https_is_refused(
 
 @pytest.mark.parametrize("kind", ["whole", "chunked"])
 def test_a_body_over_the_bound_is_refused(server, tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(util.fetch, "MOST_BYTES", len(BODY))
+    monkeypatch.setattr(util.data.fetch, "MOST_BYTES", len(BODY))
     download(server + kind, tmp_path / "x")
-    monkeypatch.setattr(util.fetch, "MOST_BYTES", len(BODY) - 1)
+    monkeypatch.setattr(util.data.fetch, "MOST_BYTES", len(BODY) - 1)
     with pytest.raises(OSError, match=r"6,999"):
         download(server + kind, tmp_path / "y")
 

@@ -10,7 +10,6 @@ import pytest
 from launch import CONTEXT, until
 
 from util import files
-from util.checkpoint import LAST, save_checkpoint
 from util.errors import CannotWrite
 from util.files import (
     build_whole,
@@ -21,6 +20,7 @@ from util.files import (
     temporary_name,
     write_text,
 )
+from util.train.checkpoint import LAST, save_checkpoint
 
 
 def state_of(step: int) -> dict:

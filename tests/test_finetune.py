@@ -31,17 +31,17 @@ import main_finetune
 from engine_finetune import BatchAugmentation, train_one_epoch
 from main_finetune import build_augmentation, build_parser, resolve_tune
 from models_zoo import CLASSIFIERS, MODELS, create_model
-from util.accuracy import Accuracy
-from util.checkpoint import BEST, LAST, load_file, save_checkpoint
-from util.config import settings_of
-from util.datasets import build_dataset
-from util.dist import Agreement, Wish
+from util.config.flags import settings_of
+from util.data.datasets import build_dataset
+from util.data.randomness import evenly, seeded
+from util.data.transforms import FinetuneTransform, normalize
 from util.errors import EXIT_INTERRUPTED, EXIT_STOPPED, BadInput
-from util.optim import create_adamw, layer_decay_groups
-from util.pos_embed import sincos_2d
-from util.randomness import evenly, seeded
-from util.step import OptimizerStep
-from util.transforms import FinetuneTransform, normalize
+from util.mask.pos_embed import sincos_2d
+from util.measure.accuracy import Accuracy
+from util.train.checkpoint import BEST, LAST, load_file, save_checkpoint
+from util.train.dist import Agreement, Wish
+from util.train.optim import create_adamw, layer_decay_groups
+from util.train.step import OptimizerStep
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLASSES = ["gradient", "discs", "stripes"]

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from commands import COMMANDS
 from launch import ROOT
 
-from util.config import FlagParser, add_dry_run_flags, run_options
-from util.masking import STANDARD
+from util.config.flags import FlagParser, add_dry_run_flags, run_options
+from util.mask.strategies import STANDARD
 from util.slurm import add_job_flags
 
-MAINS = sorted(path.stem for path in ROOT.glob("main_*.py"))
 # What only a dry run calls: a flag that is read there alone does nothing in a run.
 PLANS = ("plan_run", "planned_model", "rate_here")
 # Flags that are for the parser, and those that are accepted and say that they do nothing.
@@ -81,10 +81,10 @@ def flags_without_effect(parser: argparse.ArgumentParser, source: str) -> set[st
     return flags - read - READ_BY_THE_PARSER - SAID_TO_DO_NOTHING
 
 
-@pytest.mark.parametrize("main", MAINS)
+@pytest.mark.parametrize("main", COMMANDS)
 def test_every_flag_is_read(main: str) -> None:
     module = importlib.import_module(main)
-    source = (ROOT / f"{main}.py").read_text()
+    source = (ROOT / f"{main.replace('.', '/')}.py").read_text()
     assert flags_without_effect(module.build_parser(), source) == set()
 
 

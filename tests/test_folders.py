@@ -9,7 +9,7 @@ from launch import TINY, launch, wait
 from PIL import Image
 from runs import records
 
-from util.datasets import build_dataset
+from util.data.datasets import build_dataset
 from util.errors import BadInput
 
 FLAT = ["c.jpg", "a.jpg", "b.png", "notes.txt", "labels.csv"]

@@ -8,14 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from launch import ROOT
+from commands import COMMANDS, JOBS, words_of
 
-from util.config import FlagParser
-from util.flag_help import default_text
+from util.config.flag_help import default_text
+from util.config.flags import FlagParser
 from util.slurm import job_parser
 
-MAINS = sorted(path.stem for path in ROOT.glob("main_*.py"))
-JOBS = sorted(path.stem for path in ROOT.glob("submitit_*.py"))
 SCREEN = 30  # lines of 80 columns
 FEW_WORDS = 3
 
@@ -27,7 +25,7 @@ def parser_of(name: str) -> FlagParser:
 
 
 def flags() -> Iterator[tuple[str, FlagParser, argparse.Action]]:
-    for name in [*MAINS, *JOBS]:
+    for name in [*COMMANDS, *JOBS]:
         parser = parser_of(name)
         for action in parser._actions:
             yield f"{name} {action.dest}", parser, action
@@ -55,7 +53,7 @@ def test_a_default_is_never_told_twice() -> None:
             assert "default:" not in (action.help or ""), where
 
 
-@pytest.mark.parametrize("name", [*MAINS, *JOBS])
+@pytest.mark.parametrize("name", [*COMMANDS, *JOBS])
 def test_the_first_screen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     parser = parser_of(name)
@@ -69,11 +67,12 @@ def test_the_first_screen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "--help_all" in text
     # The example is a command of this program that its parser takes.
     words = shlex.split(parser.example.replace("\\\n", " "))
-    assert words[:2] == ["python", f"{name}.py"]
-    parser.parse(words[2:])
+    begin = ["python", *words_of(name)]
+    assert words[: len(begin)] == begin
+    parser.parse(words[len(begin) :])
 
 
-@pytest.mark.parametrize("name", [*MAINS, *JOBS])
+@pytest.mark.parametrize("name", [*COMMANDS, *JOBS])
 @pytest.mark.parametrize("flag", ["--help", "-h", "--help_all"])
 def test_help_is_printed_and_ends_well(
     name: str, flag: str, run_main, monkeypatch: pytest.MonkeyPatch
@@ -82,7 +81,7 @@ def test_help_is_printed_and_ends_well(
     code, out, err = run_main(name, [flag])
     parser = parser_of(name)
     assert code == 0 and err == ""
-    assert f"python {name}.py" in out
+    assert " ".join(["python", *words_of(name)]) in out
     everything = flag == "--help_all"
     for action in parser._actions:
         if action.option_strings and (everything or action.dest in parser.first):

@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from util.datasets import build_dataset
+from util.data.datasets import build_dataset
+from util.data.hub import HubSource
+from util.data.images import BadImage
 from util.errors import EXIT_BAD_INPUT, BadInput
-from util.hub import HubSource
-from util.images import BadImage
 
 datasets.disable_progress_bars()
 NAMES = ["ape", "bee", "cat"]

@@ -26,13 +26,13 @@ from odd_files import (
 )
 from PIL import Image, ImageFile
 
-import util.images as images
-from util.datasets import build_dataset
+import util.data.images as images
+from util.data.datasets import build_dataset
+from util.data.images import BadImage, read_image
+from util.data.jpeg import read_pixels
+from util.data.pixel_limits import MOST_PIXELS, PIXEL_BYTES
+from util.data.transforms import PretrainTransform
 from util.errors import BadInput
-from util.images import BadImage, read_image
-from util.jpeg import read_pixels
-from util.pixel_limits import MOST_PIXELS, PIXEL_BYTES
-from util.transforms import PretrainTransform
 
 GOOD, BAD = good_files(), bad_files()
 # Of 255. The file of LAB holds 8 bits of a space larger than RGB.

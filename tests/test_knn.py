@@ -13,13 +13,23 @@ from PIL import Image
 from trained import Trained
 
 from models_zoo import load_encoder
-from util.checkpoint import LAST, load_file, save_checkpoint
-from util.datasets import SPLITS, build_dataset
-from util.dist import Processes, processes
+from util.data.datasets import SPLITS, build_dataset
+from util.data.randomness import evenly
+from util.data.transforms import EvalTransform, normalize
 from util.errors import BadInput
-from util.knn import NOBODY, Bank, Neighbours, best, nearest, neighbours, rank_of, unit, vote
-from util.randomness import evenly
-from util.transforms import EvalTransform, normalize
+from util.measure.knn import (
+    NOBODY,
+    Bank,
+    Neighbours,
+    best,
+    nearest,
+    neighbours,
+    rank_of,
+    unit,
+    vote,
+)
+from util.train.checkpoint import LAST, load_file, save_checkpoint
+from util.train.dist import Processes, processes
 
 ONE = Processes(0, 1, 0, 1, torch.device("cpu"))
 PAIRS = [(1, 0.07), (5, 0.07), (20, 0.07), (20, 0.5), (100, 0.02), (200, 1.0)]

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from util.checkpoint import LAST, load_file
-from util.confusion import IGNORE
+from util.data.label_values import apply_values
+from util.data.segmentation_sets import build_segmentation_set
 from util.errors import BadInput
-from util.label_values import apply_values
-from util.segmentation_sets import build_segmentation_set
+from util.measure.confusion import IGNORE
+from util.train.checkpoint import LAST, load_file
 
 RUN = [
     "--dataset=folder", "--input_size=32", "--resize", "48", "32", "--window=32", "--stride=24",

@@ -16,11 +16,19 @@ import torch
 from launch import TINY, launch, until, wait, wait_for_step
 from runs import records
 
-from util import lease as leases
-from util.checkpoint import LAST, load_file
-from util.dist import Agreement, Processes
 from util.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_STOPPED, BadInput, RunFailed, Stopped
-from util.lease import NAME, Lease, Owner, acquire, hold_folder, kernel_of_this_process, this_owner
+from util.train import lease as leases
+from util.train.checkpoint import LAST, load_file
+from util.train.dist import Agreement, Processes
+from util.train.lease import (
+    NAME,
+    Lease,
+    Owner,
+    acquire,
+    hold_folder,
+    kernel_of_this_process,
+    this_owner,
+)
 
 ALONE = Processes(0, 1, 0, 1, torch.device("cpu"))
 ELSEWHERE = Owner("0" * 16, "another-machine", "boot pid:[1]", 1, 1, "2026-01-01T00:00:00+00:00")

@@ -10,11 +10,11 @@ import pytest
 import torchvision
 from torch.utils.data import DataLoader, Dataset
 
-import util.listing as listing
+import util.data.listing as listing
 from util import files
+from util.data.folders import FolderSource, folder_by_class
+from util.data.listing import Names, cache_file, list_images
 from util.errors import BadInput
-from util.folders import FolderSource, folder_by_class
-from util.listing import Names, cache_file, list_images
 
 FILES = [
     "b/2.jpg", "b/10.jpg", "b/1.JPEG", "b/.hidden.png", "b/note.txt", "b/.jpg", "b/x.jpg.part",

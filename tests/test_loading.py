@@ -13,11 +13,11 @@ from PIL import Image
 from test_segment import NEW, SMALL
 from torch.utils.data import Dataset
 
+from util.data.images import BadImage
+from util.data.label_maps import BadPair
+from util.data.loading import Loader, say_conversions
+from util.data.samples import build_loader
 from util.errors import EXIT_BAD_INPUT, EXIT_FAILED, BadInput, RunFailed
-from util.images import BadImage
-from util.label_maps import BadPair
-from util.loading import Loader, say_conversions
-from util.samples import build_loader
 
 FAULTS = {
     "input": (BadInput("no such mask; mend it"), BadInput, "^no such mask; mend it$"),

@@ -17,11 +17,11 @@ from trained import Trained
 
 from engine_pretrain import fills_of, reconstruct
 from models_zoo import create_model, load_pretrained
-from util.checkpoint import LAST, load_file, save_checkpoint
+from util.data.images import IMAGENET_MEAN, IMAGENET_STD
 from util.errors import EXIT_FAILED
-from util.images import IMAGENET_MEAN, IMAGENET_STD
-from util.metrics import masked_psnr
-from util.visualize import panels, picture_grid
+from util.measure.metrics import masked_psnr
+from util.measure.visualize import panels, picture_grid
+from util.train.checkpoint import LAST, load_file, save_checkpoint
 
 pytestmark = pytest.mark.smoke
 
@@ -135,7 +135,7 @@ def test_perfect_predictions_restore_the_image() -> None:
                 self.pixels_of = model.pixels_of
 
             def __call__(self, x, mask, num_visible):
-                from util.metrics import masked_patches
+                from util.measure.metrics import masked_patches
 
                 return {"pred": self.model.target(masked_patches(x, mask, self.patch_size))}
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from util.errors import BadInput
-from util.masking import (
+from util.mask.patches import patch_averages
+from util.mask.strategies import (
     ORDERS,
     STRATEGIES,
     Mixed,
@@ -18,7 +19,6 @@ from util.masking import (
     fixed_order_mean,
     keep_smallest,
 )
-from util.patches import patch_averages
 
 GRIDS = [(14, 14), (7, 5), (1, 8), (3, 2), (8, 8), (4, 4)]
 RATIOS = [i / 20 for i in range(2, 20)]

@@ -10,13 +10,13 @@ from PIL import Image
 from test_segment import NEW, SMALL
 from test_segment_data import write_pairs
 
-import util.pixel_limits
-from util.datasets import build_dataset
-from util.images import BadImage, ImageSource, Subset, read_image
-from util.jpeg import read_pixels
-from util.pixel_limits import MOST_PIXELS
-from util.replace import fault_of
-from util.segmentation_sets import build_segmentation_set
+import util.data.pixel_limits
+from util.data.datasets import build_dataset
+from util.data.images import BadImage, ImageSource, Subset, read_image
+from util.data.jpeg import read_pixels
+from util.data.pixel_limits import MOST_PIXELS
+from util.data.replace import fault_of
+from util.data.segmentation_sets import build_segmentation_set
 
 SMALL_SIDE, LARGE_SIDE = 30, 60
 BETWEEN = SMALL_SIDE * SMALL_SIDE
@@ -107,7 +107,7 @@ def test_a_raised_limit_lets_larger_files_be_read(
 ) -> None:
     path = tmp_path / "x.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 9), dtype=np.uint8)).save(path)
-    monkeypatch.setattr(util.pixel_limits, "MOST_PIXELS", 10)  # and so files of 80 bytes
+    monkeypatch.setattr(util.data.pixel_limits, "MOST_PIXELS", 10)  # and so files of 80 bytes
     with pytest.raises(BadImage, match=r"a file of .* bytes exceeds limit of 80; --max_pixels"):
         read_image(path, 1)
     assert read_image(path, 1, max_pixels=81).size == (9, 9)

@@ -7,12 +7,12 @@ import pytest
 import torch
 from launch import ROOT
 
-from util.memory import keep_freed_memory
+from util.train.memory import keep_freed_memory
 
 PROGRAM = """
 import resource, sys
 import torch
-from util.memory import keep_freed_memory
+from util.train.memory import keep_freed_memory
 
 if sys.argv[1] == "keep":
     assert keep_freed_memory(torch.device("cpu"))

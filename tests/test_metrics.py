@@ -9,9 +9,10 @@ import skimage.metrics
 import torch
 from torch import Tensor
 
-from util import errors, metrics
+from util import errors
 from util.errors import BadInput
-from util.patches import patchify
+from util.mask.patches import patchify
+from util.measure import metrics
 
 SHAPES = [  # B, C, (gh, gw), (ph, pw)
     (3, 3, (4, 4), (8, 8)),

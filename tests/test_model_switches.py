@@ -23,8 +23,8 @@ from models_zoo import (
     list_segmenters,
     model_arguments,
 )
-from util.patches import patch_statistics, patchify
-from util.pos_embed import sincos_2d
+from util.mask.patches import patch_statistics, patchify
+from util.mask.pos_embed import sincos_2d
 
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
 # Those that are quick to make; the others differ in width and depth alone.

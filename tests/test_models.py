@@ -32,10 +32,10 @@ from models_layers import (
 )
 from models_mmae import MaskedAutoencoderViT
 from models_zoo import create_model, list_models, model_arguments
-from util.checkpoint import load_file, load_weights
 from util.errors import BadInput
-from util.patches import patchify
-from util.pos_embed import COORDINATES
+from util.mask.patches import patchify
+from util.mask.pos_embed import COORDINATES
+from util.train.checkpoint import load_file, load_weights
 
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
 

@@ -10,16 +10,16 @@ from torch import nn
 import engine_pretrain
 import models_zoo
 from engine_pretrain import evaluate, masker_of, reconstruct, train_one_epoch
-from util.accuracy import AccuracyMeter
-from util.conversions import Tally
-from util.dist import Place, Processes, choose_device, processes
+from util.data.conversions import Tally
 from util.errors import BadInput
 from util.float64 import float64_home, to_float64, widest
-from util.knn import Bank, nearest, unit
-from util.logger import BadImages, RunLogger, StepLog, StepReport
-from util.optim import create_adamw
+from util.measure.accuracy import AccuracyMeter
+from util.measure.knn import Bank, nearest, unit
 from util.progress import Progress
-from util.step import OptimizerStep, StepResult
+from util.train.dist import Place, Processes, choose_device, processes
+from util.train.logger import BadImages, RunLogger, StepLog, StepReport
+from util.train.optim import create_adamw
+from util.train.step import OptimizerStep, StepResult
 
 MEAN, STD = [0.5] * 3, [0.25] * 3
 
@@ -48,14 +48,14 @@ def test_one_gpu_of_apples_has_one_process(apple: None) -> None:
 def test_several_processes_on_a_mac_start_on_the_cpu(
     apple: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("util.dist.read_environment", lambda *_: Place(0, 2, 0, 2, "env://"))
+    monkeypatch.setattr("util.train.dist.read_environment", lambda *_: Place(0, 2, 0, 2, "env://"))
     seen = []
 
     def joined(place: Place, device: torch.device) -> None:
         seen.append(device.type)
         raise BadInput("enough")
 
-    monkeypatch.setattr("util.dist.join", joined)
+    monkeypatch.setattr("util.train.dist.join", joined)
     with pytest.raises(BadInput, match="enough"), processes("auto", tmp_path):
         pass
     assert seen == ["cpu"]

@@ -30,10 +30,10 @@ from models_zoo import (
     load_encoder,
     load_pretrained,
 )
-from util.checkpoint import LAST, load_file, save_checkpoint
-from util.convert_names import to_mmseg, to_transformers
 from util.errors import BadInput
-from util.nested_weights import find_weights
+from util.train.checkpoint import LAST, load_file, save_checkpoint
+from util.weights.convert_names import to_mmseg, to_transformers
+from util.weights.nested_weights import find_weights
 
 Weights = dict[str, Tensor]
 

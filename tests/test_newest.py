@@ -8,11 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from util import checksums
-from util.checkpoint import BEST, LAST, find_resume, newest, renew_last, save_checkpoint, verify
-from util.checksums import COMMENT, Signed
+from util.data.packed import checksum
 from util.errors import BadInput
-from util.packed import checksum
+from util.train import checksums
+from util.train.checkpoint import (
+    BEST,
+    LAST,
+    find_resume,
+    newest,
+    renew_last,
+    save_checkpoint,
+    verify,
+)
+from util.train.checksums import COMMENT, Signed
 
 NAMES = ("checkpoint-0.pth", "checkpoint-9.pth", "checkpoint-10.pth", LAST)
 

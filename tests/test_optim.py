@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from models_zoo import create_model
 from util.errors import BadInput
-from util.optim import LARS, create_adamw, create_lars, layer_decay_groups
-from util.step import OptimizerStep
+from util.train.optim import LARS, create_adamw, create_lars, layer_decay_groups
+from util.train.step import OptimizerStep
 
 # ---- Layer decay -------------------------------------------------------------------------------
 

@@ -21,16 +21,16 @@ from PIL import Image
 from runs import different, records, weights
 from torchvision.transforms import v2
 
-import util.packing
-from util.datasets import build_dataset
-from util.dist import Agreement, Wish
+import util.data.packing
+from util.data.datasets import build_dataset
+from util.data.images import read_image
+from util.data.manifest import read_manifest, sealed
+from util.data.packed import PackedSource, checksum
+from util.data.packing import Recipe
 from util.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_STOPPED, BadInput
-from util.images import read_image
-from util.manifest import read_manifest, sealed
-from util.packed import PackedSource, checksum
-from util.packing import Recipe
+from util.train.dist import Agreement, Wish
 
-PER_SHARD = util.packing.FEWEST
+PER_SHARD = util.data.packing.FEWEST
 IMAGES = {"train": 150, "val": 9}  # three shards and one
 
 
@@ -166,7 +166,7 @@ def test_any_set_can_be_packed(run_main, tmp_path, dataset):
 
 def test_images_of_five_channels(tmp_path):
     source = build_dataset("synthetic", "val", channels=5)
-    util.packing.pack(
+    util.data.packing.pack(
         source, tmp_path / "val", Recipe("raw", 0, 90), {}, num_workers=0, max_bad_images=0
     )
     again = build_dataset("imagefolder", "val", f"packed:{tmp_path}")
@@ -199,7 +199,7 @@ def test_workers_do_not_change_the_files(run_main, folder, tmp_path):
 def test_killed_again_and_again_it_ends_in_the_same_files(run_main, folder, tmp_path):
     """kill -9 as soon as something new is there: a temporary file, or one more shard."""
     slow = (
-        "import sys, time; sys.path.insert(0, '.'); import util.packing as p, main_pack\n"
+        "import sys, time; sys.path.insert(0, '.'); import util.data.packing as p, main_pack\n"
         "call = p.Recipe.__call__\n"
         "p.Recipe.__call__ = lambda *a: (time.sleep(0.004), call(*a))[1]\n"
         "main_pack.main(sys.argv[1:])"
@@ -235,7 +235,7 @@ def test_a_full_disk_is_said_and_nothing_is_lost(run_main, folder, tmp_path, mon
             raise OSError(code, os.strerror(code))
 
     with monkeypatch.context() as patch:
-        patch.setattr(util.packing.os, "fsync", fsync)
+        patch.setattr(util.data.packing.os, "fsync", fsync)
         status, _, err = pack(run_main, folder, tmp_path)
     assert status == EXIT_FAILED and "1 of 3 shards" in err and os.strerror(code) in err
     assert "shard-00001.bin" in err and "same command" in err
@@ -424,7 +424,7 @@ def packed_once(folder, tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("once") / "val"
     described = {"dataset": "imagefolder", "data_path": str(folder), "split": "val"}
     source = build_dataset("imagefolder", "val", folder)
-    util.packing.pack(
+    util.data.packing.pack(
         source, root, Recipe("jpeg", 24, 90), described, num_workers=0, max_bad_images=0
     )
     return root

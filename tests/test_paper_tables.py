@@ -13,10 +13,10 @@ import yaml
 import main_finetune
 import main_pretrain
 import main_segment
-from util.curves import Curve, compare, draw_curves, read_curve
+from util.config.recipes import read_recipe
 from util.errors import BadInput
-from util.paper_tables import commands, differences, find_runs, read_paper
-from util.recipes import read_recipe
+from util.runs.curves import Curve, compare, draw_curves, read_curve
+from util.runs.paper_tables import commands, differences, find_runs, read_paper
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / "recipes"

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from models_layers import LayerNorm
 from models_mmae import MaskedAutoencoderViT
 from models_zoo import model_arguments
-from util.patches import patchify
+from util.mask.patches import patchify
 
 pytestmark = pytest.mark.parity
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from util.patches import patch_averages, patch_statistics, patchify, unpatchify
+from util.mask.patches import patch_averages, patch_statistics, patchify, unpatchify
 
 # (grid, patch size, channels)
 LAYOUTS = [

@@ -12,10 +12,10 @@ from runs import records
 from stopped_runs import JOBS, stopping
 
 import main_pretrain
-from util import checkpoint, logger
-from util.checkpoint import LAST, load_file
 from util.errors import EXIT_STOPPED
-from util.step import OptimizerStep
+from util.train import checkpoint, logger
+from util.train.checkpoint import LAST, load_file
+from util.train.step import OptimizerStep
 
 # Four steps an epoch, and a log line of them.
 FLAGS = [

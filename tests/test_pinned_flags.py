@@ -6,8 +6,8 @@ import pytest
 import yaml
 from pin_flags import PINNED, TRAINING, collect, pinned_text
 
-from util.config import METHODS
-from util.segmentation_transforms import SegmentTransform
+from util.config.flags import METHODS
+from util.data.segmentation_transforms import SegmentTransform
 
 
 def test_flags_and_presets_are_the_pinned_ones() -> None:
@@ -39,7 +39,7 @@ def test_a_change_for_callers_from_python_is_told(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("main", TRAINING)
 def test_what_may_differ_on_resume_are_flags(main: str) -> None:
     """A name in the program's list that is no flag of any main would free nothing, or hide one."""
-    from util.config import HOUSEKEEPING
+    from util.config.flags import HOUSEKEEPING
 
     known = {
         row.get("sets", flag.lstrip("-").replace("-", "_"))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from util.errors import BadInput
-from util.pos_embed import COORDINATES, sincos_2d
+from util.mask.pos_embed import COORDINATES, sincos_2d
 
 GRIDS = [(14, 14), (7, 5), (1, 8), (3, 2), (4, 4)]
 DIM = 24

@@ -18,9 +18,9 @@ import main_finetune
 import main_pretrain
 import main_segment
 from models_zoo import load_classifier
-from util.checkpoint import LAST, load_file, write_signed
-from util.images import IMAGENET_MEAN, IMAGENET_STD
-from util.transforms import EvalTransform, normalize
+from util.data.images import IMAGENET_MEAN, IMAGENET_STD
+from util.data.transforms import EvalTransform, normalize
+from util.train.checkpoint import LAST, load_file, write_signed
 
 ALONE = ["--device=cpu", "--num_workers=0"]
 CLASSES = ["a, with comma", 'b "quoted"', "c"]

@@ -16,9 +16,9 @@ from trained import Trained
 
 import main_pretrain
 from models_zoo import create_model
-from util.optim import create_adamw, parameter_groups
-from util.schedule import CosineSchedule, scaled_lr
-from util.step import OptimizerStep
+from util.train.optim import create_adamw, parameter_groups
+from util.train.schedule import CosineSchedule, scaled_lr
+from util.train.step import OptimizerStep
 
 ROOT = Path(__file__).parent.parent
 # 1,500 digits in batches of 300 are 5 steps an epoch.

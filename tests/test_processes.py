@@ -20,13 +20,13 @@ import engine_pretrain
 import main_pretrain
 from models_zoo import create_model
 from util import signals
-from util.checkpoint import LAST, load_file
-from util.dist import Agreement, Processes, processes, read_environment
 from util.errors import BadInput
-from util.logger import StepLog
-from util.optim import create_adamw, parameter_groups
 from util.signals import stoppable
-from util.step import OptimizerStep
+from util.train.checkpoint import LAST, load_file
+from util.train.dist import Agreement, Processes, processes, read_environment
+from util.train.logger import StepLog
+from util.train.optim import create_adamw, parameter_groups
+from util.train.step import OptimizerStep
 
 HERE = Path("/run/folder")
 

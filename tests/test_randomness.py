@@ -8,9 +8,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from util.errors import BadInput
-from util.masking import create_strategy
-from util.randomness import (
+from util.data.randomness import (
     STREAMS,
     EpochSampler,
     EvalSampler,
@@ -20,8 +18,10 @@ from util.randomness import (
     seed_of,
     seeded,
 )
-from util.samples import PretrainSamples, build_loader, default_workers
-from util.transforms import PretrainTransform
+from util.data.samples import PretrainSamples, build_loader, default_workers
+from util.data.transforms import PretrainTransform
+from util.errors import BadInput
+from util.mask.strategies import create_strategy
 
 GRID = (4, 3)
 

@@ -18,15 +18,15 @@ from trained import Trained
 import main_finetune
 import main_pretrain
 import main_segment
-from util.advice import warn_of_flags
-from util.cell_runs import MAINS as tables_mains
-from util.config import FlagParser, settings_of
-from util.datasets import build_dataset
-from util.dry_run_report import machine_warnings, warnings_of
+from util.config.flags import FlagParser, settings_of
+from util.config.recipes import read_layers, read_recipe, write_recipe
+from util.data.datasets import build_dataset
+from util.dry_run.report import machine_warnings, warnings_of
 from util.errors import BadInput
-from util.paper_tables import differences
-from util.plan import read_plan
-from util.recipes import read_layers, read_recipe, write_recipe
+from util.runs.cell_runs import MAINS as tables_mains
+from util.runs.paper_tables import differences
+from util.runs.plan import read_plan
+from util.train.advice import warn_of_flags
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / "recipes"

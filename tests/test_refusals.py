@@ -21,11 +21,13 @@ from faulty_disk import FaultyDisk
 from PIL import Image
 from test_durable_files import Pictures
 
-from util import stl10
-from util.checkpoint import load_file, save_checkpoint
-from util.conversions import Conversion, note
-from util.curves import Curve, draw_curves
-from util.datasets import read_idx
+from util.data.conversions import Conversion, note
+from util.data.datasets import read_idx
+from util.data.images import BadImage
+from util.data.manifest import NAME_ENDS, NAMES, RECORDS
+from util.data.packed import PackedSource
+from util.data.packing import Recipe, pack
+from util.data.sets import stl10
 from util.errors import BadInput, CannotWrite, RunFailed
 from util.files import (
     OURS,
@@ -38,13 +40,11 @@ from util.files import (
     write_text,
     writing,
 )
-from util.images import BadImage
-from util.lease import acquire, make_folder
-from util.logger import RunLogger
-from util.manifest import NAME_ENDS, NAMES, RECORDS
-from util.packed import PackedSource
-from util.packing import Recipe, pack
-from util.results import set_others_aside
+from util.runs.curves import Curve, draw_curves
+from util.train.checkpoint import load_file, save_checkpoint
+from util.train.lease import acquire, make_folder
+from util.train.logger import RunLogger
+from util.train.results import set_others_aside
 
 CODES = [
     errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE,

@@ -6,11 +6,11 @@ import torch
 from odd_files import odd_files
 from torch.utils.data import DataLoader, Dataset
 
-from util.datasets import build_dataset
+from util.data.datasets import build_dataset
+from util.data.images import BadImage
+from util.data.randomness import Key
+from util.data.replace import BAD_SLOTS, bad_slots, decode, fault_of
 from util.errors import BadInput
-from util.images import BadImage
-from util.randomness import Key
-from util.replace import BAD_SLOTS, bad_slots, decode, fault_of
 
 
 class Holes:

@@ -15,14 +15,15 @@ import submitit
 from stopped_runs import JOBS
 
 import main_pretrain
-from util import signals, slurm, task
-from util.checkpoint import LAST, load_file
+from util import signals, slurm
 from util.errors import EXIT_STOPPED, RunFailed, Stopped
-from util.logger import StepReport
-from util.run import Run
 from util.signals import StoppedAtStart
 from util.slurm import Training
-from util.task import LOCAL_REQUEUE, leave
+from util.train import task
+from util.train.checkpoint import LAST, load_file
+from util.train.logger import StepReport
+from util.train.run import Run
+from util.train.task import LOCAL_REQUEUE, leave
 
 # Written out: a signal that the program forgot would be left out here as well.
 ALL = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)

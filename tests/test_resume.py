@@ -21,9 +21,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from trained import Trained
 
 import main_pretrain
-from util.checkpoint import LAST, load_file
-from util.dist import Agreement, Wish
 from util.errors import EXIT_INTERRUPTED, EXIT_STOPPED
+from util.train.checkpoint import LAST, load_file
+from util.train.dist import Agreement, Wish
 
 FLAGS = EVERY_DRAW
 STEPS = 30

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from util.checkpoint import LAST, load_file
 from util.errors import BadInput
-from util.optim import create_adamw, create_lars, load_moments, parameter_groups
+from util.train.checkpoint import LAST, load_file
+from util.train.optim import create_adamw, create_lars, load_moments, parameter_groups
 
 FLAGS = [
     "--dataset=synthetic", "--model=vit_micro_patch8", "--input_size=16", "--train_images=8",

@@ -25,11 +25,11 @@ from engine_segment import Inference, PixelLoss, evaluate, prepare, resized_argm
 from main_segment import is_due, next_stop
 from models_segmenters import load_segmenter
 from models_zoo import create_model, create_segmenter
-from util.checkpoint import BEST, LAST, load_file, save_checkpoint
-from util.dist import Agreement, Processes, Wish
+from util.data.images import IMAGENET_MEAN, IMAGENET_STD
 from util.errors import EXIT_INTERRUPTED, EXIT_STOPPED, RunFailed
-from util.images import IMAGENET_MEAN, IMAGENET_STD
-from util.schedule import PolySchedule
+from util.train.checkpoint import BEST, LAST, load_file, save_checkpoint
+from util.train.dist import Agreement, Processes, Wish
+from util.train.schedule import PolySchedule
 
 # 8 pairs in batches of 2 are 4 steps an epoch; 6 iterations end in the middle of the second.
 SMALL = [

@@ -17,13 +17,11 @@ from PIL import Image
 from test_datasets import write_fashion
 from torch import Tensor
 
-import util.garments
-from util import segmentation_transforms
-from util.datasets import garment_scenes
-from util.errors import BadInput
-from util.garments import GarmentImages, GarmentScenes
-from util.images import ArraySource, BadImage
-from util.label_maps import (
+import util.data.sets.garments
+from util.data import segmentation_transforms
+from util.data.datasets import garment_scenes
+from util.data.images import ArraySource, BadImage
+from util.data.label_maps import (
     IGNORE,
     BadPair,
     check_label,
@@ -33,10 +31,9 @@ from util.label_maps import (
     read_label_map,
     save_label_map,
 )
-from util.photos import photos
-from util.randomness import IterationSampler, Key, seeded
-from util.segmentation_sets import build_segmentation_set, check_pairs
-from util.segmentation_transforms import (
+from util.data.randomness import IterationSampler, Key, seeded
+from util.data.segmentation_sets import build_segmentation_set, check_pairs
+from util.data.segmentation_transforms import (
     SegmentationSamples,
     SegmentEvalTransform,
     SegmentTransform,
@@ -47,6 +44,9 @@ from util.segmentation_transforms import (
     resize_label,
     turned,
 )
+from util.data.sets.garments import GarmentImages, GarmentScenes
+from util.data.sets.photos import photos
+from util.errors import BadInput
 
 
 def save(path: Path, array: np.ndarray, mode: str | None = None) -> Path:
@@ -322,9 +322,9 @@ def test_a_scene_is_what_its_garments_say(monkeypatch: pytest.MonkeyPatch) -> No
             assert len(tints) <= 5 and all(min(t) >= 0.35 * 200 - 1 for t in tints)
     assert min(counts) >= 1 and max(counts) >= 4
     # Dark pixels are the ground's: at the threshold and below it.
-    squares.images[:] = util.garments.OWN_PIXELS - 1
+    squares.images[:] = util.data.sets.garments.OWN_PIXELS - 1
     assert (scenes.scene(0)[1] == 0).all()
-    squares.images[:] = util.garments.OWN_PIXELS
+    squares.images[:] = util.data.sets.garments.OWN_PIXELS
     assert (scenes.scene(0)[1] > 0).any()
     with pytest.raises(IndexError):
         scenes.scene(len(scenes))
@@ -334,8 +334,8 @@ def test_statistics_and_splits_of_garments() -> None:
     scenes = garment_scenes("train", None, 96)
     images, labels = zip(*(scenes.scene(i) for i in range(500)), strict=True)
     pixels = np.stack(images).reshape(-1, 3) / 255
-    assert np.allclose(pixels.mean(axis=0), util.garments.MEAN, atol=1e-3)
-    assert np.allclose(pixels.std(axis=0), util.garments.STD, atol=1e-3)
+    assert np.allclose(pixels.mean(axis=0), util.data.sets.garments.MEAN, atol=1e-3)
+    assert np.allclose(pixels.std(axis=0), util.data.sets.garments.STD, atol=1e-3)
     shares = np.bincount(np.stack(labels).ravel(), minlength=11) / np.stack(labels).size
     assert 0.5 < shares[0] < 0.8 and shares[1:].min() > 0.01
     held_out = {p.tobytes() for p in photos("val", None).images}

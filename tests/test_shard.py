@@ -13,12 +13,12 @@ from runs import records
 from test_processes import NoHostSync, break_loss
 
 from models_zoo import create_model
-from util.checkpoint import LAST, load_file
-from util.dist import distribute, processes
 from util.errors import EXIT_STOPPED
-from util.optim import create_adamw, parameter_groups
-from util.shard import Placed, local, optimizer_parts
-from util.step import OptimizerStep
+from util.train.checkpoint import LAST, load_file
+from util.train.dist import distribute, processes
+from util.train.optim import create_adamw, parameter_groups
+from util.train.shard import Placed, local, optimizer_parts
+from util.train.step import OptimizerStep
 
 # Widths that neither 2 nor 3 divide in every parameter; tokens and codes have one row.
 ODD = {

@@ -12,24 +12,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import COMMANDS, JOBS, words_of
 from launch import PATIENCE, ROOT, TINY, launch, until, wait, wait_for_step
 from runs import records
 
 import main_pretrain
 from util import signals
-from util.checkpoint import LAST, load_file
-from util.dist import Agreement, Processes, peers_lost
 from util.errors import EXIT_INTERRUPTED, EXIT_STOPPED, RunFailed
-from util.lease import NAME
 from util.signals import STOP_SIGNALS, StoppedAtStart
+from util.train.checkpoint import LAST, load_file
+from util.train.dist import Agreement, Processes, peers_lost
+from util.train.lease import NAME
 
 HERE = Path(__file__).resolve().parent
 ALL = (*STOP_SIGNALS, signal.SIGINT)
 TRAINING = ("main_pretrain", "main_finetune", "main_segment")
-OTHERS = sorted(
-    {path.stem for name in ("main_*.py", "submitit_*.py") for path in ROOT.glob(name)}
-    - set(TRAINING)
-)
+OTHERS = sorted({*COMMANDS, *JOBS} - set(TRAINING))
 
 
 # ---- Imports -----------------------------------------------------------------------------------
@@ -38,7 +36,7 @@ OTHERS = sorted(
 def held_in_import(command: str, folder: Path) -> subprocess.Popen[str]:
     """A command that has begun to import torch, and will not come further."""
     process = subprocess.Popen(
-        [sys.executable, f"{command}.py", *TINY, f"--output_dir={folder / 'run'}"],
+        [sys.executable, *words_of(command), *TINY, f"--output_dir={folder / 'run'}"],
         cwd=ROOT,
         env=os.environ
         | {
@@ -224,7 +222,7 @@ def test_a_signal_while_waiting_for_the_others_to_come(tmp_path: Path) -> None:
 
 def one_of_two() -> None:
     """In a child: be the first of two, and say when it begins to wait for the second."""
-    from util import dist
+    from util.train import dist
 
     os.environ |= {
         "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0",

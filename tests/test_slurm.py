@@ -27,10 +27,10 @@ from trained import Trained
 
 import submitit_finetune
 import submitit_pretrain
-from util.checkpoint import LAST, load_file
 from util.errors import EXIT_BAD_INPUT, EXIT_STOPPED, RunFailed, Stopped
 from util.slurm import gpus_of, project_files
-from util.task import leave
+from util.train.checkpoint import LAST, load_file
+from util.train.task import leave
 
 HERE = Path(__file__).resolve().parent
 # Random parts on; 3 epochs of 10 steps on two processes.

@@ -15,11 +15,11 @@ import main_pack
 import main_pretrain
 import main_segment
 import main_visualize
-from util.checkpoint import load_file
-from util.datasets import build_dataset
-from util.images import ArraySource, Subset
-from util.results import MEASURED, identity_of, set_others_aside
-from util.splits import HoldOut, hold_out, ranks_of
+from util.data.datasets import build_dataset
+from util.data.images import ArraySource, Subset
+from util.data.splits import HoldOut, hold_out, ranks_of
+from util.train.checkpoint import load_file
+from util.train.results import MEASURED, identity_of, set_others_aside
 
 TINY = ["--batch_size=6", "--num_workers=0", "--device=cpu", "--log_every=1"]
 PRETRAIN = [

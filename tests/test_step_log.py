@@ -7,13 +7,13 @@ import pytest
 import torch
 from runs import records
 
-from util import logger
-from util.conversions import Tally
-from util.dist import Processes
-from util.logger import BadImages, RunLogger, StepLog, StepReport
+from util.data.conversions import Tally
 from util.progress import Progress
-from util.run import due
-from util.step import StepResult
+from util.train import logger
+from util.train.dist import Processes
+from util.train.logger import BadImages, RunLogger, StepLog, StepReport
+from util.train.run import due
+from util.train.step import StepResult
 
 
 class Clock:

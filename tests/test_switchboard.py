@@ -16,15 +16,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision.transforms import InterpolationMode, v2
 
 from engine_pretrain import reconstruct
+from lab.bench.step_speed import flop_counter
 from models_mmae import MaskedAutoencoderViT
 from models_zoo import load_encoder, load_pretrained, model_arguments
-from util.checkpoint import load_file
+from util.data.transforms import AUGMENTS, EvalTransform, PretrainTransform, pretrain_transform
 from util.errors import BadInput
-from util.masking import create_strategy
-from util.patches import patch_averages, patchify
-from util.pca import PatchMoments
-from util.step_speed import flop_counter
-from util.transforms import AUGMENTS, EvalTransform, PretrainTransform, pretrain_transform
+from util.mask.patches import patch_averages, patchify
+from util.mask.pca import PatchMoments
+from util.mask.strategies import create_strategy
+from util.train.checkpoint import load_file
 
 
 def fitted(model: MaskedAutoencoderViT) -> MaskedAutoencoderViT:

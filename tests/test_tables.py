@@ -20,11 +20,11 @@ from launch import TINY, steps_done, until
 from runs import records
 
 import main_tables
-from util import cell_runs
 from util.errors import BadInput
-from util.lease import NAME, acquire
-from util.plan import cells_of, read_plan
-from util.tables import mean_and_deviation, show
+from util.runs import cell_runs
+from util.runs.plan import cells_of, read_plan
+from util.runs.tables import mean_and_deviation, show
+from util.train.lease import NAME, acquire
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torchvision import transforms as v1
 
-from util.transforms import EvalTransform, PretrainTransform, denormalize, normalize
+from util.data.transforms import EvalTransform, PretrainTransform, denormalize, normalize
 
 BICUBIC = v1.InterpolationMode.BICUBIC
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

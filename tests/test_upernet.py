@@ -37,11 +37,11 @@ from models_zoo import (
     model_arguments,
     segmenter_from,
 )
-from util.checkpoint import write_signed
-from util.convert_upernet import segmenter_from_mmseg
 from util.errors import BadInput
-from util.optim import layer_decay_groups
-from util.pos_embed import resize_table, sincos_2d
+from util.mask.pos_embed import resize_table, sincos_2d
+from util.train.checkpoint import write_signed
+from util.train.optim import layer_decay_groups
+from util.weights.convert_upernet import segmenter_from_mmseg
 
 K = 5
 SMALL = {"channels": 16, "aux_channels": 8}

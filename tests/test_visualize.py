@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from util import visualize
 from util.errors import CannotWrite
-from util.patches import patchify
+from util.mask.patches import patchify
+from util.measure import visualize
 
 
 def random_panels(rows: int, C: int = 3, H: int = 64, W: int = 64) -> list[tuple[Tensor, ...]]:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from util.errors import BadInput
-from util.windows import multi_scale, scaled_sizes, slide, spans, whole
+from util.measure.windows import multi_scale, scaled_sizes, slide, spans, whole
 
 K = 3
 

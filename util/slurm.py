@@ -1,9 +1,10 @@
 """Submit a main to Slurm, or to this machine, with submitit; stop on its signals and come back.
 
-Who does what: the step loop owns the signals and writes the checkpoint (`util.dist.Agreement`), all
-processes leave it together, and only then `Training` has the job queued again. Every start goes on
-from the newest checkpoint of the run folder, so that it does not matter who queued it again: this
-program, an operator (`scontrol requeue`) or Slurm itself (preemption, a node that failed).
+Who does what: the step loop owns the signals and writes the checkpoint
+(`util.train.dist.Agreement`), all processes leave it together, and only then `Training` has the job
+queued again. Every start goes on from the newest checkpoint of the run folder, so that it does not
+matter who queued it again: this program, an operator (`scontrol requeue`) or Slurm itself
+(preemption, a node that failed).
 """
 
 import argparse
@@ -29,16 +30,16 @@ import torch
 from submitit.core.utils import FailedSubmissionError, JobPaths, UncompletedJobError
 from submitit.helpers import DelayedSubmission
 
-from util.advice import check_settings
-from util.config import FlagParser, number
+from util.config.flag_types import MOST_TASKS, expanded_path
+from util.config.flags import FlagParser, number
+from util.config.recipes import read_recipe, write_recipe
 from util.console import print_text
 from util.errors import BadInput, RunFailed, Stopped
 from util.files import build_whole, sweep
-from util.flag_types import MOST_TASKS, expanded_path
-from util.logger import prepare_folder
-from util.recipes import read_recipe, write_recipe
 from util.signals import StoppedAtStart, begin, take_signals
-from util.task import ask, leave, leave_at_once
+from util.train.advice import check_settings
+from util.train.logger import prepare_folder
+from util.train.task import ask, leave, leave_at_once
 
 PROJECT = Path(__file__).resolve().parent.parent
 # What a job runs: nothing else of the project is read after the submission.
@@ -336,7 +337,7 @@ def create_executor(job: argparse.Namespace, folder: Path, code: Path, name: str
     """submitit's executor for this job."""
     # `python -m` imports from its working directory first, and so from the snapshot. submitit adds
     # what to start, and our module starts it.
-    python = shlex.join(["env", f"--chdir={code}", sys.executable, "-u", "-m", "util.task"])
+    python = shlex.join(["env", f"--chdir={code}", sys.executable, "-u", "-m", "util.train.task"])
     if job.local:
         create_local = _PaperLocal if job.dry_run else submitit.LocalExecutor
         local = create_local(folder, max_num_timeout=MANY, python=python)

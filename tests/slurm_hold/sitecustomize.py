@@ -27,7 +27,7 @@ def hold_in_step(mark: str) -> None:
             open(mark, "w").close()
             loop = getattr(
                 signal.getsignal(signal.SIGUSR2), "__self__", None
-            )  # util.dist.Agreement
+            )  # util.train.dist.Agreement
             deadline = time.monotonic() + 200
             while loop is not None and not loop.signal and time.monotonic() < deadline:
                 time.sleep(0.05)

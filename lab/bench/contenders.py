@@ -1,0 +1,145 @@
+"""The arms of the step benchmark: what each trains, said in a few words."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from util.config.flag_types import MOST_IN_BATCH, MOST_SIDE, PER_CORE, most_processes
+from util.config.flags import METHODS as PRESETS
+from util.console import shown
+from util.errors import BadInput
+from util.mask.strategies import MaskStrategy, create_strategy
+from util.train.step import PRECISIONS
+
+METHODS = ("mae", "mmae", "transformers")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to take a training step.
+
+    Attributes:
+        method: mae | mmae | transformers (the peer: its ViTMAE of the same sizes).
+        model: name in the zoo.
+        precision: fp32 | bf16 | fp16.
+        compiled: through torch.compile.
+        checkpointing: activations are computed again in the backward pass.
+        predict_ratio: None: MAE's decoder; otherwise the cross decoder and its share.
+        batch: images of each process.
+        size: side of the image, pixels; None: the model's.
+        mask_ratio: share of the patches that is masked.
+        processes: training together; the cores are divided among them.
+    """
+
+    method: str = "mae"
+    model: str = "mae_vit_base_patch16"
+    precision: str = "fp32"
+    compiled: bool = False
+    checkpointing: bool = False
+    predict_ratio: float | None = None
+    batch: int = 32
+    size: int | None = None
+    mask_ratio: float = 0.75
+    processes: int = 1
+
+
+# Words with a value, and how it is read; the others are words alone.
+VALUES: dict[str, tuple[str, Any]] = {
+    "model": ("model", str),
+    "cross": ("predict_ratio", float),
+    "batch": ("batch", int),
+    "size": ("size", int),
+    "mask": ("mask_ratio", float),
+    "processes": ("processes", int),
+}
+WORDS: dict[str, tuple[str, Any]] = {
+    **{name: ("method", name) for name in METHODS},
+    **{name: ("precision", name) for name in PRECISIONS},
+    "compile": ("compiled", True),
+    "checkpointing": ("checkpointing", True),
+    "cross": ("predict_ratio", 1.0),
+}
+
+
+def parse_arm(text: str, base: Arm) -> Arm:
+    """`mae,bf16,cross=.34` over what is common to all arms.
+
+    Raises:
+        BadInput: an unknown word, or a value that cannot be.
+    """
+    given: dict[str, Any] = {}
+    for word in text.split(","):
+        name, equals, value = word.strip().partition("=")
+        known = VALUES if equals else WORDS
+        if name not in known:
+            raise BadInput(
+                f"unknown word {word.strip()!r} in the arm {text!r}; choose from "
+                f"{', '.join(WORDS)}, {', '.join(f'{name}=' for name in VALUES)}"
+            )
+        field, meaning = known[name]
+        try:
+            given[field] = meaning(value) if equals else meaning
+        except ValueError:
+            raise BadInput(f"{word.strip()!r} in the arm {text!r} needs a number") from None
+    arm = replace(base, **given)
+    check_arm(arm, text)
+    return arm
+
+
+def check_arm(arm: Arm, text: str) -> None:
+    """Refuse numbers that cannot be, and what the peer does not have."""
+    counts = (arm.batch, arm.processes, arm.size or 1)
+    most = (MOST_IN_BATCH, most_processes(), MOST_SIDE)
+    if any(count > bound for count, bound in zip(counts, most, strict=True)):
+        raise BadInput(
+            f"arm {shown(text)}: batch, processes and size are at most {most[0]:,}, {most[1]:,} "
+            f"({PER_CORE} for each core of this machine) and {most[2]:,}"
+        )
+    shares = (arm.mask_ratio, arm.predict_ratio or 1.0)
+    if min(counts) < 1 or not all(0 < share <= 1 for share in shares) or arm.mask_ratio == 1:
+        raise BadInput(
+            f"arm {text!r}: batch, size and processes are at least 1; mask lies between 0 and 1, "
+            "cross above 0 and at most 1"
+        )
+    if arm.method == "transformers" and arm.predict_ratio is not None:
+        raise BadInput(f"arm {text!r}: transformers has no cross decoder")
+
+
+def strategy_of(arm: Arm) -> MaskStrategy:
+    """The masks of the arm's method."""
+    terms = PRESETS[arm.method]
+    names = ("avg_share", "avg_order", "avg_temperature")
+    return create_strategy(terms["mask"], **{name: terms[name] for name in names})
+
+
+def name_of(arm: Arm, base: Arm) -> str:
+    """An arm by what differs from the common settings; always with its method and precision."""
+    words = [arm.method, arm.precision]
+    written = {field: word for word, (field, _) in VALUES.items()}
+    for field in fields(arm):
+        value = getattr(arm, field.name)
+        if field.name in ("method", "precision") or value == getattr(base, field.name):
+            continue
+        if isinstance(value, bool):
+            words.append("compile" if field.name == "compiled" else field.name)
+        else:
+            words.append(f"{written[field.name]}={value}")
+    return ",".join(words)
+
+
+def parse_arms(texts: Sequence[str], base: Arm) -> dict[str, Arm]:
+    """Name to arm, in order.
+
+    Raises:
+        BadInput: none, or the same twice.
+    """
+    arms: dict[str, Arm] = {}
+    for text in texts:
+        arm = parse_arm(text, base)
+        name = name_of(arm, base)
+        if name in arms:
+            raise BadInput(f"the arm {name} is given twice")
+        arms[name] = arm
+    if not arms:
+        raise BadInput("no arm to measure; give --arms, for example --arms transformers mae")
+    return arms

@@ -1,0 +1,1 @@
+"""What each of M-MAE's terms and settings does."""

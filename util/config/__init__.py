@@ -1,0 +1,1 @@
+"""Flags, groups of flags, recipes."""

@@ -1,0 +1,155 @@
+"""The parser of every command: recipe first, then the command line, and messages for people."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from util.config.flag_help import FlagHelp, Help, Presets, example_text, first_screen
+from util.config.flag_types import expanded_path
+from util.config.recipes import read_layers
+from util.console import SHOWN, shown
+from util.errors import BadInput
+from util.names import did_you_mean
+
+
+class StrictParser(argparse.ArgumentParser):
+    """argparse without abbreviations and without exits: a bad flag is a `BadInput`."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing the usage, which for dozens of flags buries the message."""
+        raise BadInput(message)
+
+
+class FlagParser(StrictParser):
+    """The flags of a main and their recipe; a wrong name is an error that names the nearest one.
+
+    Args:
+        example: a command that works, for `--help`; a long one has lines that end with a backslash.
+        first: the flags (their dest) that most runs need; `--help` shows them, in this order.
+        presets: of a flag that presets others: its name, and for each value what that presets.
+
+    Attributes:
+        given: what the last `parse` found in recipe or command line, by the flags' dest; the rest
+            have their defaults.
+    """
+
+    given: frozenset[str] = frozenset()
+    presets: Presets | None
+
+    def __init__(
+        self,
+        *,
+        example: str = "",
+        first: Sequence[str] = (),
+        presets: Presets | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            add_help=False,
+            usage="python %(prog)s [flags]",
+            formatter_class=lambda prog: FlagHelp(prog, self.presets),
+            **kwargs,
+        )
+        self.example, self.first, self.presets = example, tuple(first), presets
+        self.add_argument("-h", "--help", action=Help, help="show the flags that most runs need")
+        self.add_argument("--help_all", action=Help, help="show all flags, by group")
+        self.add_argument(
+            "--config",
+            type=expanded_path,
+            metavar="RECIPE",
+            help="YAML file of flags; those of the command line win; default: none",
+        )
+
+    def parse(self, argv: Sequence[str] | None) -> argparse.Namespace:
+        """Recipe first, then the command line (None: the program's own).
+
+        Raises:
+            BadInput: an unknown flag or key, or a value that its flag does not take.
+        """
+        argv = list(sys.argv[1:] if argv is None else argv)
+        first = StrictParser(add_help=False)
+        first.add_argument("--config", type=expanded_path)
+        recipe = first.parse_known_args(argv)[0].config
+        tokens = self._recipe_tokens(Path(recipe)) if recipe else []
+        words = (word.split("=")[0] for word in tokens + argv)
+        known = self._option_string_actions
+        self.given = frozenset(known[word].dest for word in words if word in known)
+        settings, unknown = self.parse_known_args(tokens + argv)
+        if unknown:
+            flags = [a for a in unknown if a.startswith("-")] or unknown
+            self.error(f"unknown argument {flags[0][:SHOWN]}{self._nearest(flags[0])}")
+        return settings
+
+    def format_help(self) -> str:
+        """All flags by group, each with its default."""
+        text = super().format_help()
+        return f"{text}\n{example_text(self.example)}" if self.example else text
+
+    def first_screen(self) -> str:
+        """The flags that most runs need."""
+        return first_screen(self, self.first, self.example, self.presets)
+
+    def _nearest(self, flag: str) -> str:
+        flags = [f for action in self._actions for f in action.option_strings]
+        return did_you_mean(flag.split("=")[0], flags) or "; --help_all lists the flags"
+
+    def _recipe_tokens(self, recipe: Path) -> list[str]:
+        """A recipe as command-line words, so that each value is cast and checked as its flag's."""
+        # Of flags that set the same, the first takes values; others are switches for one of them.
+        flags = {a.dest: a for a in reversed(self._actions) if a.option_strings}
+        resolved: dict[str, tuple[Any, Path]] = {}
+        for file, flags_there in read_layers(recipe):
+            for key, value in flags_there.items():
+                if key not in flags or key in ("config", "help", "help_all"):
+                    hint = did_you_mean(str(key), flags)
+                    self.error(f"unknown key {key!r} in {file}{hint}")
+                resolved[key] = value, file
+        tokens: list[str] = []
+        for key, (value, file) in resolved.items():
+            tokens += self._tokens_of(flags[key], value, file)
+        return tokens
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """As argparse's, and the message names the nearest choice."""
+        if action.choices is not None and value not in action.choices:
+            hint = did_you_mean(str(value), map(str, action.choices))
+            choices = ", ".join(map(str, action.choices))
+            raise argparse.ArgumentError(
+                action, f"invalid choice: {shown(str(value))}{hint}; choose from {choices}"
+            )
+
+    def _tokens_of(self, action: argparse.Action, value: Any, file: Path) -> list[str]:
+        flag = action.option_strings[0]
+        if value is None and action.default is None:
+            return []
+        if action.nargs == 0:  # a switch, perhaps with one for the contrary
+            if not isinstance(value, bool):
+                self.error(f"{action.dest} in {file} is a switch: true or false, not {value!r}")
+            switches = [a for a in self._actions if a.dest == action.dest and a.const == value]
+            return [a.option_strings[0] for a in switches[:1]]
+        values = value if isinstance(value, list) else ["none" if value is None else value]
+        for one in values:
+            if one is None or isinstance(one, bool | dict | list | set | bytes):
+                self.error(f"{action.dest} in {file} cannot be {shown(str(value))}")
+            if len(values) > 1 and str(one).startswith("--"):
+                self.error(f"{action.dest} in {file}: {shown(str(one))} is a flag, not a value")
+        # With "=", a value such as -1 is not taken for a flag.
+        if len(values) == 1:
+            return [f"{flag}={values[0]}"]
+        return [flag, *(str(v) for v in values)]
+
+
+class SetTarget(argparse.Action):
+    """`--target`, and `--norm_pix_loss`, MAE's name of one of its values: the last one counts."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: Any
+    ) -> None:
+        """Keep the two in step."""
+        namespace.target = values if self.dest == "target" else "norm_pixels"
+        namespace.norm_pix_loss = namespace.target == "norm_pixels"

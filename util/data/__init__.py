@@ -1,0 +1,1 @@
+"""From bytes to a batch: sources, decoding, listing, packing, samples, transforms."""

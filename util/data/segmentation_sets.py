@@ -1,0 +1,467 @@
+"""Segmentation sets by name: each gives an image and the class of every pixel, by index.
+
+A new set is one builder and one line in `SEGMENTATION_SETS`.
+"""
+
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from util.data.datasets import SPLITS, garment_scenes
+from util.data.folders import say_hidden, say_left
+from util.data.images import IMAGENET_MEAN, IMAGENET_STD, BadImage, PathLike, Stats, read_image
+from util.data.label_maps import (
+    IGNORE,
+    MASK_ENDINGS,
+    MOST_CLASSES,
+    BadPair,
+    check_label,
+    palette,
+    read_label_map,
+)
+from util.data.label_values import apply_values, check_two_classes, count_classes, values_of
+from util.data.listing import Names
+from util.data.sets.garments import MEAN as GARMENTS_MEAN
+from util.data.sets.garments import SIZE as GARMENTS_SIZE
+from util.data.sets.garments import STD as GARMENTS_STD
+from util.data.sets.garments import GarmentScenes
+from util.endings import count_unread, is_hidden, readable_endings, unread_endings
+from util.errors import BadInput
+from util.names import nearest
+
+Pair = tuple[Image.Image, np.ndarray]
+
+ADE_CLASSES = 150
+ADE_FOLDERS = {"train": "training", "val": "validation"}
+ADE_LAYOUT = (
+    "ADEChallengeData2016/{images,annotations}/{training,validation} and --data_path "
+    "ADEChallengeData2016"
+)
+FOLDER_LAYOUT = "DATA/{train,val}/{images,masks} with a mask NAME.png for each image NAME.*"
+CLASSES_FILE, ADE_NAMES_FILE = "classes.txt", "objectInfo150.txt"
+
+
+class SegmentationSource:
+    """Images of one split with their label maps; subclasses load, this class keeps what is known.
+
+    ``source[i]`` is (image, label): a PIL image of mode RGB, and uint8 [H, W] of the same size with
+    indices into `classes`, 255 where nothing counts.
+
+    Attributes:
+        name, split: as given to `build_segmentation_set`.
+        mean, std: one number per channel, in units of 0..1.
+        classes: names of the labels.
+        channels: of every image.
+        stored: how the pixels are kept, as `ImageSource`'s; a run does not go on with another.
+        max_pixels: of an image and of a mask, as `ImageSource`'s.
+        colours: of the classes in pictures, uint8 [K, 3].
+        notes: what the reader should know of the labels.
+    """
+
+    channels = 3
+    stored = "as published"
+    max_pixels: int | None = None
+
+    def __init__(
+        self, name: str, split: str, mean: Stats, std: Stats, classes: Sequence[str]
+    ) -> None:
+        self.name, self.split, self.mean, self.std = name, split, mean, std
+        self.classes = list(classes)
+        self.colours = palette(len(self.classes))
+        self.notes: list[str] = []
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def __getitem__(self, index: int) -> Pair:
+        raise NotImplementedError
+
+    def file_name(self, index: int) -> str:
+        """A path, or a name such as garments-train-17, for messages and captions."""
+        return f"{self.name}-{self.split}-{index}"
+
+
+class PairSource(SegmentationSource):
+    """Files on disk: pictures, and label maps of the same names.
+
+    Args:
+        images, masks: folders.
+        image_files, mask_files: N names in them.
+        first: the value in a mask that stands for class 0, see `check_label`.
+        meanings: classes by stored value, see `values_of`; None: values are classes.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        split: str,
+        classes: Sequence[str],
+        folders: tuple[Path, Path],
+        files: tuple[Names, Names],
+        first: int,
+        meanings: dict[int, int] | None = None,
+    ) -> None:
+        super().__init__(name, split, IMAGENET_MEAN, IMAGENET_STD, classes)
+        (self.images, self.masks), (self.image_files, self.mask_files) = folders, files
+        self.first, self.meanings = first, meanings
+
+    def __len__(self) -> int:
+        return len(self.image_files)
+
+    def __getitem__(self, index: int) -> Pair:
+        image = read_image(self.file_name(index), 3, paired=True, max_pixels=self.max_pixels)
+        path = os.path.join(self.masks, self.mask_files[index])
+        values = read_label_map(path, self.max_pixels)
+        if self.meanings is not None:
+            values = apply_values(values, self.meanings, path)
+        label = check_label(values, len(self.classes), path, first=self.first)
+        if label.shape != (image.height, image.width):
+            raise BadPair(
+                f"the mask {path} is {label.shape[1]} x {label.shape[0]} pixels, its image "
+                f"{self.file_name(index)} {image.width} x {image.height} (width x height); "
+                "expected the same size"
+            )
+        return image, label
+
+    def file_name(self, index: int) -> str:
+        return os.path.join(self.images, self.image_files[index])
+
+
+class GarmentPairs(SegmentationSource):
+    """Scenes of garments, see `util.data.sets.garments`; background and ten classes."""
+
+    def __init__(self, scenes: GarmentScenes) -> None:
+        split = scenes.garments.split
+        super().__init__("garments", split, GARMENTS_MEAN, GARMENTS_STD, scenes.classes)
+        self.scenes = scenes
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def __getitem__(self, index: int) -> Pair:
+        image, label = self.scenes.scene(index)
+        return Image.fromarray(image), label
+
+
+class SegmentationSubset(SegmentationSource):
+    """Some pairs of another source, in the order of `indices`."""
+
+    def __init__(
+        self,
+        source: SegmentationSource,
+        indices: Sequence[int] | np.ndarray,
+        split: str | None = None,
+    ) -> None:
+        super().__init__(
+            source.name, split or source.split, source.mean, source.std, source.classes
+        )
+        self.source, self.indices = source, np.asarray(indices)
+        self.notes = source.notes
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Pair:
+        return self.source[int(self.indices[index])]
+
+    def file_name(self, index: int) -> str:
+        return self.source.file_name(int(self.indices[index]))
+
+
+class UnlabelledSource(SegmentationSource):
+    """A user's own images, of which every pixel is to be predicted.
+
+    Args:
+        files: of the images.
+        classes: of the model.
+        mean, std: of the set that the model learnt from; None: ImageNet's.
+        strict: an image that cannot be decoded is an error; else it is black, and `read` says why.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[Path],
+        classes: Sequence[str],
+        *,
+        mean: Stats | None = None,
+        std: Stats | None = None,
+        strict: bool = True,
+    ) -> None:
+        super().__init__("images", "val", mean or IMAGENET_MEAN, std or IMAGENET_STD, classes)
+        self.files, self.strict = list(files), strict
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Pair:
+        try:
+            image = self.read(index)
+        except BadImage as error:
+            if self.strict:  # no other image may take the place of one that was asked for
+                raise BadPair(str(error)) from error
+            image = Image.new("RGB", (16, 16))
+        return image, np.full((image.height, image.width), IGNORE, dtype=np.uint8)
+
+    def read(self, index: int) -> Image.Image:
+        """The image, RGB.
+
+        Raises:
+            BadImage: it cannot be decoded.
+        """
+        return read_image(self.files[index], 3, max_pixels=self.max_pixels)
+
+    def file_name(self, index: int) -> str:
+        return str(self.files[index])
+
+
+# ---- Files -------------------------------------------------------------------------------------
+
+
+def list_pairs(images: Path, masks: Path, layout: str) -> tuple[Names, Names]:
+    """Pictures and their label maps, by name without its ending, sorted.
+
+    Masks without an image are left alone: a split is often a part of a folder of masks.
+
+    Raises:
+        BadInput: no such folder, no images, an image without a mask, or two files of one name.
+    """
+    for folder in (images, masks):
+        if not folder.is_dir():
+            raise BadInput(f"no folder {folder}; expected {layout}")
+    names = names_in(images)
+    # Of an image and its preview of a rarer kind (x.jpg and x.gif) the usual one is meant.
+    usual = by_stem(images, names, IMG_EXTENSIONS)
+    rarer = by_stem(images, names, set(readable_endings()) - set(IMG_EXTENSIONS))
+    pictures = dict(sorted((rarer | usual).items(), key=lambda item: item[1]))
+    maps = by_stem(masks, names_in(masks), MASK_ENDINGS)
+    taken = (*IMG_EXTENSIONS, *readable_endings())
+    shown = [name for name in names if not is_hidden(name)]
+    lacking = count_unread(name for name in shown if name.lower().endswith(unread_endings()))
+    if not pictures:
+        found = "".join(f"; {text}" for text in lacking)
+        endings = ", ".join(dict.fromkeys(taken))
+        raise BadInput(
+            f"no image in {images} (files ending in {endings}){found}; expected {layout}"
+        )
+    say_hidden(images, [n for n in names if is_hidden(n) and n.lower().endswith(taken)])
+    for text in lacking:
+        say_left(images, text)
+    lonely = [name for name in pictures if name not in maps]
+    if lonely:
+        more = f", and {len(lonely) - 1} more images have none" if len(lonely) > 1 else ""
+        raise BadInput(
+            f"the image {images / pictures[lonely[0]]} has no mask {masks / lonely[0]}.png{more} "
+            f"(masks end in {', '.join(MASK_ENDINGS)}; a JPEG blurs the values); expected {layout}"
+        )
+    return Names.of(pictures.values()), Names.of(maps[name] for name in pictures)
+
+
+def names_in(folder: Path) -> list[str]:
+    """All names in a folder, sorted.
+
+    Raises:
+        BadInput: it cannot be read.
+    """
+    try:
+        return sorted(os.listdir(folder))
+    except OSError as error:
+        raise BadInput(f"cannot list {folder}: {error.strerror}") from error
+
+
+def by_stem(folder: Path, names: Iterable[str], endings: Iterable[str]) -> dict[str, str]:
+    """The files with one of the endings, by name without it, in their order.
+
+    Raises:
+        BadInput: two files differ in nothing but the ending.
+    """
+    files: dict[str, str] = {}
+    for name in names:
+        stem, ending = os.path.splitext(name)
+        if ending.lower() not in endings or is_hidden(name):
+            continue
+        if stem in files:
+            raise BadInput(f"{folder} holds both {files[stem]} and {name}: which of them is meant?")
+        files[stem] = name
+    return files
+
+
+# ---- Builders ----------------------------------------------------------------------------------
+
+
+def need_path(name: str, data_path: PathLike | None, layout: str) -> Path:
+    """The folder of a set that needs one."""
+    if data_path is None:
+        raise BadInput(f"the data set {name} needs a folder, and none was given: {layout}")
+    return Path(data_path).expanduser()
+
+
+def ade20k(
+    split: str, data_path: PathLike | None, num_classes: int | None, size: int | None
+) -> SegmentationSource:
+    """ADE20K of the MIT scene parsing challenge: 150 classes; value 0 in a mask is ignored."""
+    root = need_path("ade20k", data_path, ADE_LAYOUT)
+    inside = root / "ADEChallengeData2016"
+    if inside.is_dir() and not (root / "images").exists():
+        raise BadInput(f"{root} holds the folder ADEChallengeData2016; give --data_path {inside}")
+    if num_classes not in (None, ADE_CLASSES):
+        raise BadInput(f"--nb_classes {num_classes}, but ade20k has {ADE_CLASSES} classes")
+    folders = (root / "images" / ADE_FOLDERS[split], root / "annotations" / ADE_FOLDERS[split])
+    files = list_pairs(*folders, ADE_LAYOUT)
+    return PairSource("ade20k", split, ade_names(root / ADE_NAMES_FILE), folders, files, first=1)
+
+
+def ade_names(path: Path) -> list[str]:
+    """The 150 names of the challenge's table, the first of each line's synonyms; or generated ones.
+
+    The table's columns are separated by tabs: number from 1, four statistics, names.
+    """
+    names = [f"class {i + 1}" for i in range(ADE_CLASSES)]
+    if not path.is_file():
+        return names
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        columns = line.split("\t")
+        number = columns[0].strip()
+        if len(columns) > 1 and number.isdecimal() and 1 <= int(number) <= ADE_CLASSES:
+            names[int(number) - 1] = re.split("[,;]", columns[-1])[0].strip()
+    return names
+
+
+def folder(
+    split: str,
+    data_path: PathLike | None,
+    num_classes: int | None,
+    size: int | None,
+    label_map: Sequence[str] | None = None,
+    max_pixels: int | None = None,
+) -> SegmentationSource:
+    """A user's own pairs: DATA/{train,val}/images and masks, value = class, 255 ignored.
+
+    Names of the classes are the lines of DATA/classes.txt. Without that file, a number of classes
+    and `label_map`, all masks of the training split are read to count them. Where values are not
+    classes, `label_map` says what they stand for.
+    """
+    meanings = values_of(label_map)
+    root, notes = need_path("folder", data_path, FOLDER_LAYOUT), list[str]()
+    folders = (root / split / "images", root / split / "masks")
+    files = list_pairs(*folders, FOLDER_LAYOUT)
+    listed = root / CLASSES_FILE
+    if listed.is_file():
+        text = listed.read_text(encoding="utf-8", errors="surrogateescape")
+        names = [line.strip() for line in text.splitlines() if line.strip()]
+        if num_classes not in (None, len(names)):
+            raise BadInput(f"--nb_classes {num_classes}, but {listed} names {len(names)} classes")
+    else:
+        if num_classes is None and meanings is not None:
+            num_classes = 1 + max(set(meanings.values()) - {IGNORE})
+        elif num_classes is None:
+            train = root / "train"
+            train_files = list_pairs(train / "images", train / "masks", FOLDER_LAYOUT)[1]
+            num_classes, notes = count_classes(train / "masks", train_files, max_pixels)
+        names = [f"class {i}" for i in range(num_classes)]
+    if not 0 < len(names) <= MOST_CLASSES:
+        raise BadInput(
+            f"{listed} names {len(names)} classes; expected 1 to {MOST_CLASSES}, one a line"
+        )
+    beyond = [v for v in (meanings or {}).values() if v != IGNORE and v >= len(names)]
+    if beyond:
+        raise BadInput(f"--label_map names the class {beyond[0]}, but there are {len(names)}")
+    notes += check_two_classes(folders[1], files[1], len(names), meanings, split, max_pixels)
+    source = PairSource("folder", split, names, folders, files, first=0, meanings=meanings)
+    source.notes = notes
+    return source
+
+
+def garments(
+    split: str, data_path: PathLike | None, num_classes: int | None, size: int | None
+) -> SegmentationSource:
+    """Scenes of Fashion-MNIST's garments on photographs; `size` pixels a side, 96 if None."""
+    pairs = GarmentPairs(garment_scenes(split, data_path, size or GARMENTS_SIZE))
+    if num_classes not in (None, len(pairs.classes)):
+        raise BadInput(f"--nb_classes {num_classes}, but garments has {len(pairs.classes)} classes")
+    return pairs
+
+
+SEGMENTATION_SETS: dict[str, Callable[..., SegmentationSource]] = {
+    "ade20k": ade20k,
+    "folder": folder,
+    "garments": garments,
+}
+
+
+def build_segmentation_set(
+    name: str,
+    split: str,
+    data_path: PathLike | None = None,
+    *,
+    num_classes: int | None = None,
+    size: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    label_map: Sequence[str] | None = None,
+    max_pixels: int | None = None,
+) -> SegmentationSource:
+    """One split of a segmentation set.
+
+    Args:
+        name: a key of `SEGMENTATION_SETS`.
+        split: "train" or "val".
+        data_path: where the files are.
+        num_classes: of a folder that does not name them.
+        size: side of a scene that is made (garments), pixels; files have their own.
+        mean, std: one number for all channels or one for each, in units of 0..1; None: the set's.
+        label_map: of a folder, what the values in its masks stand for, see `label_pair`.
+        max_pixels: an image or mask of more is not decoded; None: see `util.data.pixel_limits`.
+
+    Raises:
+        BadInput: unknown name or split, missing files, pairs that do not fit, values that make no
+            sense as classes.
+    """
+    if name not in SEGMENTATION_SETS:
+        raise BadInput(f"unknown segmentation set {name!r}{nearest(name, SEGMENTATION_SETS)}")
+    if split not in SPLITS:
+        raise BadInput(f"unknown split {split!r} of {name}; expected train or val")
+    if label_map is not None and name != "folder":
+        raise BadInput(f"--label_map is for --dataset folder; {name} says what its values are")
+    more = {"label_map": label_map, "max_pixels": max_pixels} if name == "folder" else {}
+    source = SEGMENTATION_SETS[name](split, data_path, num_classes, size, **more)
+    source.max_pixels = max_pixels
+    source.mean = _three("mean", mean, source.mean)
+    source.std = _three("std", std, source.std)
+    return source
+
+
+def _three(name: str, given: Sequence[float] | None, own: Stats) -> Stats:
+    """Statistics of three channels."""
+    if given is None:
+        return own
+    if len(given) not in (1, 3) or not all(0 <= v <= 1 and (v or name == "mean") for v in given):
+        raise BadInput(
+            f"{name} is {' '.join(map(str, given))}; expected 1 number or 3, in units of gray "
+            "levels 0..1"
+        )
+    return tuple(float(v) for v in given) * (3 // len(given))
+
+
+def check_pairs(
+    source: SegmentationSource, indices: Iterable[int], seen: set[int] | None = None
+) -> int:
+    """Read these pairs, as `--check_data` asks; returns how many there are.
+
+    Args:
+        seen: takes the classes that their labels hold.
+
+    Raises:
+        BadInput: the first pair that cannot be learnt from; with its file.
+    """
+    count = 0
+    for index in indices:
+        _, label = source[index]
+        if seen is not None:
+            seen |= set(np.unique(label).tolist()) - {IGNORE}
+        count += 1
+    return count

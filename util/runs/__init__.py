@@ -1,0 +1,1 @@
+"""Finished runs: plans of tables, their cells, tables, curves."""

@@ -1,0 +1,1 @@
+"""Files of weights: read them, know whose names they have, write them for other programs."""

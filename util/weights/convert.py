@@ -1,0 +1,290 @@
+"""What files of other programs hold, as our encoders need it.
+
+Every list of keys that a loading may leave out or add stands here. An encoder's names are timm's,
+which the official MAE weights share; `util/weights/convert_names.py` has the maps to others.
+"""
+
+import argparse
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from util.errors import BadInput
+from util.mask.pos_embed import resize_table, sincos_2d
+from util.weights.convert_names import EPS, from_mmseg, from_transformers
+from util.weights.convert_upernet import (
+    encoder_of_segmenter,
+    is_mmseg_segmenter,
+    is_segmenter,
+    segmenter_from_mmseg,
+)
+from util.weights.nested_weights import USUAL, Place, find_weights
+
+Pair = tuple[int, int]
+Weights = dict[str, Tensor]
+
+# A masked autoencoder's own: no encoder has them.
+PRETRAINING_KEYS = ("decoder_", "mask_token", "encoder_mask_token", "pos_phase", "pca.")
+# Of a classifier that starts anew on pretrained weights.
+HEAD_KEYS = ("head.",)
+# The final norm before pooling is the class token's, the one after it the mean's: a model has one.
+NORM_KEYS = {"avg": "fc_norm.", "cls": "norm."}
+# Where in a file's contents, once read, the place of its weights stands.
+PLACE = "place"
+# How far the stored code of an official file may be from the formula, to be taken for it.
+CODE_TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class EncoderWeights:
+    """An encoder's weights, and what they say of themselves.
+
+    Attributes:
+        weights: by timm's names; without positions, and without what only pretraining needs.
+        arguments: of the encoder, as far as the file says: img_size, patch_size, in_chans,
+            embed_dim, depth, mlp_ratio, lscale_init, and num_heads for files of ours.
+        grid: (gh, gw) patches that the positions are of.
+        table: [1, 1 + gh*gw, D] positions as stored.
+        offset: pos_offset of a sin-cos code, which the table then is; None: a trained table.
+        ours: whether the file says so itself; foreign codes are rescaled as MAE's code does.
+        phase: [2, D / 4] of a learned offset, or None.
+        classes: rows of the head, 0: none. probe: whether a BatchNorm comes before it.
+        pool: avg | cls, which the norm tells.
+        eps: of the LayerNorms; 1e-6 unless the file says otherwise, as those of transformers do.
+        assumed: what the file does not say and is taken for granted, as words for the reader.
+    """
+
+    weights: Weights
+    arguments: dict[str, Any]
+    grid: Pair
+    table: Tensor
+    offset: str | None
+    ours: bool
+    phase: Tensor | None
+    classes: int
+    probe: bool
+    pool: str
+    eps: float
+    assumed: list[str]
+
+    def positions(self, to: Pair, resize: str) -> Tensor:
+        """The positions on a grid: [1, 1 + gh*gw, D], float32.
+
+        Args:
+            resize: rescale: the image keeps its extent, so patches come closer or farther; extend:
+                patches keep their distance. A table that is not our own code is rescaled as MAE's
+                code does, bicubic and without antialiasing.
+
+        Raises:
+            BadInput: a trained table cannot be extended: nobody knows what is beyond its edge.
+        """
+        if self.offset is None or (resize == "rescale" and not self.ours):
+            if resize == "extend" and tuple(to) != tuple(self.grid):
+                raise BadInput(
+                    f"--pos_resize extend from {self.grid} to {tuple(to)} patches needs a sin-cos "
+                    "code; these positions were trained: use --pos_resize rescale"
+                )
+            return resize_table(self.table, self.grid, to)
+        extent = self.grid if resize == "rescale" else None
+        D = self.table.shape[-1]
+        code = sincos_2d(D, to, self.offset, phase=self.phase, extent=extent)
+        return torch.cat([self.table[:, :1], code.unsqueeze(0).to(self.table.dtype)], dim=1)
+
+
+def style_of(weights: Mapping[str, Any]) -> str:
+    """Whose names these are: transformers, mmseg, or timm, which are the official code's and ours.
+
+    Whole segmenters: segmenter is ours; public run has timm's names with mmsegmentation's heads.
+    One key tells: of a file that mixes names, the others come out as unexpected when it is loaded.
+    """
+    if any("embeddings.patch_embeddings.projection." in key for key in weights):
+        return "transformers"
+    if any(key.removeprefix("backbone.").startswith("patch_embed.projection.") for key in weights):
+        return "mmseg"
+    if is_mmseg_segmenter(weights):
+        return "public run"
+    return "segmenter" if is_segmenter(weights) else "timm"
+
+
+def in_our_names(
+    state: Mapping[str, Any], source: str, key: str | None = None
+) -> Mapping[str, Any]:
+    """A file's contents with all its tensors under `model`, in our names.
+
+    What else it holds stays, without other weights. `style` says whose names they were, `notes`
+    what was left out, `PLACE` where in the file they are. What has been through here stays so.
+
+    Args:
+        key: which of several weights, see `find_weights`.
+
+    Raises:
+        BadInput: there are no weights, or some that fit nowhere.
+    """
+    if isinstance(state.get(PLACE), Place):
+        return state
+    place = find_weights(state, source, key)
+    weights, notes = place.weights, list[str]()
+    whole = [n for n, t in weights.items()
+             if n.endswith((".weight", ".bias")) and not t.is_floating_point()]  # fmt: skip
+    if whole:
+        raise BadInput(
+            f"{source} holds whole numbers where weights are expected ({whole[0]}, "
+            f"{weights[whole[0]].dtype}): it is quantised, or of another kind; save the weights "
+            "as they were before"
+        )
+    style = style_of(weights)
+    if style == "mmseg":
+        weights, notes = from_mmseg(weights, source)
+    elif style == "transformers":
+        weights, notes = from_transformers(weights, source)
+    elif style == "segmenter":
+        weights, notes = encoder_of_segmenter(weights, source)
+    elif style == "public run":
+        weights, notes = encoder_of_segmenter(segmenter_from_mmseg(weights, source), source)
+    rest = beside_weights(state, place)
+    return {**rest, "style": style, "notes": notes, PLACE: place, "model": weights}
+
+
+def beside_weights(state: Mapping[str, Any], place: Place) -> dict[str, Any]:
+    """What a file says beside its weights: without tensors, and without other weights than ours.
+
+    Entries that mean something to us and have another type in another program's file are dropped.
+    """
+    addresses = place.others.values()
+    gone = {*USUAL, *place.wrappers[:1]} | {name for address in addresses for name in address[:1]}
+    if ("ema",) in addresses:
+        gone.discard("ema")  # a fine-tuning's averages, which its evaluation measures too
+    if not isinstance(found := state.get("model_args"), Mapping) or "patch_size" not in found:
+        gone.add("model_args")  # another program's: ours always says it
+    kinds = {"data": Mapping, "classes": list, "model_name": str | None}
+    return {
+        name: value
+        for name, value in state.items()
+        if name not in gone
+        and not isinstance(value, Tensor)
+        and isinstance(value, kinds.get(name, object))
+    }
+
+
+def read_encoder(
+    state: Mapping[str, Any], source: str, img_size: Pair | None = None
+) -> EncoderWeights:
+    """The encoder in a file of ours, of the official MAE code, timm, mmsegmentation, transformers.
+
+    Args:
+        state: the file's contents.
+        source: its name, for messages.
+        img_size: (height, width) that the weights are of, for non-square files that do not say.
+
+    Raises:
+        BadInput: no vision transformer of that naming, or one whose positions fit no grid.
+    """
+    state = in_our_names(state, source)
+    weights = dict(state["model"])
+    projection, table = weights.get("patch_embed.proj.weight"), weights.pop("pos_embed", None)
+    depth = len({key.split(".")[1] for key in weights if key.startswith("blocks.")})
+    hidden = weights.get("blocks.0.mlp.fc1.weight")
+    ranks = [None if t is None else t.ndim for t in (projection, table, hidden)]
+    if projection is None or table is None or hidden is None or ranks != [4, 3, 2]:
+        raise BadInput(
+            f"{source} holds no encoder in timm's names (patch_embed.proj, pos_embed, blocks.0 ...)"
+            f"; its keys begin {', '.join(list(weights)[:4])}"
+        )
+    D, channels, *patch = projection.shape
+    own = dict(state.get("model_args", {}))
+    arguments = {
+        "patch_size": tuple(patch),
+        "in_chans": channels,
+        "embed_dim": D,
+        "depth": depth,
+        "mlp_ratio": hidden.shape[0] / D,
+        # Which value it started from does not matter: the scales come with the weights.
+        "lscale_init": 1.0 if "blocks.0.ls1.gamma" in weights else None,
+    }
+    # What the file says goes before what is counted: a block that is missing is then missed.
+    said = ("num_heads", "depth", "embed_dim", "mlp_ratio")
+    arguments |= {name: own[name] for name in said if name in own}
+    grid = grid_of(table.shape[1] - 1, (patch[0], patch[1]), own.get("img_size"), img_size)
+    if grid is None and "cls_token" not in weights:
+        raise BadInput(
+            f"{source} holds an encoder without a class token (no cls_token, positions for "
+            f"{table.shape[1]} patches alone); ours have one, so it would be another function"
+        )
+    if grid is None:
+        raise BadInput(
+            f"{source} has positions for {table.shape[1] - 1} patches, which is no square grid; "
+            "give the --input_size that it was trained at"
+        )
+    arguments["img_size"] = (grid[0] * patch[0], grid[1] * patch[1])
+    phase = weights.get("pos_phase")
+    offset = own.get("pos_offset")
+    ours = offset is not None
+    if offset is None and is_plain_code(table, grid):
+        offset = "none"
+    head = weights.get("head.weight", weights.get("head.1.weight"))
+    # Segmenters' encoders have no final norm; a fresh one after pooling is the least change.
+    normless = (
+        state["style"] in ("mmseg", "segmenter", "public run") and "norm.weight" not in weights
+    )
+    return EncoderWeights(
+        {k: v for k, v in weights.items() if not k.startswith(PRETRAINING_KEYS)},
+        arguments,
+        grid,
+        table,
+        offset,
+        ours,
+        phase,
+        classes=0 if head is None else head.shape[0],
+        probe="head.1.weight" in weights,
+        pool="avg" if normless or "fc_norm.weight" in weights else "cls",
+        eps=state.get("norm_eps", EPS),
+        assumed=assumed_of(state, arguments["img_size"]),
+    )
+
+
+def assumed_of(state: Mapping[str, Any], size: Pair) -> list[str]:
+    """What is taken for granted of an encoder whose file has weights alone; heads apart.
+
+    Args:
+        size: (height, width) of the images that its positions are of.
+    """
+    if "model_args" in state:
+        return []
+    by = "square" if size[0] == size[1] else "by --input_size"
+    texts = [f"images of {size[0]} x {size[1]} ({by}, from the count of positions)"]
+    if "norm_eps" not in state:
+        texts.append(f"LayerNorm eps {EPS:g}")
+    return [*texts, "GELU"]
+
+
+def grid_of(count: int, patch: Pair, own_size: Any, hint: Pair | None) -> Pair | None:
+    """(gh, gw) of `count` patches: by the file's own image size; or a square; or by the hint.
+
+    None where none of these has that many.
+    """
+    side = math.isqrt(max(count, 0))
+    sizes = [own_size] if own_size is not None else [(side * patch[0], side * patch[1]), hint]
+    for size in sizes:
+        height, width = (size, size) if isinstance(size, int) else size or (0, 0)
+        grid = (height // patch[0], width // patch[1])
+        if count > 0 and grid[0] * grid[1] == count:
+            return grid
+    return None
+
+
+def is_plain_code(table: Tensor, grid: Pair) -> bool:
+    """Whether a table is MAE's frozen sin-cos code, and not one that was trained."""
+    if table.shape[-1] % 4:
+        return False
+    code = sincos_2d(table.shape[-1], grid)
+    return bool((table[0, 1:].double() - code).abs().max() < CODE_TOLERANCE)
+
+
+def flags_of(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags that official files carry beside their weights, or none."""
+    flags = state.get("args")
+    return vars(flags) if isinstance(flags, argparse.Namespace) else {}

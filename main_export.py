@@ -70,7 +70,7 @@ OFFICIAL_SIZES = {(768, 12, 16): "base", (1024, 24, 16): "large", (1280, 32, 14)
 
 
 @dataclass
-class Source:
+class LoadedModel:
     """A model that was read, and what is known of it.
 
     Attributes:
@@ -247,7 +247,7 @@ def write_segmenter(
         print_text(mmseg_config(model))
 
 
-def read_source(args: argparse.Namespace) -> Source:
+def read_source(args: argparse.Namespace) -> LoadedModel:
     """Read the checkpoint, as much of it as is to be exported.
 
     Raises:
@@ -295,7 +295,7 @@ def read_source(args: argparse.Namespace) -> Source:
     for line in [*state[LOADED], *assumptions(state, path)]:
         print_text(line)
     lost = losses_of(state, part, other="other" if args.ema else "averaged (--ema)")
-    return Source(model.eval(), arguments, state, part, state.get("norm_eps", EPS), lost)
+    return LoadedModel(model.eval(), arguments, state, part, state.get("norm_eps", EPS), lost)
 
 
 def unlike_mae(model: MaskedAutoencoderViT) -> str | None:
@@ -374,7 +374,7 @@ def arguments_of(model: MaskedAutoencoderViT) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def outputs_of(model: Any, source: Source) -> dict[str, Tensor]:
+def outputs_of(model: Any, source: LoadedModel) -> dict[str, Tensor]:
     """What a model of ours gives for the random images, by name."""
     images = source.images()
     if source.part == "decoder":
@@ -390,7 +390,7 @@ def outputs_of(model: Any, source: Source) -> dict[str, Tensor]:
     return {"features": model.forward_head(tokens), "tokens": tokens}
 
 
-def about(source: Source, *, ours: bool = True) -> dict[str, Any]:
+def about(source: LoadedModel, *, ours: bool = True) -> dict[str, Any]:
     """What a file has to say beside its weights, for us to read it again; plain types.
 
     Args:
@@ -413,7 +413,7 @@ def about(source: Source, *, ours: bool = True) -> dict[str, Any]:
     return said
 
 
-def write_and_compare(source: Source, path: Path, state: dict[str, Any]) -> str:
+def write_and_compare(source: LoadedModel, path: Path, state: dict[str, Any]) -> str:
     """Write a file, read it again as any of that style, and see that it is the same function."""
     with appearing(path) as temporary:
         write_signed(temporary, state)
@@ -432,7 +432,7 @@ def write_and_compare(source: Source, path: Path, state: dict[str, Any]) -> str:
 
 
 @torch.inference_mode()
-def outputs_of_transformers(model: Any, source: Source) -> dict[str, Tensor]:
+def outputs_of_transformers(model: Any, source: LoadedModel) -> dict[str, Tensor]:
     """As `outputs_of`, of a model of transformers; of an encoder the tokens alone."""
     images = source.images()
     if source.part == "head":
@@ -450,7 +450,7 @@ def outputs_of_transformers(model: Any, source: Source) -> dict[str, Tensor]:
     return {"tokens": getattr(model, "vit", model)(images, **more).last_hidden_state}
 
 
-def check_reading(source: Source, path: str) -> str | None:
+def check_reading(source: LoadedModel, path: str) -> str | None:
     """Compare what was read with what its own program computes, where that can be asked.
 
     Returns:
@@ -481,7 +481,7 @@ def check_reading(source: Source, path: str) -> str | None:
 # to print.
 
 
-def to_timm(source: Source, path: Path, args: argparse.Namespace) -> list[str]:
+def to_timm(source: LoadedModel, path: Path, args: argparse.Namespace) -> list[str]:
     """A plain ViT of timm, a file or a folder as on its hub, and the call that loads it."""
     kept = source.arguments
     weights = source.plain_weights(keep_lscale=args.keep_lscale)
@@ -540,7 +540,7 @@ def to_timm(source: Source, path: Path, args: argparse.Namespace) -> list[str]:
 
 
 def timm_config(
-    name: str, settings: dict[str, Any], seen: dict[str, Any], source: Source
+    name: str, settings: dict[str, Any], seen: dict[str, Any], source: LoadedModel
 ) -> dict[str, Any]:
     """The config.json of a model folder of timm.
 
@@ -570,7 +570,7 @@ def timm_config(
     return config
 
 
-def to_official(source: Source, path: Path, args: argparse.Namespace) -> list[str]:
+def to_official(source: LoadedModel, path: Path, args: argparse.Namespace) -> list[str]:
     """The layout of the official MAE code: `{"model": ...}`, a probe with its BatchNorm."""
     kept = source.arguments
     sides = (*kept["img_size"], *kept["patch_size"])
@@ -588,7 +588,7 @@ def to_official(source: Source, path: Path, args: argparse.Namespace) -> list[st
     return [line, f"the official code's --model: {called}, --input_size {sides[0]}"]
 
 
-def to_mmsegmentation(source: Source, path: Path, args: argparse.Namespace) -> list[str]:
+def to_mmsegmentation(source: LoadedModel, path: Path, args: argparse.Namespace) -> list[str]:
     """mmsegmentation's names, and the backbone that they are of."""
     kept = source.arguments
     (ph, pw), ratio = kept["patch_size"], kept["mlp_ratio"]
@@ -609,7 +609,7 @@ def to_mmsegmentation(source: Source, path: Path, args: argparse.Namespace) -> l
     return [line, backbone]
 
 
-def to_folder(source: Source, path: Path, args: argparse.Namespace) -> list[str]:
+def to_folder(source: LoadedModel, path: Path, args: argparse.Namespace) -> list[str]:
     """A folder of transformers: ViTMAEForPreTraining, or ViTForImageClassification."""
     kept, reason = source.arguments, None
     (h, w), (ph, pw) = kept["img_size"], kept["patch_size"]
@@ -662,7 +662,7 @@ class Graph(nn.Module):
         return self.model.forward_head(tokens), tokens
 
 
-def to_onnx(source: Source, path: Path, args: argparse.Namespace) -> list[str]:
+def to_onnx(source: LoadedModel, path: Path, args: argparse.Namespace) -> list[str]:
     """An ONNX file, checked with onnxruntime on batches of other sizes."""
     expected = outputs_of(source.model, source)
     names = list(expected)
@@ -679,13 +679,13 @@ def to_onnx(source: Source, path: Path, args: argparse.Namespace) -> list[str]:
     ]
 
 
-def to_mmae(source: Source, path: Path, args: argparse.Namespace) -> list[str]:
+def to_mmae(source: LoadedModel, path: Path, args: argparse.Namespace) -> list[str]:
     """A file of ours: every tensor as it was."""
     state = {"task": "export", "step": 0, **about(source), "model": source.model.state_dict()}
     return [write_and_compare(source, path, state)]
 
 
-TARGETS: dict[str, Callable[[Source, Path, argparse.Namespace], list[str]]] = {
+TARGETS: dict[str, Callable[[LoadedModel, Path, argparse.Namespace], list[str]]] = {
     "timm": to_timm,
     "transformers": to_folder,
     "mmseg": to_mmsegmentation,
@@ -696,7 +696,7 @@ TARGETS: dict[str, Callable[[Source, Path, argparse.Namespace], list[str]]] = {
 SUFFIXES = {"timm": (".pth", ".safetensors", ""), "onnx": (".onnx",)}
 
 
-def words_of_images(source: Source) -> str:
+def words_of_images(source: LoadedModel) -> str:
     """How images are to be prepared, for a reader who does it by hand."""
     kept, data = source.arguments, source.state.get("data", {})
     seen, said = preprocessing_of(data, pair(kept["img_size"]), kept["in_chans"])

@@ -69,7 +69,7 @@ from util.dry_run.cost import classifier_layers, cost_of
 from util.dry_run.report import describe
 from util.dry_run.training import (
     Data,
-    Plan,
+    DryRun,
     limited,
     look_at_data,
     measure_rate,
@@ -342,7 +342,7 @@ def check_batch(args: argparse.Namespace, count: int) -> None:
         need_two(args.batch_size * count, "of the linear probe")
 
 
-def plan_run(args: argparse.Namespace, count: int, warnings: Sequence[str] = ()) -> Plan:
+def plan_run(args: argparse.Namespace, count: int, warnings: Sequence[str] = ()) -> DryRun:
     """What the run would do and cost on `count` processes, see `util.dry_run.training`."""
     check_batch(args, count)
     everything = argparse.Namespace(**vars(args) | {"train_images": None})
@@ -369,7 +369,7 @@ def plan_run(args: argparse.Namespace, count: int, warnings: Sequence[str] = ())
         *warnings,
         *warn_of_shards(args.shard, count),
     ]
-    return Plan(
+    return DryRun(
         task=TASK,
         what=f"{args.model or 'the model'} {start}, tune {args.tune} ({len(tuned)} tensors), "
         f"{model.in_chans} x {h} x {w}, patches {ph} x {pw}, {model.num_classes} classes",

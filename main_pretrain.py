@@ -66,7 +66,7 @@ from util.data.transforms import EvalTransform, pretrain_transform
 from util.dry_run.cost import autoencoder_layers, cost_of
 from util.dry_run.report import describe
 from util.dry_run.training import (
-    Plan,
+    DryRun,
     limited,
     look_at_data,
     measure_rate,
@@ -343,7 +343,7 @@ def peak_lr(args: argparse.Namespace, model: Any, num_visible: int, global_batch
     return scaled_lr(args.blr, global_batch) * model.num_predicted(num_visible) / masked
 
 
-def plan_run(args: argparse.Namespace, count: int, warnings: Sequence[str] = ()) -> Plan:
+def plan_run(args: argparse.Namespace, count: int, warnings: Sequence[str] = ()) -> DryRun:
     """What the run would do and cost on `count` processes, see `util.dry_run.training`."""
     everything = argparse.Namespace(**vars(args) | {"train_images": None})
     data = look_at_data(
@@ -367,7 +367,7 @@ def plan_run(args: argparse.Namespace, count: int, warnings: Sequence[str] = ())
         (lambda: rate_here(args, data.channels)) if args.dry_run_measure else None,
         count,
     )
-    return Plan(
+    return DryRun(
         task=TASK,
         what=f"{args.model} ({args.method}), {model.in_chans} x {h} x {w}, patches {ph} x {pw}: "
         f"{num_visible} of {num_patches} visible, {predicted} predicted; mask {args.mask}",

@@ -74,7 +74,7 @@ from util.dry_run.cost_upernet import segmenter_layers
 from util.dry_run.report import describe
 from util.dry_run.training import (
     Data,
-    Plan,
+    DryRun,
     limited,
     look_at_data,
     measure_rate,
@@ -471,7 +471,7 @@ def planned_model(args: argparse.Namespace, data: Data) -> tuple[Any, str]:
         return new_model(args, num_classes)[0], start
 
 
-def plan_run(args: argparse.Namespace, count: int, warnings: Sequence[str] = ()) -> Plan:
+def plan_run(args: argparse.Namespace, count: int, warnings: Sequence[str] = ()) -> DryRun:
     """What the run would do and cost on `count` processes, see `util.dry_run.training`."""
     if args.eval or args.predict:
         raise BadInput("--dry_run plans a training; --eval and --predict have no plan")
@@ -494,7 +494,7 @@ def plan_run(args: argparse.Namespace, count: int, warnings: Sequence[str] = ())
         (lambda: rate_here(args, arguments)) if args.dry_run_measure else None,
         count,
     )
-    return Plan(
+    return DryRun(
         task=TASK,
         what=f"UPerNet on {args.model or 'the encoder'} {start}, crops of {model.in_chans} x {h} x "
         f"{w}, patches {ph} x {pw}, {model.num_classes} classes",

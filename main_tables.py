@@ -27,7 +27,7 @@ from util.errors import BadInput, RunFailed, Stopped, command
 from util.files import write_text
 from util.progress import say
 from util.runs.cell_runs import (
-    MAINS,
+    READERS,
     StopRequest,
     now,
     run_cells,
@@ -208,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
 
     # ------------------------------------------------------------------------------- plan
-    plan = read_plan(Path(args.plan), MAINS)
+    plan = read_plan(Path(args.plan), READERS)
     output = Path(args.output_dir or f"output_dir/tables/{plan.path.stem}").resolve()
     seeds = list(dict.fromkeys(args.seeds or plan.seeds))
     # The tables hold all seeds of the plan also when only some are to be run.

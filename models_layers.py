@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from util.errors import BadInput
-
-Pair = tuple[int, int]
+from util.spec import Pair
 
 # The epsilon of MAE's LayerNorms; torch's default is 1e-5.
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)

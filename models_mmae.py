@@ -33,8 +33,7 @@ from models_layers import (
 from util.errors import BadInput
 from util.mask.patches import patch_statistics, patchify
 from util.mask.pos_embed import COORDINATES, sincos_2d
-
-Pair = tuple[int, int]
+from util.spec import Pair
 
 DECODERS = ("full", "cross")
 

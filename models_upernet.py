@@ -25,8 +25,7 @@ from models_batchnorm import GlobalBatchNorm
 from models_layers import RelativeBias, relative_index
 from models_vit import VisionTransformer
 from util.errors import BadInput
-
-Pair = tuple[int, int]
+from util.spec import Pair
 
 # The neck's first map is this many times as fine as the patches, or less; the others halve.
 FINEST = 4

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -16,8 +15,7 @@ from models_batchnorm import GlobalBatchNorm
 from models_layers import EncoderBlock, LayerNorm, check_lscale, pair
 from util.errors import BadInput
 from util.mask.pos_embed import resize_table, sincos_2d
-
-Pair = tuple[int, int]
+from util.spec import Pair
 
 # What pools the tokens, in our flags and in timm's.
 POOLS = {"avg": "avg", "cls": "token"}
@@ -228,12 +226,13 @@ class VisionTransformer(TimmVisionTransformer):
 
         Raises:
             BadInput: images of other channels, or that are not in whole patches.
+            ValueError: blocks that are not there.
         """
-        wanted, last = feature_take_indices(len(self.blocks), indices)
+        wanted = chosen_blocks(len(self.blocks), indices)
         x_BND, grid = self._embed(x)
         maps: list[Any] = []
         for i, block in enumerate(self.blocks):
-            if intermediates_only and i > last:
+            if intermediates_only and i > max(wanted, default=-1):
                 break
             bias = None if biases is None else biases[i]
             if self.grad_checkpointing and torch.is_grad_enabled():
@@ -286,3 +285,26 @@ def blocks_of(tune: str, depth: int | None = None) -> float | None:
             f"tune {tune!r} is not full, linear, or partial:K with K 0, 0.5, 1, 2 ... up to {most}"
         )
     return blocks
+
+
+def chosen_blocks(depth: int, indices: int | Sequence[int] | None) -> list[int]:
+    """Numbers of blocks as timm's `forward_intermediates` takes them.
+
+    Args:
+        indices: from 0, or from the end if negative; a number: the last so many; None: all.
+
+    Raises:
+        ValueError: there are no such blocks.
+    """
+    if indices is None:
+        return list(range(depth))
+    if isinstance(indices, int):
+        if not 1 <= indices <= depth:
+            raise ValueError(f"the last {indices} of {depth} blocks; expected 1 to {depth}")
+        return list(range(depth - indices, depth))
+    chosen = [index + depth if index < 0 else index for index in indices]
+    if strange := [given for given, i in zip(indices, chosen, strict=True) if not 0 <= i < depth]:
+        raise ValueError(
+            f"there are {depth} blocks, numbered from 0, and none of them is {strange}"
+        )
+    return chosen

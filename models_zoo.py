@@ -12,6 +12,7 @@ from models_upernet import UperNet
 from models_vit import VisionTransformer
 from util.errors import BadInput
 from util.names import did_you_mean
+from util.spec import Pair
 from util.train.checkpoint import load_weights
 from util.weights.assumed import ASSUMED, settle_number
 from util.weights.convert import (
@@ -26,8 +27,6 @@ from util.weights.convert_names import EPS
 from util.weights.files import load_state
 from util.weights.load_table import LOADED, Loading, positions_resized
 
-Pair = tuple[int, int]
-
 DEFAULT = "mae_vit_base_patch16"
 
 # Encoders: width, depth, heads. Base, large and huge as in ViT and MAE; tiny and small as in DeiT.
@@ -40,7 +39,7 @@ ENCODERS = {
     "huge": (1280, 32, 16),
 }
 # Decoders: width, depth, heads. MAE's is 512, 8, 16; smaller encoders get a lighter one.
-DECODERS = {"micro": (96, 2, 4), "tiny": (128, 4, 4), "small": (256, 4, 8)}
+DECODER_SIZES = {"micro": (96, 2, 4), "tiny": (128, 4, 4), "small": (256, 4, 8)}
 MAE_DECODER = (512, 8, 16)
 # Patch sizes of each encoder, and the image side that the name stands for where none is given.
 SIZES = {
@@ -55,7 +54,7 @@ SIZES = {
 
 def _mae(size: str, patch_size: int, img_size: int) -> dict[str, Any]:
     embed_dim, depth, num_heads = ENCODERS[size]
-    decoder_embed_dim, decoder_depth, decoder_num_heads = DECODERS.get(size, MAE_DECODER)
+    decoder_embed_dim, decoder_depth, decoder_num_heads = DECODER_SIZES.get(size, MAE_DECODER)
     return {
         "img_size": img_size,
         "patch_size": patch_size,

@@ -76,7 +76,7 @@ SETUPS = {
         [
             "--dataset=garments", "--model=vit_micro_patch8", "--input_size=32", "--window=32",
             "--scene_size=48", "--stride=24", "--channels=8", "--aux_channels=8", "--batch_size=2",
-            "--iterations=50", "--warmup_iterations=5", "--eval_every=25", "--eval_images=8",
+            "--iterations=50", "--warmup_iterations=5", "--eval_every=25", "--val_images=8",
             "--log_every=1", "--save_every=0", "--num_workers=0", "--device=cpu", "--pictures=0",
             "--drop_path=0.3", "--lr=1e-3", "--seed=7",
         ],

@@ -647,12 +647,16 @@ def test_thawed_blocks_drop_again() -> None:
 # ---- Features ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("indices", [[0, 2], [3], 2, None])
+@pytest.mark.parametrize("indices", [[0, 2], [3], [-1, 1], 2, None])
 def test_intermediates_are_the_blocks_outputs(indices: Any) -> None:
     model = trained(small_vit(lscale_init=0.1))  # 2 x 3 patches
     images = images_for(model)
     expected = outputs_of(model, images)
-    named = {2: [2, 3], None: [0, 1, 2, 3]}[indices] if indices in (2, None) else indices
+    named = (
+        {2: [2, 3], None: [0, 1, 2, 3]}[indices]
+        if indices in (2, None)
+        else sorted(index % 4 for index in indices)
+    )  # as timm, in the order of the blocks
     maps = model.forward_intermediates(images, indices=indices, intermediates_only=True)
     assert len(maps) == len(named)
     for found, block in zip(maps, named, strict=True):
@@ -661,6 +665,12 @@ def test_intermediates_are_the_blocks_outputs(indices: Any) -> None:
             for column in range(3):
                 token = expected[block][:, 1 + 3 * row + column]
                 assert torch.equal(found[:, :, row, column], token)
+
+
+@pytest.mark.parametrize("indices", [[0, 4], [-5], 0, 5, -1])
+def test_blocks_that_are_not_there(indices: Any) -> None:
+    with pytest.raises(ValueError, match="4 blocks"):
+        small_vit().forward_intermediates(torch.zeros(1, 3, 8, 12), indices=indices)
 
 
 @pytest.mark.parametrize("pool", ["avg", "cls"])

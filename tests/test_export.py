@@ -358,7 +358,7 @@ def test_classifiers_come_back_bit_for_bit(
 
 
 class MMSegLayer(nn.Module):
-    """One layer of mmsegmentation's MAE backbone, written from FIELD.md's names."""
+    """One layer of mmsegmentation's MAE backbone, by the names that it has there."""
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()

@@ -16,7 +16,7 @@ from util.train.step import OptimizerStep
 
 # ---- Layer decay -------------------------------------------------------------------------------
 
-# FIELD.md, section 1, by hand: what a ViT-B block holds, and whether it is decayed.
+# MAE's recipe, by hand: what a ViT-B block holds, and whether it is decayed.
 BLOCK = {
     "norm1.weight": False, "norm1.bias": False,
     "attn.qkv.weight": True, "attn.qkv.bias": False,

@@ -29,8 +29,8 @@ def tables() -> list[Any]:
 
 # ---- The papers --------------------------------------------------------------------------------
 
-# FIELD.md's numbers, once more: (table's title begins, row begins, number).
-FIELD = [
+# The papers' numbers, once more: (table's title begins, row begins, number).
+PRINTED = [
     ("Fine-tuned", "ViT-B", 83.6), ("Fine-tuned", "ViT-L", 85.9), ("Fine-tuned", "ViT-H", 86.9),
     ("Linear", "ViT-B", 68.0), ("Linear", "ViT-L", 75.8), ("Linear", "ViT-H", 76.6),
     ("Shorter", "300 epochs, fine", 83.1), ("Shorter", "400 epochs, fine", 83.3),
@@ -80,7 +80,7 @@ ABLATIONS = {
 
 def test_published_numbers_are_fields() -> None:
     found = {(t.title, r.name): r.paper for t in tables() for r in t.rows}
-    for title, name, number in FIELD:
+    for title, name, number in PRINTED:
         exact = [v for (t, n), v in found.items() if t.startswith(title) and n == name]
         near = [v for (t, n), v in found.items() if t.startswith(title) and n.startswith(name)]
         assert (exact or near)[0] == number, (title, name)

@@ -23,7 +23,7 @@ from util.config.recipes import read_layers, read_recipe, write_recipe
 from util.data.datasets import build_dataset
 from util.dry_run.report import machine_warnings, warnings_of
 from util.errors import BadInput
-from util.runs.cell_runs import MAINS as tables_mains
+from util.runs.cell_runs import READERS
 from util.runs.paper_tables import differences
 from util.runs.plan import read_plan
 from util.train.advice import warn_of_flags
@@ -84,7 +84,7 @@ def numbers(name: str) -> dict[str, Any]:
     return values | {"batch": batch, "lr": round(found["blr"] * batch / 256, 12)}
 
 
-# ---- The numbers of FIELD.md, written down here once more --------------------------------------
+# ---- The numbers of the papers and their code, written down here once more ---------------------
 
 PATCH = {"base": 16, "large": 16, "huge": 14}
 PRETRAIN = {
@@ -193,7 +193,7 @@ def test_recipe_is_the_papers(name: str) -> None:
     assert {k: found[k] for k in EXPECTED[name]} == EXPECTED[name]
 
 
-# FIELD.md, section 4. Blocks are counted from 0; the crop's grid is 32 x 32.
+# MAE's setting for UPerNet. Blocks are counted from 0; the crop's grid is 32 x 32.
 ADE20K = {
     "dataset": "ade20k", "iterations": 160_000, "batch_size": 2, "accum_iter": 1,
     "input_size": (512, 512), "lr": 1e-4, "betas": [0.9, 0.999], "weight_decay": 0.05,
@@ -346,7 +346,7 @@ def test_no_recipe_is_warned_of(name: str) -> None:
 @pytest.mark.parametrize("name", ["fashion_mnist", "garments", "cross", "lscale_lr", "study"])
 def test_no_run_of_a_plan_is_warned_of(name: str) -> None:
     """Flags that do nothing, and rates or batches far off, in any of the plans' trainings."""
-    plan = read_plan(RECIPES / "tables" / f"{name}.yaml", tables_mains)
+    plan = read_plan(RECIPES / "tables" / f"{name}.yaml", READERS)
     for run in plan.runs.values():
         task = run.main.removeprefix("main_")
         if task not in MAINS:

@@ -369,7 +369,7 @@ def test_pretraining_metrics_are_the_last_of_each_kind(tmp_path: Path) -> None:
         {"kind": "eval", "step": 10, "model_psnr": 12.0, "model_ssim": 0.2},
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
-    found = cell_runs.MAINS["main_pretrain"](tmp_path)
+    found = cell_runs.READERS["main_pretrain"](tmp_path)
     assert (found["loss"], found["model_psnr"], found["step"]) == (0.8, 12.0, 10)
 
 
@@ -429,10 +429,10 @@ def test_bad_plans_are_refused_before_anything_starts(old, new, message, tmp_pat
 def test_plan_that_the_faults_are_made_from_is_good(tmp_path: Path) -> None:
     path = tmp_path / "plan.yaml"
     path.write_text(GOOD)
-    plan = read_plan(path, cell_runs.MAINS)
+    plan = read_plan(path, cell_runs.READERS)
     assert plan.runs["b"].needs == ("a",) and plan.runs["a"].needs == ()
     with pytest.raises(BadInput, match="cannot read"):
-        read_plan(tmp_path / "none.yaml", cell_runs.MAINS)
+        read_plan(tmp_path / "none.yaml", cell_runs.READERS)
 
 
 @pytest.mark.parametrize("words", [[], ["--plan=x.yaml"], ["--plan=x", "--jobs=0"], ["--pln=x"]])
@@ -445,7 +445,7 @@ def test_every_plan_of_the_project_reads() -> None:
     paths = sorted((ROOT / "recipes" / "tables").glob("*.yaml"))
     assert "fashion_mnist.yaml" in [path.name for path in paths]
     for path in paths:
-        plan = read_plan(path, cell_runs.MAINS)
+        plan = read_plan(path, cell_runs.READERS)
         cells = cells_of(plan, plan.seeds, ROOT / "output_dir")
         own = [run.copy.seeds or plan.given["seeds"] for run in plan.runs.values()]
         assert len(cells) == sum(map(len, own))
@@ -497,6 +497,6 @@ def test_pretraining_stopped_in_the_middle_goes_on(tmp_path: Path, run_main) -> 
 @pytest.mark.parametrize("main", ["main_finetune", "main_segment"])
 def test_a_runs_own_result_is_read_before_an_evaluations(main: str, tmp_path: Path) -> None:
     (tmp_path / "result-eval.json").write_text('{"top1": 1.0}')
-    assert cell_runs.MAINS[main](tmp_path) == {"top1": 1.0}
+    assert cell_runs.READERS[main](tmp_path) == {"top1": 1.0}
     (tmp_path / "result.json").write_text('{"top1": 2.0}')
-    assert cell_runs.MAINS[main](tmp_path) == {"top1": 2.0}
+    assert cell_runs.READERS[main](tmp_path) == {"top1": 2.0}

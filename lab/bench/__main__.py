@@ -48,6 +48,7 @@ from lab.bench.limits import (
     show_limits,
     stopwatch,
 )
+from lab.bench.made_images import jpegs_like_imagenet, make_jpegs, make_tiny_files
 from lab.bench.many_files import measure_files
 from lab.bench.measuring import (
     machine,
@@ -77,7 +78,6 @@ from util.config.flags import (
 )
 from util.data.datasets import DATASETS, build_dataset
 from util.data.images import ImageSource, Subset
-from util.data.made_images import jpegs_like_imagenet, make_jpegs, make_tiny_files
 from util.data.randomness import EpochSampler, evenly
 from util.data.samples import PretrainSamples, build_loader, default_workers
 from util.data.transforms import pretrain_transform

@@ -10,8 +10,7 @@ from torchvision import transforms
 
 from util.data.images import IMAGENET_MEAN, IMAGENET_STD
 from util.errors import BadInput, needs
-
-Pair = tuple[int, int]
+from util.spec import Pair
 
 
 def create_vitmae(arguments: Mapping[str, Any], img_size: int, mask_ratio: float) -> nn.Module:

@@ -49,7 +49,7 @@ from util.train.logger import prepare_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 # The commands that a study's plan may name; how their results are read is main_tables.py's.
-MAINS = ("main_pretrain", "main_finetune", "main_knn", "main_visualize")
+COMMANDS = ("main_pretrain", "main_finetune", "main_knn", "main_visualize")
 RESULT, DOCUMENT, PICTURES = "study.json", "study.md", "pictures"
 RATES = "results/lscale_lr.json"  # what main_tables.py made of recipes/tables/lscale_lr.yaml
 SIGNALS = (*STOP_SIGNALS, signal.SIGINT, signal.SIGHUP)
@@ -180,7 +180,7 @@ def report_of(study: Study, plan: Plan, output: Path) -> dict[str, Any]:
 
 def add_confirmed(report: dict[str, Any], study: Study, output: Path) -> None:
     """The runs that confirm what the screening chose, into the report."""
-    plan = read_plan(output / "confirm.yaml", MAINS)
+    plan = read_plan(output / "confirm.yaml", COMMANDS)
     cells = cells_in(plan, output / "confirm")
     added = where_from(plan, cells)
     for name in ("cells", "done", "seconds"):
@@ -237,7 +237,7 @@ def run_again(
     given = with_arms(plan, "again", seeds, {arm: row["flags"]})
     path = write_plan(again / "plan.yaml", given, f"The row {row['row']} again")
     run_plan(path, again, jobs)
-    made = read_plan(path, MAINS)
+    made = read_plan(path, COMMANDS)
     finished = Finished.of(cells_in(made, again))
     inside = compared = 0
     for outcome in study.outcomes:
@@ -271,7 +271,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse(argv)
     for module, install in (("scipy.stats", "scipy"), ("matplotlib", "matplotlib")):
         needs(module, install)  # now, not after hours of runs
-    plan = read_plan(Path(args.plan), MAINS)
+    plan = read_plan(Path(args.plan), COMMANDS)
     study = read_study(plan)
     output, docs = Path(args.output_dir).resolve(), Path(args.docs)
 

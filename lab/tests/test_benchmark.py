@@ -20,10 +20,10 @@ from lab.bench import data_speed, limits, training_speed
 from lab.bench import measuring as benchmark
 from lab.bench.children import Answer, Children
 from lab.bench.contenders import Arm, name_of, parse_arm, parse_arms
+from lab.bench.made_images import jpegs_like_imagenet, make_jpegs, make_tiny_files
 from lab.bench.peers import UsualFiles
 from util.data.datasets import build_dataset
 from util.data.images import IMAGENET_MEAN, IMAGENET_STD
-from util.data.made_images import jpegs_like_imagenet, make_jpegs, make_tiny_files
 from util.data.samples import PretrainSamples
 from util.errors import BadInput, RunFailed
 from util.mask.strategies import create_strategy

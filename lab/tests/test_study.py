@@ -32,7 +32,7 @@ from util.config.flags import METHODS
 from util.errors import BadInput, RunFailed, Stopped
 from util.runs import cell_runs
 from util.runs.arms import read_arms
-from util.runs.cell_runs import MAINS
+from util.runs.cell_runs import READERS
 from util.runs.plan import cells_of, read_plan
 from util.runs.tables import markdown as tables_markdown
 
@@ -130,7 +130,7 @@ def test_dynamics_are_by_hand(tmp_path: Path) -> None:
 
 
 def test_the_study_is_what_the_issue_asks() -> None:
-    plan = read_plan(STUDY, MAINS)
+    plan = read_plan(STUDY, READERS)
     study = read_study(plan)
     factorial = plan.arms[study.factorial]
     assert len(factorial.arms) == 8 and len(factorial.seeds) >= 5
@@ -167,7 +167,7 @@ def test_the_study_is_what_the_issue_asks() -> None:
 def test_flags_of_the_study_are_known(main: str) -> None:
     """Every run's words parse, with the flags of its arm."""
     module = importlib.import_module(main)
-    plan = read_plan(STUDY, MAINS)
+    plan = read_plan(STUDY, READERS)
     for cell in cells_of(plan, [0], Path("out")).values():
         if cell.run.main == main:
             module.build_parser().parse(cell.words(ROOT)[1:])
@@ -189,7 +189,7 @@ def plan_of(tmp_path: Path, **changes: Any) -> Path:
 
 
 def test_arms_make_runs_and_rows(tmp_path: Path) -> None:
-    plan = read_plan(plan_of(tmp_path), MAINS)
+    plan = read_plan(plan_of(tmp_path), READERS)
     assert list(plan.runs) == ["p.x", "p.y", "k.x", "k.y"] and plan.seeds == (0, 1, 2)
     assert plan.runs["p.y"].flags["lr"] == 2 and plan.runs["k.y"].needs == ("p.y",)
     assert [(row.label, row.run) for row in plan.tables[0].rows] == [
@@ -199,7 +199,7 @@ def test_arms_make_runs_and_rows(tmp_path: Path) -> None:
     assert len(cells_of(plan, plan.seeds, tmp_path)) == 8
     other = with_arms(plan, "z", [9], {"w": {"lr": 5}})
     (tmp_path / "other.yaml").write_text(yaml.safe_dump(other, sort_keys=False))
-    again = read_plan(tmp_path / "other.yaml", MAINS)
+    again = read_plan(tmp_path / "other.yaml", READERS)
     assert list(again.runs) == ["p.w", "k.w"] and again.seeds == (9,)
 
 
@@ -223,14 +223,14 @@ BAD = {
 def test_bad_arms_are_explained(case: str, tmp_path: Path) -> None:
     changes, message = BAD[case]
     with pytest.raises(BadInput, match=message.replace("?", r"\?")):
-        read_plan(plan_of(tmp_path, **changes), MAINS)
+        read_plan(plan_of(tmp_path, **changes), READERS)
 
 
 def test_a_run_needs_its_needs_at_its_seeds(tmp_path: Path) -> None:
     runs = yaml.safe_load(plan_of(tmp_path).read_text())["runs"]
     runs["all"] = {"main": "main_knn", "flags": {"seed": "{seed}"}, "after": ["p.x"]}
     with pytest.raises(BadInput, match=r"not run at its seeds 0"):
-        read_plan(plan_of(tmp_path, runs=runs), MAINS)
+        read_plan(plan_of(tmp_path, runs=runs), READERS)
 
 
 @pytest.mark.parametrize(
@@ -249,7 +249,7 @@ def test_bad_studies_are_explained(change: dict, message: str, tmp_path: Path) -
     given["study"] |= change
     (tmp_path / "plan.yaml").write_text(yaml.safe_dump(given, sort_keys=False))
     with pytest.raises(BadInput, match=message.replace("?", r"\?")):
-        read_study(read_plan(tmp_path / "plan.yaml", MAINS))
+        read_study(read_plan(tmp_path / "plan.yaml", READERS))
 
 
 # ---- The command -------------------------------------------------------------------------------
@@ -274,7 +274,7 @@ def truth(flags: list[str], seed: int, noise: np.random.Generator) -> dict[str, 
 
 def made_up(path: Path, output: Path, jobs: int) -> None:
     """In the place of main_tables.py: a record for each cell, by the flags of its pretraining."""
-    plan = read_plan(Path(path), MAINS)
+    plan = read_plan(Path(path), READERS)
     cells = cells_of(plan, plan.seeds, Path(output))
     noise = np.random.default_rng(0)
     for cell in cells.values():
@@ -386,7 +386,7 @@ def test_the_study_in_docs_follows_from_its_numbers(tmp_path: Path) -> None:
     report, text = json.loads((DOCS / "study.json").read_text()), (DOCS / "study.md").read_text()
     rates = DOCS / lab_study.RATES
     assert rates.is_file()
-    remarks = list(read_study(read_plan(STUDY, lab_study.MAINS)).remarks)
+    remarks = list(read_study(read_plan(STUDY, lab_study.COMMANDS)).remarks)
     assert len(remarks) >= 5 and report["remarks"] == remarks
     assert markdown(report, "pictures", json.loads(rates.read_text())) == text
     assert "72.49" in text and round(report["screening"]["scores"]["pos_offset_none"], 2) == 72.49

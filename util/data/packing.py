@@ -310,7 +310,7 @@ def finish(
     changed: Found = {}
     for shard in range(number):
         part = part_of(root, shard)
-        found = {Conversion[name]: tuple(of) for name, of in part["changed"].items()}
+        found = {Conversion[name]: tuple(pair) for name, pair in part["changed"].items()}
         merge(changed, found)
         records.append(np.array([tuple(record) for record in part["records"]], RECORD))
         lines += part["names"]

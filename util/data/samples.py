@@ -16,8 +16,8 @@ from util.data.randomness import Key, seed_of, seeded, seeds_of
 from util.data.replace import Source, bad_slots, decode
 from util.mask.strategies import MaskStrategy
 from util.signals import STOP_SIGNALS
+from util.spec import Pair
 
-Pair = tuple[int, int]
 # What is random about a sample, each with a stream of its own.
 PURPOSES = ("augment", "mask", "predict", "shift")
 

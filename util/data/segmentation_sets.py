@@ -34,7 +34,7 @@ from util.endings import count_unread, is_hidden, readable_endings, unread_endin
 from util.errors import BadInput
 from util.names import nearest
 
-Pair = tuple[Image.Image, np.ndarray]
+LabelledImage = tuple[Image.Image, np.ndarray]
 
 ADE_CLASSES = 150
 ADE_FOLDERS = {"train": "training", "val": "validation"}
@@ -78,7 +78,7 @@ class SegmentationSource:
     def __len__(self) -> int:
         raise NotImplementedError
 
-    def __getitem__(self, index: int) -> Pair:
+    def __getitem__(self, index: int) -> LabelledImage:
         raise NotImplementedError
 
     def file_name(self, index: int) -> str:
@@ -113,7 +113,7 @@ class PairSource(SegmentationSource):
     def __len__(self) -> int:
         return len(self.image_files)
 
-    def __getitem__(self, index: int) -> Pair:
+    def __getitem__(self, index: int) -> LabelledImage:
         image = read_image(self.file_name(index), 3, paired=True, max_pixels=self.max_pixels)
         path = os.path.join(self.masks, self.mask_files[index])
         values = read_label_map(path, self.max_pixels)
@@ -143,7 +143,7 @@ class GarmentPairs(SegmentationSource):
     def __len__(self) -> int:
         return len(self.scenes)
 
-    def __getitem__(self, index: int) -> Pair:
+    def __getitem__(self, index: int) -> LabelledImage:
         image, label = self.scenes.scene(index)
         return Image.fromarray(image), label
 
@@ -166,7 +166,7 @@ class SegmentationSubset(SegmentationSource):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, index: int) -> Pair:
+    def __getitem__(self, index: int) -> LabelledImage:
         return self.source[int(self.indices[index])]
 
     def file_name(self, index: int) -> str:
@@ -198,7 +198,7 @@ class UnlabelledSource(SegmentationSource):
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, index: int) -> Pair:
+    def __getitem__(self, index: int) -> LabelledImage:
         try:
             image = self.read(index)
         except BadImage as error:

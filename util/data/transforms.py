@@ -17,11 +17,11 @@ from torchvision.transforms import InterpolationMode, v2
 
 from util.data.jpeg import as_pixels
 from util.errors import BadInput
+from util.spec import Pair
 
-Pair = tuple[int, int]
 BICUBIC = InterpolationMode.BICUBIC
 
-# Evaluation keeps the centre 224 of 256; above 224 the recipe has no margin (FIELD.md, section 1).
+# Evaluation keeps the centre 224 of 256; above 224 MAE's recipe has no margin.
 CROP_SHARE = 0.875
 LARGEST_WITH_MARGIN = 224
 WITH_MARGIN = ("imagefolder", "places365")  # sets of files, see `ImageSource.eval_margin`

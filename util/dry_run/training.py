@@ -127,7 +127,7 @@ def start_of_plan(checkpoint: str | None, model: str | None) -> tuple[bool, str]
 
 
 @dataclass(frozen=True)
-class Plan:
+class DryRun:
     """A run before it starts.
 
     Attributes:

@@ -4,8 +4,7 @@ import torch
 from torch import Tensor
 
 from util.float64 import to_float64
-
-Pair = tuple[int, int]
+from util.spec import Pair
 
 
 def patchify(images: Tensor, patch_size: Pair) -> Tensor:

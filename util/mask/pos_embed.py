@@ -17,8 +17,7 @@ from torch import Tensor
 
 from util.errors import BadInput
 from util.float64 import float64_home, to_float64
-
-Pair = tuple[int, int]
+from util.spec import Pair
 
 
 def indices(size: int, device: torch.device | None = None) -> Tensor:

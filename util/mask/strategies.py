@@ -19,8 +19,7 @@ import torch
 from torch import Generator, Tensor
 
 from util.errors import BadInput
-
-Pair = tuple[int, int]
+from util.spec import Pair
 
 
 class MaskStrategy(Protocol):

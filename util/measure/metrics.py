@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from util.errors import BadInput, needs
-from util.mask.patches import Pair, patch_statistics, patchify, unpatchify
+from util.mask.patches import patch_statistics, patchify, unpatchify
+from util.spec import Pair
 
 WHITE = 255.0
 SSIM_WINDOW = 11

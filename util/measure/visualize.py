@@ -13,8 +13,8 @@ from torch import Tensor
 
 from util.console import visible
 from util.files import save_png
-from util.mask.patches import Pair
 from util.measure.metrics import mask_pixels
+from util.spec import Pair
 
 Panels = tuple[Tensor, Tensor, Tensor]
 KINDS = ("original", "masked", "reconstruction")

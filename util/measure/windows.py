@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from util.errors import BadInput
+from util.spec import Pair
 
-Pair = tuple[int, int]
 Predict = Callable[[Tensor], Tensor]
 
 

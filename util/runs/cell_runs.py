@@ -67,7 +67,7 @@ def from_records(folder: Path) -> dict[str, Any]:
 
 
 # The commands that a plan may name, and where each leaves what it measured.
-MAINS: dict[str, Callable[[Path], dict[str, Any]]] = {
+READERS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "main_pretrain": from_records,
     "main_finetune": from_json("result.json", "result-eval.json"),
     "main_knn": from_json("knn.json"),
@@ -83,7 +83,7 @@ def metrics_of(cell: Cell) -> dict[str, float]:
         RunFailed: there are none.
     """
     try:
-        found = MAINS[cell.run.main](cell.folder)
+        found = READERS[cell.run.main](cell.folder)
     except (OSError, ValueError, KeyError) as error:
         raise RunFailed(f"it ended well but its result cannot be read: {error}") from None
     metrics = {

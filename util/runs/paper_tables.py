@@ -16,7 +16,7 @@ from util.yaml_files import read_settings, read_yaml
 
 ROW_KEYS = ("name", "paper", "original", "pretrain", "run", "in")
 # Which command runs a recipe of a row, by the metric of its table.
-MAINS = {"top1": ("main_finetune", "finetune"), "miou": ("main_segment", "segment")}
+MEASURED_BY = {"top1": ("main_finetune", "finetune"), "miou": ("main_segment", "segment")}
 DIGITS = {"top1": 1, "miou": 1}
 # What may differ from a recipe without being another experiment: places, and how a batch is cut.
 PLACES = {
@@ -110,8 +110,8 @@ def read_paper(path: Path, recipes: Path) -> list[PaperTable]:
     except (KeyError, TypeError) as error:
         raise BadInput(f"{path} holds no tables like recipes/papers/mae.yaml: {error!r}") from None
     for table in tables:
-        if table.metric not in MAINS:
-            raise BadInput(f"metric {table.metric!r} in {path}{nearest(table.metric, MAINS)}")
+        if table.metric not in MEASURED_BY:
+            raise BadInput(f"metric {table.metric!r} in {path}{nearest(table.metric, MEASURED_BY)}")
     return tables
 
 
@@ -161,7 +161,7 @@ def look_up(row: Row, metric: str, runs: Sequence[Path], recipes: Path) -> Found
         return Found("other method")
     if row.folder is None:
         return Found("not run", note="its recipe is not here")
-    task = MAINS[metric][1]
+    task = MEASURED_BY[metric][1]
     folders = _folders(row.folder, runs)
     states = [found for f in folders if (found := _measured(f, task, metric, row, recipes))]
     if not states:
@@ -327,5 +327,7 @@ def commands(row: Row, metric: str, recipes: Path) -> list[str]:
         )
     else:
         more = ""
-    made.append(f"{start} {MAINS[metric][0]}.py --config recipes/{row.run} --data_path DATA{more}")
+    made.append(
+        f"{start} {MEASURED_BY[metric][0]}.py --config recipes/{row.run} --data_path DATA{more}"
+    )
     return made

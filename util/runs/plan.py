@@ -27,7 +27,7 @@ DONE, STARTS = "done.json", "starts.json"
 
 
 @dataclass(frozen=True)
-class Run:
+class PlannedRun:
     """One run of a plan, at any seed.
 
     Attributes:
@@ -106,7 +106,7 @@ class Plan:
 
     path: Path
     seeds: tuple[int, ...]
-    runs: dict[str, Run]
+    runs: dict[str, PlannedRun]
     tables: tuple[Table, ...]
     arms: dict[str, ArmSet]
     given: dict[str, Any]
@@ -147,7 +147,7 @@ def _runs(
     defaults: Mapping[str, Any],
     mains: Collection[str],
     path: Path,
-) -> dict[str, Run]:
+) -> dict[str, PlannedRun]:
     flags, reads, direct = {}, {}, {}
     for name, entry in given.items():
         where = f"run {name!r} in {path}"
@@ -182,7 +182,7 @@ def _runs(
                     f"{', '.join(map(str, sorted(lost)))}"
                 )
     return {
-        name: Run(
+        name: PlannedRun(
             name,
             given[name]["main"],
             flags[name],
@@ -242,7 +242,7 @@ def _flags(given: Any, where: str) -> dict[str, Any]:
     return flags
 
 
-def _tables(given: Any, runs: Mapping[str, Run], path: Path) -> tuple[Table, ...]:
+def _tables(given: Any, runs: Mapping[str, PlannedRun], path: Path) -> tuple[Table, ...]:
     if not isinstance(given, list):
         raise BadInput(f"tables in {path} must be a list, not {given!r}")
     tables = []
@@ -277,7 +277,7 @@ def _tables(given: Any, runs: Mapping[str, Run], path: Path) -> tuple[Table, ...
 class Cell:
     """A run of the plan at one seed; what is known of it lies in its folder."""
 
-    run: Run
+    run: PlannedRun
     seed: int
     output: Path
 

@@ -447,7 +447,7 @@ class StepLog:
     def _report_broken(self, history: list[StepReport]) -> None:
         """Dump the steps that were not finite, and stop if that is the policy."""
         mine = [h for h in history if h.result.broken.item()]
-        steps = sorted({s for of in self.procs.gather([h.step for h in mine]) for s in of})
+        steps = sorted({s for some in self.procs.gather([h.step for h in mine]) for s in some})
         last_good = self.last_good()
         for h in mine:
             path = self.folder / f"nonfinite-step{h.step}-rank{self.procs.rank}.json"

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from util.errors import BadInput
 from util.mask.pos_embed import resize_table, sincos_2d
+from util.spec import Pair
 from util.weights.convert_names import EPS, from_mmseg, from_transformers
 from util.weights.convert_upernet import (
     encoder_of_segmenter,
@@ -24,7 +25,6 @@ from util.weights.convert_upernet import (
 )
 from util.weights.nested_weights import USUAL, Place, find_weights
 
-Pair = tuple[int, int]
 Weights = dict[str, Tensor]
 
 # A masked autoencoder's own: no encoder has them.

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from util.errors import BadInput
+from util.spec import Pair
 from util.weights.convert_names import from_mmseg, to_mmseg
 
 Weights = dict[str, Tensor]
-Pair = tuple[int, int]
 
 HEADS = ("neck.", "decode_head.", "auxiliary_head.")
 TABLE = "attn.relative_position_bias_table"

@@ -7,9 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from util.spec import Pair
 from util.weights.convert import PLACE
-
-Pair = tuple[int, int]
 
 # Where in a file's contents, once a model took its weights, the lines about that stand.
 LOADED = "loaded"

@@ -52,11 +52,11 @@ from util.config.flags import (
     add_split_flags,
     arithmetic_of,
     compiles,
-    fill_unset,
     number,
     run_options,
     settings_of,
 )
+from util.config.method_flags import fill_unset
 from util.console import counted, print_text
 from util.data.class_names import as_trained, check_classes, check_splits, need_labels
 from util.data.datasets import DATASETS, build_dataset

@@ -52,7 +52,8 @@ from util.measure.knn import Bank, neighbours, rank_of, unit, vote
 from util.progress import Progress, say
 from util.train.advice import check_settings, say_warnings, warn_of_flags
 from util.train.dist import Processes, processes
-from util.train.logger import prepare_folder, rank_log
+from util.train.logger import prepare_folder
+from util.train.rank_log import rank_log
 from util.train.results import MEASURED, identity_of, measured_on, set_others_aside
 from util.weights.assumed import ASSUMED, assumptions, set_statistics
 from util.weights.load_table import LOADED

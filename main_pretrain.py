@@ -34,26 +34,28 @@ from engine_pretrain import (
 from models_mmae import DECODERS
 from util.config.flag_types import MOST_BLOCKS, MOST_CHANNELS, MOST_WIDTH
 from util.config.flags import (
-    METHODS,
-    PCA_PER_IMAGE,
     FlagParser,
     add_checkpoint_flags,
     add_data_flags,
     add_dry_run_flags,
-    add_method_flags,
     add_optimisation_flags,
     add_run_flags,
     add_shard_flag,
     add_split_flags,
-    add_target_flags,
     add_view_flags,
     arithmetic_of,
     compiles,
     number,
-    resolve_method,
     run_options,
     settings_of,
     size_pair,
+)
+from util.config.method_flags import (
+    METHODS,
+    PCA_PER_IMAGE,
+    add_method_flags,
+    add_target_flags,
+    resolve_method,
 )
 from util.console import counted, print_text
 from util.data.datasets import DATASETS, build_dataset

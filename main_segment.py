@@ -34,7 +34,14 @@ from engine_segment import (
     train_iterations,
     write_label_maps,
 )
-from util.config.flag_types import MOST_CLASSES, MOST_LSCALE, MOST_SIDE, MOST_WIDTH, expanded_path
+from util.config.flag_types import (
+    MOST_CLASSES,
+    MOST_LSCALE,
+    MOST_SIDE,
+    MOST_WIDTH,
+    expanded_path,
+    optional,
+)
 from util.config.flags import (
     FlagParser,
     add_checkpoint_flags,
@@ -47,7 +54,6 @@ from util.config.flags import (
     add_weights_key_flag,
     arithmetic_of,
     number,
-    optional,
     run_options,
     settings_of,
     size_pair,

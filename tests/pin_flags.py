@@ -131,7 +131,7 @@ def collect() -> dict[str, Any]:
     import main_segment
     import models_zoo
     from engine_segment import LOOKS_BY_DEFAULT
-    from util.config import finetune_flags, flags
+    from util.config import finetune_flags, method_flags
     from util.data import transforms
     from util.mask.strategies import STANDARD
     from util.slurm import add_job_flags
@@ -153,12 +153,12 @@ def collect() -> dict[str, Any]:
             "segment": vars(main_segment.PUBLISHED),
         },
         "presets": {
-            "--method": flags.METHODS,
+            "--method": method_flags.METHODS,
             "--tune": {"full": finetune_flags.FULL, "linear": finetune_flags.LINEAR},
             "segment": {"lr": main_segment.LR, "scales": main_segment.SCALES},
             "segment looks": LOOKS_BY_DEFAULT,
             "standard masks": STANDARD,
-            "patches of an image for a PCA": flags.PCA_PER_IMAGE,
+            "patches of an image for a PCA": method_flags.PCA_PER_IMAGE,
             "crop jitter": transforms.JITTER,
             "evaluation": {
                 "crop share": transforms.CROP_SHARE,

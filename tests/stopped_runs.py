@@ -36,8 +36,8 @@ import main_segment
 import models_zoo
 from util.data.images import BadImage
 from util.errors import EXIT_STOPPED
+from util.train.agreement import Wish
 from util.train.checkpoint import BEST, LAST, load_file
-from util.train.dist import Wish
 from util.train.logger import StepReport
 from util.train.run import Run, named
 

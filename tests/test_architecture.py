@@ -83,7 +83,7 @@ NOT_FOR_MODELS = (
     "timm.optim",
     "timm.scheduler",
 )
-PRINTING = ("util/console.py", "util/train/logger.py", "util/progress.py")
+PRINTING = ("util/console.py", "util/train/rank_log.py", "util/progress.py")
 LOADER = "util/train/checkpoint.py"
 REQUIRED = {"torch", "torchvision", "timm", "submitit", "numpy", "tensorboard", "PyYAML", "tqdm"}
 # What may be imported when a file is: those, by their import names, and torchvision's Pillow.

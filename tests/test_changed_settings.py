@@ -22,8 +22,8 @@ import main_pretrain
 import main_segment
 from util.data.randomness import EpochSampler
 from util.errors import EXIT_STOPPED, BadInput
+from util.train.agreement import Wish
 from util.train.checkpoint import BEST, LAST, best_or_newest, load_file, write_signed
-from util.train.dist import Wish
 from util.train.logger import StepReport
 from util.train.resume import CHANGES, VERSION, bring_up_to_date, check_length, move
 from util.train.run import Run

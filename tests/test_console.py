@@ -15,7 +15,9 @@ from util.console import print_text, visible, visible_line
 from util.data.conversions import Tally
 from util.errors import EXIT_BAD_INPUT, BadInput
 from util.progress import say
-from util.train.logger import BadImages, RunLogger, prepare_folder, rank_log
+from util.train.bad_images import BadImages
+from util.train.logger import RunLogger, prepare_folder
+from util.train.rank_log import rank_log
 
 CLEAR = "\x1b[2J"
 NO_UTF8 = os.fsdecode(b"caf\xe9.jpg")

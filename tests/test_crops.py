@@ -15,7 +15,7 @@ from util.data.samples import PretrainSamples, build_loader
 from util.data.transforms import PretrainTensorTransform, PretrainTransform
 from util.errors import EXIT_STOPPED, BadInput
 from util.mask.strategies import create_strategy
-from util.train.dist import Agreement, Wish
+from util.train.agreement import Agreement, Wish
 
 NUMBER = 50
 # (processes, micro-steps, batch per process), all 12 images a step, every batch holds pairs

@@ -34,7 +34,8 @@ from util.data.segmentation_sets import SegmentationSource
 from util.mask.patches import patch_averages
 from util.mask.strategies import create_strategy
 from util.measure.metrics import FILLS
-from util.train.dist import Agreement, Processes, Wish
+from util.train.agreement import Agreement, Wish
+from util.train.dist import Processes
 from util.train.run import Run
 
 CPU = torch.device("cpu")

@@ -226,7 +226,7 @@ class Watch:
     def _agree_at_once(self) -> None:
         """Exchange wishes after each step: the runs are shorter than the usual four."""
         import util.train.run
-        from util.train.dist import Agreement
+        from util.train.agreement import Agreement
 
         util.train.run.Agreement = lambda *args: Agreement(*args, every=1)  # type: ignore
 
@@ -344,7 +344,8 @@ def alone_checks(rank: int, world: int, root: Path) -> dict[str, Any]:
     import engine_finetune
     import engine_segment
     from engine_segment import Inference, PixelLoss
-    from util.train.dist import Agreement, Place, join
+    from util.train.agreement import Agreement
+    from util.train.dist import Place, join
 
     place = Place(rank, world, rank, world, f"file://{root}/meeting-{world}")
     procs, found = join(place, torch.device("cpu")), {}

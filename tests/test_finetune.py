@@ -38,8 +38,8 @@ from util.data.transforms import FinetuneTransform, normalize
 from util.errors import EXIT_INTERRUPTED, EXIT_STOPPED, BadInput
 from util.mask.pos_embed import sincos_2d
 from util.measure.accuracy import Accuracy
+from util.train.agreement import Agreement, Wish
 from util.train.checkpoint import BEST, LAST, load_file, save_checkpoint
-from util.train.dist import Agreement, Wish
 from util.train.optim import create_adamw, layer_decay_groups
 from util.train.step import OptimizerStep
 

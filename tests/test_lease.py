@@ -18,17 +18,12 @@ from runs import records
 
 from util.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_STOPPED, BadInput, RunFailed, Stopped
 from util.train import lease as leases
+from util.train import owner as owners
+from util.train.agreement import Agreement
 from util.train.checkpoint import LAST, load_file
-from util.train.dist import Agreement, Processes
-from util.train.lease import (
-    NAME,
-    Lease,
-    Owner,
-    acquire,
-    hold_folder,
-    kernel_of_this_process,
-    this_owner,
-)
+from util.train.dist import Processes
+from util.train.lease import NAME, Lease, acquire, hold_folder
+from util.train.owner import Owner, kernel_of_this_process, this_owner
 
 ALONE = Processes(0, 1, 0, 1, torch.device("cpu"))
 ELSEWHERE = Owner("0" * 16, "another-machine", "boot pid:[1]", 1, 1, "2026-01-01T00:00:00+00:00")
@@ -92,7 +87,7 @@ def test_an_owner_is_known_by_kernel_and_number_only_with_its_start(
             raise OSError(errno.ENOENT, "no /proc")
         return 7
 
-    monkeypatch.setattr(leases, "start_of_process", start)
+    monkeypatch.setattr(owners, "start_of_process", start)
     owner = this_owner({})
     assert (owner.started, owner.kernel) == ((7, kernel_of_this_process()) if tells else (0, ""))
 

@@ -16,8 +16,9 @@ from util.float64 import float64_home, to_float64, widest
 from util.measure.accuracy import AccuracyMeter
 from util.measure.knn import Bank, nearest, unit
 from util.progress import Progress
+from util.train.bad_images import BadImages
 from util.train.dist import Place, Processes, choose_device, processes
-from util.train.logger import BadImages, RunLogger, StepLog, StepReport
+from util.train.logger import RunLogger, StepLog, StepReport
 from util.train.optim import create_adamw
 from util.train.step import OptimizerStep, StepResult
 

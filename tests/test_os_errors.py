@@ -17,8 +17,8 @@ from trained import Trained
 import main_pretrain
 from util.errors import EXIT_STOPPED
 from util.files import EARLIER, OURS
+from util.train.agreement import Agreement, Wish
 from util.train.checkpoint import LAST, load_file, newest
-from util.train.dist import Agreement, Wish
 
 # Of hundreds of runs, each in a tenth of a second.
 pytestmark = pytest.mark.usefixtures("small_models")

@@ -28,7 +28,7 @@ from util.data.manifest import read_manifest, sealed
 from util.data.packed import PackedSource, checksum
 from util.data.packing import Recipe
 from util.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_STOPPED, BadInput
-from util.train.dist import Agreement, Wish
+from util.train.agreement import Agreement, Wish
 
 PER_SHARD = util.data.packing.FEWEST
 IMAGES = {"train": 150, "val": 9}  # three shards and one

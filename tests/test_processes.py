@@ -22,8 +22,9 @@ from models_zoo import create_model
 from util import signals
 from util.errors import BadInput
 from util.signals import stoppable
+from util.train.agreement import Agreement
 from util.train.checkpoint import LAST, load_file
-from util.train.dist import Agreement, Processes, processes, read_environment
+from util.train.dist import Processes, processes, read_environment
 from util.train.logger import StepLog
 from util.train.optim import create_adamw, parameter_groups
 from util.train.step import OptimizerStep

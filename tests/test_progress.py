@@ -134,7 +134,7 @@ def test_durations() -> None:
 def test_what_is_said_early_is_in_the_log_of_its_own_command_alone(tmp_path: Path) -> None:
     from util.errors import command
     from util.progress import say
-    from util.train.logger import rank_log
+    from util.train.rank_log import rank_log
 
     @command
     def main(name: str, *, fails: bool) -> None:

@@ -22,8 +22,8 @@ from trained import Trained
 
 import main_pretrain
 from util.errors import EXIT_INTERRUPTED, EXIT_STOPPED
+from util.train.agreement import Agreement, Wish
 from util.train.checkpoint import LAST, load_file
-from util.train.dist import Agreement, Wish
 
 FLAGS = EVERY_DRAW
 STEPS = 30

@@ -27,8 +27,9 @@ from models_segmenters import load_segmenter
 from models_zoo import create_model, create_segmenter
 from util.data.images import IMAGENET_MEAN, IMAGENET_STD
 from util.errors import EXIT_INTERRUPTED, EXIT_STOPPED, RunFailed
+from util.train.agreement import Agreement, Wish
 from util.train.checkpoint import BEST, LAST, load_file, save_checkpoint
-from util.train.dist import Agreement, Processes, Wish
+from util.train.dist import Processes
 from util.train.schedule import PolySchedule
 
 # 8 pairs in batches of 2 are 4 steps an epoch; 6 iterations end in the middle of the second.

@@ -20,8 +20,9 @@ import main_pretrain
 from util import signals
 from util.errors import EXIT_INTERRUPTED, EXIT_STOPPED, RunFailed
 from util.signals import STOP_SIGNALS, StoppedAtStart
+from util.train.agreement import Agreement
 from util.train.checkpoint import LAST, load_file
-from util.train.dist import Agreement, Processes, peers_lost
+from util.train.dist import Processes, peers_lost
 from util.train.lease import NAME
 
 HERE = Path(__file__).resolve().parent

@@ -10,8 +10,9 @@ from runs import records
 from util.data.conversions import Tally
 from util.progress import Progress
 from util.train import logger
+from util.train.bad_images import BadImages
 from util.train.dist import Processes
-from util.train.logger import BadImages, RunLogger, StepLog, StepReport
+from util.train.logger import RunLogger, StepLog, StepReport
 from util.train.run import due
 from util.train.step import StepResult
 

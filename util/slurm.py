@@ -1,9 +1,9 @@
 """Submit a main to Slurm, or to this machine, with submitit; stop on its signals and come back.
 
 Who does what: the step loop owns the signals and writes the checkpoint
-(`util.train.dist.Agreement`), all processes leave it together, and only then `Training` has the job
-queued again. Every start goes on from the newest checkpoint of the run folder, so that it does not
-matter who queued it again: this program, an operator (`scontrol requeue`) or Slurm itself
+(`util.train.agreement.Agreement`), all processes leave it together, and only then `Training` has
+the job queued again. Every start goes on from the newest checkpoint of the run folder, so that it
+does not matter who queued it again: this program, an operator (`scontrol requeue`) or Slurm itself
 (preemption, a node that failed).
 """
 

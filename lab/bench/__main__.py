@@ -68,14 +68,8 @@ from lab.bench.step_speed import (
 )
 from lab.bench.training_speed import Train, compare_curves, measure_together
 from util.config.flag_types import MOST_IN_BATCH, MOST_SIDE, expanded_path, processes_flag
-from util.config.flags import (
-    METHODS,
-    FlagParser,
-    add_data_flags,
-    add_device_flag,
-    add_view_flags,
-    number,
-)
+from util.config.flags import FlagParser, add_data_flags, add_device_flag, add_view_flags, number
+from util.config.method_flags import METHODS
 from util.data.datasets import DATASETS, build_dataset
 from util.data.images import ImageSource, Subset
 from util.data.randomness import EpochSampler, evenly

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from util.config.flag_types import MOST_IN_BATCH, MOST_SIDE, PER_CORE, most_processes
-from util.config.flags import METHODS as PRESETS
+from util.config.method_flags import METHODS as PRESETS
 from util.console import shown
 from util.errors import BadInput
 from util.mask.strategies import MaskStrategy, create_strategy

@@ -9,13 +9,13 @@ from util.config.flag_types import (
     MOST_CLASSES,
     MOST_LSCALE,
     expanded_path,
+    optional,
 )
 from util.config.flags import (
     FlagParser,
     add_heads_flag,
     add_weights_key_flag,
     number,
-    optional,
     size_pair,
 )
 

@@ -1,14 +1,11 @@
 """The run folder: resolved settings, metrics as JSON lines, TensorBoard, progress."""
 
 import json
-import logging
 import math
 import os
-import platform
 import resource
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,19 +16,17 @@ import torch
 import yaml
 from torch import Tensor
 
-from util.console import counted, visible, visible_line
-from util.data.conversions import Tally
-from util.errors import BadInput, RunFailed, Stopped
-from util.files import AppendedFile, at_start, check_folder, sweep, write_text, writing
+from util.errors import BadInput, RunFailed
+from util.files import AppendedFile, check_folder, sweep, write_text, writing
 from util.float64 import widest
-from util.progress import EARLY, Progress, log, say
+from util.progress import Progress, say
+from util.train.bad_images import BadImages
 from util.train.dist import Processes
 from util.train.events import EventFile
 from util.train.step import StepResult
 
 METRICS = "metrics.jsonl"
 SETTINGS = "config.yaml"
-BAD_IMAGES = "bad_images.txt"
 
 
 def prepare_folder(folder: Path) -> None:
@@ -178,132 +173,6 @@ class RunLogger:
 def save_settings(path: Path, settings: dict[str, Any]) -> None:
     """The resolved settings of a run, readable as a recipe."""
     write_text(path, yaml.safe_dump(settings))
-
-
-class _VisibleFormatter(logging.Formatter):
-    """Lines for people, as on the terminal; see `util.console`."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return visible(super().format(record))
-
-
-class RankLog(logging.FileHandler):
-    """A process's log file. If it cannot be written, that is said once, and the run goes on."""
-
-    failed = False
-
-    def handleError(self, record: logging.LogRecord) -> None:  # logging's name
-        """Say once what failed, where logging would print a traceback for each line."""
-        error = sys.exc_info()[1]
-        if not isinstance(error, OSError):
-            super().handleError(record)
-        elif not self.failed:
-            self.failed = True
-            reason = f"cannot write {self.baseFilename}: {error.strerror}; going on without it"
-            print(reason, file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        """Close it; lines that never got to the disk are given up, and were said to be."""
-        try:
-            super().close()
-        except OSError as error:
-            if not self.failed:
-                print(f"cannot write {self.baseFilename}: {error.strerror}", file=sys.stderr)
-
-
-@contextmanager
-def rank_log(folder: Path, rank: int) -> Iterator[None]:
-    """Keep what this process says, and how it ends, in `log-rank{rank}.txt` of the run folder.
-
-    The file also gets what the command said before, when there was no folder yet.
-
-    Raises:
-        BadInput: it cannot be opened.
-    """
-    path = folder / f"log-rank{rank}.txt"
-    with at_start(), writing(path):
-        AppendedFile(path).close()  # refuses what is no file, a named pipe among them
-        handler = RankLog(path, encoding="utf-8")
-    handler.setFormatter(_VisibleFormatter("%(asctime)s %(message)s"))
-    log.addHandler(handler)
-    try:
-        early = EARLY.take()
-        log.info("starts: process %d on %s", rank, platform.node())
-        for line in early:
-            log.info(line)
-        yield
-        log.info("done")
-    except BaseException as error:
-        expected = isinstance(error, BadInput | RunFailed | Stopped)
-        log.error("ends: %s: %s", type(error).__name__, error, exc_info=not expected)
-        raise
-    finally:
-        log.removeHandler(handler)
-        EARLY.take()  # they are in the file
-        handler.close()
-
-
-class BadImages:
-    """The images of a run that could not be decoded: counted over all processes, and listed.
-
-    Args:
-        path: of the list.
-        describe: index to path and fault.
-        limit: more bad images than this end the run.
-        gather: a thing of every process, for all of them.
-        tally: the conversions of those that could.
-        write: True in the main process.
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        describe: Callable[[int], str],
-        limit: int,
-        gather: Callable[[Any], list[Any]],
-        *,
-        tally: Tally,
-        write: bool,
-    ) -> None:
-        self.path, self.describe, self.limit = path, describe, limit
-        self.gather, self.write, self.tally = gather, write, tally
-        self.indices: set[int] = set()
-        self.listed: set[int] = set()
-
-    def note(self, indices: Iterable[int]) -> None:
-        """Remember what this process met."""
-        self.indices.update(indices)
-
-    def agree(self) -> int:
-        """Unite the lists of all processes, write them, return how many. A collective.
-
-        Kinds of conversions that were not met before are said.
-
-        Raises:
-            RunFailed: more than the limit, on every process.
-        """
-        for line in self.tally.news(self.gather):
-            if self.write:
-                say(line)
-        self.indices = set().union(*self.gather(self.indices))
-        if self.indices != self.listed:
-            new = sorted(self.indices - self.listed)
-            self.listed = set(self.indices)
-            if self.write:
-                lines = [visible_line(self.describe(i)) for i in sorted(self.indices)]
-                write_text(self.path, "".join(f"{line}\n" for line in lines))
-                for i in new:
-                    say(f"another image takes the place of {self.describe(i)}")
-        if len(self.indices) > self.limit:
-            raise RunFailed(
-                f"{counted(len(self.indices), 'image')} cannot be decoded, more than "
-                f"--max_bad_images {self.limit}; they are listed in {self.path}"
-            )
-        return len(self.indices)
-
-    def load(self, indices: Iterable[int]) -> None:
-        """Go on with the list of a checkpoint."""
-        self.indices = set(indices)
 
 
 @dataclass(frozen=True)

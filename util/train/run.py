@@ -12,20 +12,20 @@ from util.errors import Stopped
 from util.files import at_start
 from util.progress import Progress, say
 from util.train import checkpoint as ckpt
-from util.train.dist import Agreement, Processes, peers_lost
+from util.train.agreement import Agreement
+from util.train.bad_images import BAD_IMAGES, BadImages
+from util.train.dist import Processes, peers_lost
 from util.train.lease import Lease
 from util.train.logger import (
-    BAD_IMAGES,
     METRICS,
     SETTINGS,
-    BadImages,
     RunLogger,
     StepLog,
     StepReport,
     prepare_folder,
-    rank_log,
     save_settings,
 )
+from util.train.rank_log import rank_log
 from util.train.resume import VERSION
 from util.train.timeline import Timeline
 

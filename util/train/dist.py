@@ -229,6 +229,7 @@ def processes(device_name: str, folder: Path) -> Iterator[Processes]:
         except Stopped:
             # Launchers kill the others when one leaves so, and the main process may be writing.
             procs.barrier()
+            dist.destroy_process_group()
             raise
     dist.destroy_process_group()
 

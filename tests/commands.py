@@ -5,7 +5,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 MAINS = sorted(path.stem for path in ROOT.glob("main_*.py"))
 JOBS = sorted(path.stem for path in ROOT.glob("submitit_*.py"))
-LAB = ["lab.bench.__main__", "lab.study.__main__"]
+LAB = ["lab.bench.command", "lab.study.command"]
 COMMANDS = [*MAINS, *LAB]
 
 
@@ -22,4 +22,4 @@ def program_files() -> list[Path]:
 
 def words_of(command: str) -> list[str]:
     """What stands after `python` on the command line."""
-    return ["-m", command.removesuffix(".__main__")] if command in LAB else [f"{command}.py"]
+    return ["-m", command.removesuffix(".command")] if command in LAB else [f"{command}.py"]

@@ -125,7 +125,7 @@ def defaults_in_python() -> dict[str, dict[str, Any]]:
 
 def collect() -> dict[str, Any]:
     """All that is pinned, in plain types."""
-    import lab.bench.__main__ as lab_bench
+    import lab.bench.command as lab_bench
     import main_finetune
     import main_pretrain
     import main_segment
@@ -139,7 +139,7 @@ def collect() -> dict[str, Any]:
     job = argparse.ArgumentParser(add_help=False)
     add_job_flags(job)
     rows = {
-        name.removesuffix(".__main__"): flag_rows(importlib.import_module(name).build_parser())
+        name.removesuffix(".command"): flag_rows(importlib.import_module(name).build_parser())
         for name in COMMANDS
     }
     found = {

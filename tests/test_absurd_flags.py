@@ -82,7 +82,7 @@ def test_every_number_has_bounds_and_every_path_its_home(monkeypatch: pytest.Mon
     for name, _, action in valued():
         kind = action.type
         where = f"{name} --{action.dest}"
-        if action.dest in PATHS and not (name == "lab.bench.__main__" and action.dest == "images"):
+        if action.dest in PATHS and not (name == "lab.bench.command" and action.dest == "images"):
             assert kind is expanded_path, where
         elif action.choices is None and action.dest not in TEXTS:
             assert kind not in (None, int, float, str), f"{where}: no bounds"
@@ -156,14 +156,14 @@ def test_out_of_memory_is_one_line(error: Exception, capsys: pytest.CaptureFixtu
 def test_a_benchmark_knows_first_that_it_cannot_write(
     flag: str, tmp_path: Path, run_main, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import lab.bench.__main__ as lab_bench
+    import lab.bench.command as lab_bench
 
     def measured(*rest: object) -> None:
         raise AssertionError("measured before the file was looked at")
 
     monkeypatch.setitem(lab_bench.BENCHMARKS, "step", measured)
     for place, expected in ((tmp_path, "is a folder"), ("/proc/x/y.json", "cannot write")):
-        code, _, err = run_main("lab.bench.__main__", ["step", f"--{flag}={place}"])
+        code, _, err = run_main("lab.bench.command", ["step", f"--{flag}={place}"])
         assert code == 2 and expected in err
 
 

@@ -267,7 +267,7 @@ def args_stops_at_main(sources: Sources) -> list[str]:
         f"{path}:{line}: args; take named parameters"
         for path, text in sources.items()
         if not path.startswith(("main_", "submitit_"))
-        and path not in ("util/config/flags.py", "lab/bench/__main__.py", "lab/study/__main__.py")
+        and path not in ("util/config/flags.py", "lab/bench/command.py", "lab/study/command.py")
         for line, name in bound_names(ast.parse(text, path))
         if name == "args"
     ]

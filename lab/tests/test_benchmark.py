@@ -14,7 +14,7 @@ import torch
 from launch import ROOT
 from PIL import Image
 
-import lab.bench.__main__ as lab_bench
+import lab.bench.command as lab_bench
 import main_pack
 from lab.bench import data_speed, limits, training_speed
 from lab.bench import measuring as benchmark
@@ -127,7 +127,7 @@ def test_wrong_arms_are_refused(text: str, said: str) -> None:
     (["data", "--data_path=/nowhere"], "/nowhere"),
 ])  # fmt: skip
 def test_bad_flags_are_one_line_and_exit_2(run_main: Any, flags: list[str], said: str) -> None:
-    code, _, err = run_main("lab.bench.__main__", [*flags, "--device=cpu"])
+    code, _, err = run_main("lab.bench.command", [*flags, "--device=cpu"])
     assert code == 2 and said in err and "Traceback" not in err
 
 
@@ -255,6 +255,14 @@ def test_step_measures_all_arms(tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert len(row["peak_bytes"]) == row["settings"]["processes"]
         assert row["share_of_limit"]["median"] > 0 and row["mfu"] > 0
     assert "share" in capsys.readouterr().out
+
+
+@pytest.mark.smoke
+def test_the_command_s_children_find_what_they_measure(tmp_path: Path) -> None:
+    """Of a package's `__main__` they could not import anything."""
+    words = ["step", *TINY, *FEW, f"--json={tmp_path / 'r.json'}", "--arms", "mae", "mmae"]
+    subprocess.run([sys.executable, "-m", "lab.bench", *words], cwd=ROOT, check=True)
+    assert len(result_of(tmp_path / "r.json", "step")) == 2
 
 
 @pytest.mark.smoke

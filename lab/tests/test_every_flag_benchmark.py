@@ -14,7 +14,7 @@ import torch
 from every_flag import Command, Row, Table, Told, Trace, Watched, cases, check_complete, digest
 from every_flag_files import write_all
 
-import lab.bench.__main__ as lab_bench
+import lab.bench.command as lab_bench
 from util.data.randomness import Key
 
 pytestmark = pytest.mark.smoke
@@ -198,7 +198,7 @@ class Benchmark(Command):
 @pytest.fixture(scope="module")
 def runner(tmp_path_factory: pytest.TempPathFactory) -> Benchmark:
     root = tmp_path_factory.mktemp("benchmark")
-    return Benchmark("lab.bench.__main__", BASE, write_all(root), root, output="")
+    return Benchmark("lab.bench.command", BASE, write_all(root), root, output="")
 
 
 def test_every_flag_has_an_entry() -> None:

@@ -11,7 +11,7 @@ import yaml
 from every_flag import Command, Row, Table, Told, Trace, cases, check_complete
 from launch import ROOT
 
-import lab.study.__main__ as command
+import lab.study.command as command
 
 ROW = "factorial/mask_on-lscale_off-offset_off"
 
@@ -51,7 +51,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
     (root / "other.yaml").write_text(yaml.safe_dump(plan, sort_keys=False))
     shutil.copytree(ROOT / "docs", root / "docs", ignore=shutil.ignore_patterns("pictures"))
     places = {"plan": str(whole), "other": str(root / "other.yaml"), "docs": str(root / "docs")}
-    return Study("lab.study.__main__", ["--plan={plan}", "--docs={docs}"], places, root)
+    return Study("lab.study.command", ["--plan={plan}", "--docs={docs}"], places, root)
 
 
 def test_every_flag_of_study_has_an_entry() -> None:

@@ -22,7 +22,7 @@ import yaml
 from launch import PATIENCE
 from scipy import stats
 
-import lab.study.__main__ as lab_study
+import lab.study.command as lab_study
 from lab.study.analysis import curve_of, dynamics_of, read_study, with_arms
 from lab.study.effects import contrast, corrected, differences, estimate, holm, prediction, signs_of
 from lab.study.rates import analyse
@@ -37,7 +37,7 @@ from util.runs.plan import cells_of, read_plan
 from util.runs.tables import markdown as tables_markdown
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMAND = "lab.study.__main__"
+COMMAND = "lab.study.command"
 STUDY = ROOT / "recipes/tables/study.yaml"
 DOCS = ROOT / "docs"
 TERMS = ("mask", "lscale", "offset")
@@ -498,7 +498,7 @@ def test_a_row_again_is_compared_with_its_interval(done: Path, run_main, monkeyp
     words = [f"--plan={STUDY}", f"--output_dir={done / 'out2'}", f"--docs={done / 'docs'}"]
     before = (done / "docs" / "study.json").read_bytes()
     code, out, err = run_main(
-        "lab.study.__main__", [*words, "--only=confirm/all_best", "--seeds", "201"]
+        "lab.study.command", [*words, "--only=confirm/all_best", "--seeds", "201"]
     )
     assert code == 0, err
     assert re.search(r"^linear +seed 201: .*; one more run: .*, inside$", out, re.M)
@@ -555,7 +555,7 @@ def test_signals_reach_the_runs(tmp_path: Path) -> None:
     )
     program = (
         "import sys, threading, time, os, signal\nfrom pathlib import Path\n"
-        f"sys.path.insert(0, {str(ROOT)!r})\nimport lab.study.__main__ as lab_study\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\nimport lab.study.command as lab_study\n"
         f"lab_study.ROOT = Path({str(tmp_path)!r})\n"
         "def kill():\n"
         f"    while not Path({str(tmp_path / 'up')!r}).exists(): time.sleep(.05)\n"

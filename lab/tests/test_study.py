@@ -36,7 +36,7 @@ from util.runs.cell_runs import READERS
 from util.runs.plan import cells_of, read_plan
 from util.runs.tables import markdown as tables_markdown
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 COMMAND = "lab.study.command"
 STUDY = ROOT / "recipes/tables/study.yaml"
 DOCS = ROOT / "docs"

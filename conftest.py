@@ -110,7 +110,12 @@ SECONDS: dict[str, list[float]] = {}
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Sort files; inside of a file the order stays."""
     order = {name: place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+    def place(item: pytest.Item) -> int:
+        others = item.path.parent.parent.name != "lab"
+        return order.get(item.path.name, len(order) + others)
+
+    items.sort(key=place)
     for item in items:
         tier = next((t for t in TIERS if item.get_closest_marker(t)), "unit")
         item.user_properties.append(("tier", tier))

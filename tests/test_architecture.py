@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 Sources = dict[str, str]
 Rule = Callable[[Sources], list[str]]
 
-# Which files belong to a place, and which other places they may import: DESIGN of the house, whole.
+# Which files belong to a place, and which other places they may import; see CONTRIBUTING.md.
 # The first pattern that fits a path decides.
 PLACES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "slurm": (("util/slurm.py",), ("root", "train", "config")),

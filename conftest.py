@@ -106,16 +106,17 @@ TIERS = ("slurm", "dist", "parity", "smoke", "gpu")
 SECONDS: dict[str, list[float]] = {}
 
 
+def in_lab(nodeid: str) -> bool:
+    """Whether a test is the laboratory's."""
+    return nodeid.startswith("lab/")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Sort files; inside of a file the order stays."""
     order = {name: place for place, name in enumerate(LONGEST)}
 
-    def place(item: pytest.Item) -> int:
-        others = item.path.parent.parent.name != "lab"
-        return order.get(item.path.name, len(order) + others)
-
-    items.sort(key=place)
+    items.sort(key=lambda item: order.get(item.path.name, len(order) + (not in_lab(item.nodeid))))
     for item in items:
         tier = next((t for t in TIERS if item.get_closest_marker(t)), "unit")
         item.user_properties.append(("tier", tier))
@@ -128,7 +129,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class Lanes(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return "lab" if nodeid.startswith("lab/") else str(super()._split_scope(nodeid))
+            return "lab" if in_lab(nodeid) else str(super()._split_scope(nodeid))
 
     return Lanes(config, log) if config.getvalue("dist") == "loadfile" else None
 

@@ -8,7 +8,6 @@ it stands. Compared are the losses, rates, gradient norms and measurements that 
 all tensors of its last checkpoint. Exit code 1: something differs, or a run failed.
 """
 
-import argparse
 import hashlib
 import json
 import os
@@ -23,13 +22,16 @@ from typing import Any
 
 import torch
 
+from util.config.flag_parser import StrictParser
 from util.console import print_text
+from util.errors import BadInput, RunFailed, command
 from util.train.checkpoint import LAST, load_file
+from util.train.logger import MACHINE
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKTREE = "WORKTREE"
-# What a record says of the machine and not of the training.
-MACHINE = ("images_per_s", "waiting", "memory_gb")
+# What a run recorded, and the digests of its last checkpoint's tensors by name.
+Results = tuple[list[dict[str, Any]], dict[str, str]]
 SMALL = [
     "--device=cpu", "--num_workers=0", "--log_every=1", "--batch_size=24", "--epochs=5",
     "--warmup_epochs=1", "--save_every=0", "--seed=7",
@@ -86,12 +88,20 @@ SETUPS = {
 
 @contextmanager
 def checkout(commit: str, folder: Path) -> Iterator[Path]:
-    """A folder with the files of a commit; the work tree itself for WORKTREE."""
+    """A folder with the files of a commit; the work tree itself for WORKTREE.
+
+    Raises:
+        BadInput: git knows no such commit.
+    """
     if commit == WORKTREE:
         yield ROOT
         return
     git = ["git", "-C", str(ROOT), "worktree"]
-    subprocess.run([*git, "add", "--quiet", "--detach", str(folder), commit], check=True)
+    added = subprocess.run(
+        [*git, "add", "--quiet", "--detach", str(folder), commit], capture_output=True, text=True
+    )
+    if added.returncode:
+        raise BadInput(f"cannot check out {commit}: {added.stderr.strip()}")
     try:
         yield folder
     finally:
@@ -115,7 +125,7 @@ def train(code: Path, setup: Setup, folder: Path) -> None:
         raise RuntimeError(f"{found.stdout[-1500:]}{found.stderr[-1500:]}")
 
 
-def read_run(folder: Path) -> tuple[list[dict[str, Any]], dict[str, str]]:
+def read_run(folder: Path) -> Results:
     """The records of a run and the digests of its last checkpoint's tensors by name."""
     (path,) = folder.glob("metrics*.jsonl")
     records = [json.loads(line) for line in path.read_text().splitlines()]
@@ -142,18 +152,16 @@ def digest(x: torch.Tensor) -> str:
     return hashlib.sha256(f"{list(x.shape)}{x.dtype}".encode() + data).hexdigest()
 
 
-def differences(one: Path, other: Path) -> list[str]:
+def compare(one: Results, other: Results) -> list[str]:
     """What differs between two runs, in words; empty: nothing."""
-    (records, tensors), (other_records, other_tensors) = read_run(one), read_run(other)
+    (records, tensors), (other_records, other_tensors) = one, other
     found = []
     if len(records) != len(other_records):
         found.append(f"{len(records)} records and {len(other_records)}")
     for a, b in zip(records, other_records, strict=False):
-        keys = [key for key in {**a, **b} if a.get(key) != b.get(key)]
-        if keys:
-            found.append(
-                f"step {a['step']}: " + ", ".join(f"{k} {a.get(k)} {b.get(k)}" for k in keys)
-            )
+        if keys := [key for key in {**a, **b} if a.get(key) != b.get(key)]:
+            values = ", ".join(f"{key} {a.get(key)} {b.get(key)}" for key in keys)
+            found.append(f"step {a['step']}: {values}")
             break
     names = [n for n in {**tensors, **other_tensors} if tensors.get(n) != other_tensors.get(n)]
     if names:
@@ -161,41 +169,46 @@ def differences(one: Path, other: Path) -> list[str]:
     return found
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def try_setup(name: str, sides: Sequence[tuple[Path, Path]]) -> tuple[bool, str]:
+    """Train a setup with each code in its folder; whether both runs are the same, and in words."""
+    try:
+        for code, folder in sides:
+            train(code, SETUPS[name], folder / name)
+    except RuntimeError as error:
+        return False, f"a run failed\n{error}"
+    one, other = (read_run(folder / name) for _, folder in sides)
+    found = compare(one, other)
+    records, tensors = one
+    counts = f"{records[-1]['step']} steps, {len(records)} records, {len(tensors)} tensors"
+    return not found, "; ".join(found) or f"the same: {counts}"
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
     """Run, compare, print one line a setup."""
-    parser = argparse.ArgumentParser(description=str(__doc__).split("\n")[0])
+    parser = StrictParser(description=str(__doc__).split("\n")[0])
     parser.add_argument("before", help="a commit, or WORKTREE")
     parser.add_argument("after", help="a commit, or WORKTREE")
     parser.add_argument("--only", nargs="+", choices=SETUPS, default=list(SETUPS), metavar="SETUP",
                         help=f"default: all of {', '.join(SETUPS)}")  # fmt: skip
     options = parser.parse_args(argv)
-    # Fine-tuning starts from M-MAE's weights.
-    needed = (
-        {"mmae"} if any("{mmae}" in f for n in options.only for f in SETUPS[n].flags) else set()
-    )
-    wanted = [name for name in SETUPS if name in {*options.only, *needed}]
-    same = True
+    wanted = set(options.only)
+    if any("{mmae}" in flag for name in wanted for flag in SETUPS[name].flags):
+        wanted.add("mmae")
+    different = []
     with tempfile.TemporaryDirectory(prefix="compare-") as place:
         root = Path(place)
         with (
             checkout(options.before, root / "code-before") as before,
             checkout(options.after, root / "code-after") as after,
         ):
-            for name in (n for n in SETUPS if n in wanted):
-                folders = [root / side / name for side in ("before", "after")]
-                try:
-                    for code, folder in zip((before, after), folders, strict=True):
-                        train(code, SETUPS[name], folder)
-                    found = differences(*folders)
-                    records, tensors = read_run(folders[0])
-                    steps = max(record["step"] for record in records)
-                    counts = f"{steps} steps, {len(records)} records, {len(tensors)} tensors"
-                except RuntimeError as error:
-                    found = [f"a run failed\n{error}"]
-                same = same and not found
-                print_text(f"{name:20} {'; '.join(found) or f'the same: {counts}'}")
-    return int(not same)
+            for name in filter(wanted.__contains__, SETUPS):
+                same, words = try_setup(name, [(before, root / "before"), (after, root / "after")])
+                print_text(f"{name:20} {words}")
+                different += [] if same else [name]
+    if different:
+        raise RunFailed(f"not the same: {', '.join(different)}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

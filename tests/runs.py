@@ -12,15 +12,13 @@ from torch import Tensor
 
 from util.signals import STOP_SIGNALS
 from util.train.checkpoint import LAST, load_file
-
-# What a record says of the machine and not of the training.
-MACHINE = ("images_per_s", "waiting", "memory_gb")
+from util.train.logger import MACHINE
 
 
 @contextmanager
 def signals_kept() -> Iterator[None]:
     """Put the handlers back: a command that has ended ignores signals, a test run should not."""
-    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    handlers = {number: signal.getsignal(number) for number in (*STOP_SIGNALS, signal.SIGINT)}
     try:
         yield
     finally:

@@ -38,15 +38,13 @@ from util.data.images import BadImage
 from util.errors import EXIT_STOPPED
 from util.train.agreement import Wish
 from util.train.checkpoint import BEST, LAST, load_file
-from util.train.logger import StepReport
+from util.train.logger import MACHINE, StepReport
 from util.train.run import Run, named
 
 IMAGES, BROKEN, FOUND = 22, (2, 9, 11, 18), (2, 9, 11)
 FIRST_STOP, EDGE, STOP, END = 4, 7, 10, 12
 # Percent, by the step after which it is measured.
 SCORES = {3: 40.0, 6: 45.0, 7: 70.0, 9: 70.0, 12: 30.0}
-# What a record says of the machine and not of the training.
-MACHINE = ("images_per_s", "waiting", "memory_gb")
 Outcome = dict[str, Any]
 
 

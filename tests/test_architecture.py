@@ -5,7 +5,6 @@ project, and to small faulty sources that it must catch.
 """
 
 import ast
-import itertools
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -61,13 +60,10 @@ PLACES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 # Places whose files import none of their own kind: a command is read without the others.
 ALONE = ("mains", "jobs", "engines", "encoders", "models")
 EXTENDS: dict[str, str] = {}  # a method file: the one that it is a preset of
+# Folders of modules: a name of theirs goes on after the dot.
 PACKAGES = {
-    "/".join(folder)
-    for patterns, _ in PLACES.values()
-    for pattern in patterns
-    for folder in itertools.accumulate((part,) for part in pattern.split("/")[:-1])
-    if "*" not in folder
-} | {"lab/bench", "lab/study", "lab/tests"}
+    pattern.rpartition("/")[0] for patterns, _ in PLACES.values() for pattern in patterns
+} | {"lab/bench", "lab/study"}
 # A model knows nothing of data or optimisers, by itself or through what it imports.
 NOT_FOR_MODELS = (
     "util.data.datasets",

@@ -46,7 +46,7 @@ def test_what_is_said_of_each_kind_of_file(tmp_path, read, name):
     read(path, 3)
     found = take()
     assert set(found) == KINDS.get(name, set())
-    assert all(of == (1, str(path)) for of in found.values())
+    assert all(example == (1, str(path)) for example in found.values())
 
 
 def bands(count: int, extra: int | None, photometric: int = 2) -> bytes:

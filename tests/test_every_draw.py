@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from commands import program_files
 from launch import ROOT
 from PIL import Image
 from timm.data.mixup import Mixup
@@ -835,9 +836,7 @@ Calls = list[tuple[str, list[str], ast.Call]]
 def calls() -> Calls:
     """Every call of the program: file, dotted name of what is called, and the call."""
     found = []
-    for path in sorted(
-        p for where in ("*.py", "util/**/*.py", "lab/[bs]*/*.py") for p in ROOT.glob(where)
-    ):
+    for path in program_files():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call):
                 names, part = [], node.func

@@ -32,6 +32,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from util.train.checkpoint import LAST, load_file
+from util.train.logger import MACHINE
 
 # Nothing waits for the clock; on a busy machine all the processes together may take minutes.
 SECONDS = 900
@@ -431,9 +432,6 @@ def ends_of(root: Path, name: str, split: tuple[int, int]) -> list[list[tuple[in
     """Exit codes and errors of each rank's commands."""
     paths = [Path(f"{place_of(root, name, split)}.rank{rank}") for rank in range(split[0])]
     return [torch.load(path)["ends"] for path in paths]
-
-
-MACHINE = {"images_per_s", "waiting", "memory_gb"}
 
 
 def records(folder: Path) -> dict[str, list[dict[str, Any]]]:

@@ -193,11 +193,11 @@ def test_a_file_system_without_links(
         raise PermissionError(1, "Operation not permitted")
 
     monkeypatch.setattr(os, "link", link)
-    with_mask = os.umask(0)
+    before = os.umask(0)
     try:
         taken.append(acquire(tmp_path))
     finally:
-        os.umask(with_mask)
+        os.umask(before)
     taken[0].check()
     assert (tmp_path / NAME).stat().st_mode & 0o777 == 0o644
     with pytest.raises(BadInput, match="is in use by process"):

@@ -423,12 +423,14 @@ def segments_two_steps(name: str, folder: Path) -> None:
     check_run(recipe, flags, folder, "-segment", steps=2)
 
 
-def check_run(recipe: dict[str, Any], flags: list[str], folder: Path, of: str, steps: int) -> None:
+def check_run(
+    recipe: dict[str, Any], flags: list[str], folder: Path, task: str, steps: int
+) -> None:
     """The resolved set is saved, and it is the recipe's; the log has so many steps."""
-    saved = yaml.safe_load((folder / f"config{of}.yaml").read_text())
+    saved = yaml.safe_load((folder / f"config{task}.yaml").read_text())
     given = {flag[2:].split("=")[0] for flag in flags}
     assert not differences({k: v for k, v in recipe.items() if k not in given}, saved)
-    lines = (folder / f"metrics{of}.jsonl").read_text().splitlines()
+    lines = (folder / f"metrics{task}.jsonl").read_text().splitlines()
     assert sum('"kind": "train"' in line for line in lines) == steps
 
 

@@ -524,8 +524,8 @@ def test_iterations_cross_epochs_at_any_step(world: int) -> None:
     for epoch in range(steps // per_epoch):
         used = [
             key.index
-            for of in whole
-            for batch in of[2 * per_epoch * epoch : 2 * per_epoch * (epoch + 1)]
+            for epochs in whole
+            for batch in epochs[2 * per_epoch * epoch : 2 * per_epoch * (epoch + 1)]
             for key in batch
             if key.epoch == epoch
         ]

@@ -235,7 +235,7 @@ def test_finetuning(tune: str, tmp_path: Path) -> None:
     if "--ema_decay=0.9" in TUNED[tune]:
         assert distance(shards, whole, part="ema") < WRONG / 6
     lines = [(f / "metrics-finetune.jsonl").read_text().splitlines() for f in (shards, whole)]
-    a, b = (json.loads(of[-1]) for of in lines)
+    a, b = (json.loads(log[-1]) for log in lines)
     assert a["kind"] == "eval" and a["images"] == b["images"] > 0
     assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
 

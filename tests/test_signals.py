@@ -14,7 +14,7 @@ import pytest
 import torch
 from commands import COMMANDS, JOBS, words_of
 from launch import PATIENCE, ROOT, TINY, launch, until, wait, wait_for_step
-from runs import records
+from runs import records, signals_kept
 
 import main_pretrain
 from util import signals
@@ -308,14 +308,9 @@ def test_the_loop_takes_over_whatever_came_before(monkeypatch: pytest.MonkeyPatc
     start = signals._Start(taken=True, phase="running", asked=signal.SIGTERM)
     monkeypatch.setattr(signals, "_start", start)
     agreement = Agreement(Processes(0, 1, 0, 1, torch.device("cpu")), signal=signal.SIGUSR1)
-    before = {number: signal.getsignal(number) for number in ALL}
-    try:
-        with agreement:
-            assert start.over.is_set() and start.phase == "over"
-            assert agreement.after_step().stop == signal.SIGUSR1
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with signals_kept(), agreement:
+        assert start.over.is_set() and start.phase == "over"
+        assert agreement.after_step().stop == signal.SIGUSR1
 
 
 @pytest.mark.parametrize("leaving", [False, True])
@@ -360,14 +355,10 @@ def test_the_watching_thread_ends_a_start_for_stops_alone(
 
 def test_a_forked_child_dies_of_signals_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(signals, "_start", signals._Start(taken=True, phase="running"))
-    before = {number: signal.getsignal(number) for number in ALL}
-    try:
+    with signals_kept():
         for number in ALL:
             signal.signal(number, signals._note)
         signals._forget()
         after = {number: signal.getsignal(number) for number in ALL}
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
     dies = dict.fromkeys(STOP_SIGNALS, signal.SIG_DFL)
     assert after == dies | {signal.SIGINT: signal.SIG_IGN}

@@ -380,12 +380,12 @@ def test_a_bias_by_hand() -> None:
 
 @pytest.mark.parametrize("grid", [(2, 2), (3, 5), (6, 4), (1, 1)])
 def test_offsets_keep_their_rows_on_other_grids(grid: tuple[int, int]) -> None:
-    of = (3, 4)
-    index = relative_index(of, grid)
+    known = (3, 4)
+    index = relative_index(known, grid)
     offsets = {}
-    for i, (r, c) in enumerate((r, c) for r in range(of[0]) for c in range(of[1])):
-        for j, (s, t) in enumerate((r, c) for r in range(of[0]) for c in range(of[1])):
-            offsets[r - s, c - t] = int(relative_index(of, of)[1 + i, 1 + j])
+    for i, (r, c) in enumerate((r, c) for r in range(known[0]) for c in range(known[1])):
+        for j, (s, t) in enumerate((r, c) for r in range(known[0]) for c in range(known[1])):
+            offsets[r - s, c - t] = int(relative_index(known, known)[1 + i, 1 + j])
     assert sorted(offsets.values()) == list(range(5 * 7))
     gw = grid[1]
     for i in range(grid[0] * gw):
@@ -394,7 +394,7 @@ def test_offsets_keep_their_rows_on_other_grids(grid: tuple[int, int]) -> None:
             edge = max(-2, min(2, down)), max(-3, min(3, right))
             assert index[1 + i, 1 + j] == offsets[edge]
     assert (index[0, 1:] == 35).all() and (index[1:, 0] == 36).all() and index[0, 0] == 37
-    assert RelativeBias(of, 2)(index).shape == (1, 2, len(index), len(index))
+    assert RelativeBias(known, 2)(index).shape == (1, 2, len(index), len(index))
 
 
 # ---- Layers, registry, settings ------------------------------------------------------------------

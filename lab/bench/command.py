@@ -401,7 +401,7 @@ def benchmark_data(args: argparse.Namespace, arms: dict[str, Arm], threads: int)
         side = arguments_of(arm)["img_size"]
         return compare_reads(
             usual_files(peers, (side, side), tuple(args.crop_scale)),
-            {name: (open_samples(args, arm, of), n) for name, (of, n) in sources.items()},
+            {name: (open_samples(args, arm, s), n) for name, (s, n) in sources.items()},
             images=max(1, args.images // arm.batch) * arm.batch,
             batch=arm.batch,
             repeats=args.repeats,

@@ -3,14 +3,14 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from launch import TINY
 from trained import Trained
 
-from lab import compare_commits
-from lab.compare_commits import SETUPS, WORKTREE, Setup, differences, walk
+from lab.compare_commits import SETUPS, WORKTREE, Setup, compare, read_run, walk
 from util.train.checkpoint import LAST, load_file, write_signed
 
 FLAGS = [*TINY, "--epochs=1", "--warmup_epochs=0", "--train_images=72"]
@@ -24,7 +24,7 @@ def two(trained: Trained, tmp_path: Path) -> tuple[Path, Path]:
 
 
 def test_a_copy_is_the_same(two: tuple[Path, Path]) -> None:
-    assert differences(*two) == []
+    assert compare(*map(read_run, two)) == []
 
 
 @pytest.mark.parametrize("key", ["loss", "lr", "grad_norm"])
@@ -35,7 +35,7 @@ def test_a_number_in_the_log(two: tuple[Path, Path], key: str) -> None:
     second[key] *= 1 + 2**-50
     lines.append(lines[-1] | {"images_per_s": 1})
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    count, step = differences(*two)
+    count, step = compare(*map(read_run, two))
     assert count == f"{len(lines) - 1} records and {len(lines)}"
     assert step.startswith(f"step 2: {key} ")
 
@@ -44,7 +44,7 @@ def test_speed_is_no_difference(two: tuple[Path, Path]) -> None:
     path = two[1] / "metrics.jsonl"
     lines = [json.loads(line) | {"images_per_s": 1} for line in path.read_text().splitlines()]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert differences(*two) == []
+    assert compare(*map(read_run, two)) == []
 
 
 def test_one_bit_of_the_optimiser(two: tuple[Path, Path]) -> None:
@@ -52,17 +52,23 @@ def test_one_bit_of_the_optimiser(two: tuple[Path, Path]) -> None:
     name, x = next((n, x) for n, x in walk(state, "") if n.endswith("exp_avg") and x.ndim)
     x.view(torch.int32).flatten()[0] ^= 1
     write_signed(two[1] / LAST, state)
-    (found,) = differences(*two)
+    (found,) = compare(*map(read_run, two))
     assert found.startswith("1 of ") and found.endswith(name)
 
 
 @pytest.mark.smoke
 def test_the_work_tree_is_itself_and_no_failure_is_the_same(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, run_main: Any
 ) -> None:
+    words = [WORKTREE, WORKTREE, "--only", "mae"]
     monkeypatch.setitem(SETUPS, "mae", Setup("main_pretrain", FLAGS))
-    assert compare_commits.main([WORKTREE, WORKTREE, "--only", "mae"]) == 0
-    assert "the same: 3 steps" in capsys.readouterr().out
+    code, out, err = run_main("lab.compare_commits", words)
+    assert code == 0 and "the same: 3 steps" in out, err
     monkeypatch.setitem(SETUPS, "mae", Setup("main_pretrain", ["--no_such_flag"]))
-    assert compare_commits.main([WORKTREE, WORKTREE, "--only", "mae"]) == 1
-    assert "a run failed" in capsys.readouterr().out
+    code, out, err = run_main("lab.compare_commits", words)
+    assert code == 1 and "a run failed" in out and "not the same: mae" in err
+
+
+def test_a_commit_that_is_not_there(run_main: Any) -> None:
+    code, _, err = run_main("lab.compare_commits", ["no-such-commit", WORKTREE])
+    assert code == 2 and "cannot check out no-such-commit" in err and "Traceback" not in err

@@ -153,7 +153,9 @@ class Benchmark(Command):
             usual and repr(usual.view),
         )
         trace["turns"], trace["arms"] = more, [(name, n) for name, (_, n) in sources.items()]
-        trace["images"] = [digest(of[Key(0, 0, 0)]["image"]) for of, _ in sources.values()]
+        trace["images"] = [
+            digest(samples[Key(0, 0, 0)]["image"]) for samples, _ in sources.values()
+        ]
         return {}
 
     @staticmethod

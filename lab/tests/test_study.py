@@ -497,9 +497,7 @@ def test_a_row_again_is_compared_with_its_interval(done: Path, run_main, monkeyp
     monkeypatch.setattr(lab_study, "run_plan", made_up)
     words = [f"--plan={STUDY}", f"--output_dir={done / 'out2'}", f"--docs={done / 'docs'}"]
     before = (done / "docs" / "study.json").read_bytes()
-    code, out, err = run_main(
-        "lab.study.command", [*words, "--only=confirm/all_best", "--seeds", "201"]
-    )
+    code, out, err = run_main(COMMAND, [*words, "--only=confirm/all_best", "--seeds", "201"])
     assert code == 0, err
     assert re.search(r"^linear +seed 201: .*; one more run: .*, inside$", out, re.M)
     assert re.search(r"^\d of 7 inside their 95 % intervals", out, re.M)

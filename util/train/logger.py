@@ -26,6 +26,8 @@ from util.train.events import EventFile
 from util.train.step import StepResult
 
 METRICS = "metrics.jsonl"
+# What a record says of the machine and not of the training.
+MACHINE = ("images_per_s", "waiting", "memory_gb")
 SETTINGS = "config.yaml"
 
 
@@ -316,7 +318,7 @@ class StepLog:
     def _report_broken(self, history: list[StepReport]) -> None:
         """Dump the steps that were not finite, and stop if that is the policy."""
         mine = [h for h in history if h.result.broken.item()]
-        steps = sorted({s for some in self.procs.gather([h.step for h in mine]) for s in some})
+        steps = sorted({s for theirs in self.procs.gather([h.step for h in mine]) for s in theirs})
         last_good = self.last_good()
         for h in mine:
             path = self.folder / f"nonfinite-step{h.step}-rank{self.procs.rank}.json"

@@ -224,10 +224,10 @@ def measurement(
     return measure
 
 
-def say_accuracy(of: str, result: Accuracy) -> None:
+def say_accuracy(name: str, result: Accuracy) -> None:
     """One line for the reader."""
     values = result.summary()
     say(
-        f"{of}: top-1 {values['top1']:.3f}  top-5 {values['top5']:.3f}  loss {values['loss']:.4f}  "
-        f"({result.images:,} images)"
+        f"{name}: top-1 {values['top1']:.3f}  top-5 {values['top5']:.3f}  "
+        f"loss {values['loss']:.4f}  ({result.images:,} images)"
     )

@@ -123,7 +123,7 @@ from util.weights.load_table import LOADED
 TASK = "segment"
 LR = 1e-4
 # The published run, for what is warned of.
-PUBLISHED = Published(LR * 256 / 16, 16, of="ViT-B on ADE20K", images=20_000)
+PUBLISHED = Published(LR * 256 / 16, 16, model="ViT-B on ADE20K", images=20_000)
 # Where BatchNorm has one value per channel of an image.
 POOL = "over the 1 x 1 pool"
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
@@ -673,11 +673,11 @@ def measurement(
     return measure
 
 
-def say_result(of: str, result: Segmentation, images: int) -> None:
+def say_result(name: str, result: Segmentation, images: int) -> None:
     """One line for the reader."""
     say(
-        f"{of}: mIoU {result.miou:.2f}  pixel accuracy {result.pixel_accuracy:.2f}  class accuracy "
-        f"{result.class_accuracy:.2f}  ({images:,} images)"
+        f"{name}: mIoU {result.miou:.2f}  pixel accuracy {result.pixel_accuracy:.2f}  "
+        f"class accuracy {result.class_accuracy:.2f}  ({images:,} images)"
     )
 
 

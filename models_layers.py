@@ -295,19 +295,19 @@ class RelativeBias(nn.Module):
         return self.table[index_NN].permute(2, 0, 1).unsqueeze(0).contiguous()
 
 
-def relative_index(of: Pair, grid: Pair, device: torch.device | None = None) -> Tensor:
-    """Which row of a table for the grid `of` each pair of tokens of `grid` has: int64 [N, N].
+def relative_index(known: Pair, grid: Pair, device: torch.device | None = None) -> Tensor:
+    """Which row of a table for the grid `known` each pair of tokens of `grid` has: int64 [N, N].
 
     Query, then key. On another grid an offset of so many patches keeps its row, and one beyond the
     table has the row at its edge: patches are of the same size in pixels whatever the image's.
     """
     sides = []
-    for table, side in zip(of, grid, strict=True):
+    for table, side in zip(known, grid, strict=True):
         i = torch.arange(side, device=device)
         sides.append((i[:, None] - i).clamp(1 - table, table - 1) + table - 1)
-    (gh, gw), columns = grid, 2 * of[1] - 1
+    (gh, gw), columns = grid, 2 * known[1] - 1
     pairs = sides[0][:, None, :, None] * columns + sides[1][None, :, None, :]
-    first = (2 * of[0] - 1) * columns
+    first = (2 * known[0] - 1) * columns
     index = torch.empty(1 + gh * gw, 1 + gh * gw, dtype=torch.int64, device=device)
     index[1:, 1:] = pairs.reshape(gh * gw, gh * gw)
     index[0], index[:, 0], index[0, 0] = first, first + 1, first + 2

@@ -229,10 +229,11 @@ class VisionTransformer(TimmVisionTransformer):
             ValueError: blocks that are not there.
         """
         wanted = chosen_blocks(len(self.blocks), indices)
+        last = max(wanted, default=-1)
         x_BND, grid = self._embed(x)
         maps: list[Any] = []
         for i, block in enumerate(self.blocks):
-            if intermediates_only and i > max(wanted, default=-1):
+            if intermediates_only and i > last:
                 break
             bias = None if biases is None else biases[i]
             if self.grad_checkpointing and torch.is_grad_enabled():

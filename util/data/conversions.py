@@ -81,7 +81,7 @@ class Tally:
 
     def add(self, found: Found) -> None:
         """Take in those of a batch."""
-        merge(self.new, {kind: of for kind, of in found.items() if kind not in self.said})
+        merge(self.new, {k: examples for k, examples in found.items() if k not in self.said})
 
     def news(self, gather: Callable[[Any], list[Any]]) -> list[str]:
         """Lines on those of all processes that were not said before. A collective.

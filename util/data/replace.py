@@ -76,7 +76,7 @@ def refuse_bad(bad: Iterable[int], gather: Callable[[Any], list[Any]]) -> None:
     Raises:
         BadInput: there is one, on all processes: without it the numbers would be another set's.
     """
-    found = sorted({i for some in gather([i for i in bad if i >= 0]) for i in some})
+    found = sorted({i for theirs in gather([i for i in bad if i >= 0]) for i in theirs})
     if found:
         raise BadInput(
             f"{counted(len(found), 'image')} of the evaluation set cannot be decoded (numbers "

@@ -112,8 +112,8 @@ def sincos_2d(
     rows, columns = (COORDINATES[pos_offset](size, device) for size in grid)
     if extent is not None:
         rows, columns = (
-            spread(COORDINATES[pos_offset](of, device), size)
-            for of, size in zip(extent, grid, strict=True)
+            spread(COORDINATES[pos_offset](side, device), size)
+            for side, size in zip(extent, grid, strict=True)
         )
     if shift is not None:
         rows = rows + to_float64(shift[:, 0:1])  # [B, gh]

@@ -38,7 +38,7 @@ class Published:
 
     blr: float
     batch: int
-    of: str = "ViT-B and larger on ImageNet"
+    model: str = "ViT-B and larger on ImageNet"
     images: int = 1_000_000
 
 
@@ -90,7 +90,7 @@ def check_outside(flag: str, folder: str, roots: Sequence[tuple[str, Path]]) -> 
         BadInput: it does.
     """
     place = Path(os.path.realpath(folder))
-    for of, root in roots:
+    for reader, root in roots:
         try:
             with os.scandir(root) as entries:
                 links = [entry.path for entry in entries if entry.is_symlink()]
@@ -99,8 +99,8 @@ def check_outside(flag: str, folder: str, roots: Sequence[tuple[str, Path]]) -> 
         for inside in (str(root), *links):
             if os.path.isdir(inside) and place.is_relative_to(os.path.realpath(inside)):
                 raise BadInput(
-                    f"{flag} {folder} lies in {inside}, whose images {of} reads: the pictures that "
-                    f"are written would become data; give {flag} a folder outside of it"
+                    f"{flag} {folder} lies in {inside}, whose images {reader} reads: the pictures "
+                    f"that are written would become data; give {flag} a folder outside of it"
                 )
 
 
@@ -177,7 +177,7 @@ def warn_of_course(
         size = f"{ratio:.3g} x" if ratio >= FAR_RATE else f"1/{1 / ratio:.3g} of"
         found.append(
             f"lr {lr:.3g} is base lr {blr:.3g} at this batch, {size} the published recipe's "
-            f"{published.blr:.3g} (that of {published.of})"
+            f"{published.blr:.3g} (that of {published.model})"
         )
     if min_lr > lr:
         found.append(f"--min_lr {min_lr:.3g} is above the peak lr {lr:.3g}: the rate rises")

@@ -229,7 +229,7 @@ def processes(device_name: str, folder: Path) -> Iterator[Processes]:
         except Stopped:
             # Launchers kill the others when one leaves so, and the main process may be writing.
             procs.barrier()
-            dist.destroy_process_group()
+            dist.destroy_process_group()  # a thread of it may abort as the interpreter ends
             raise
     dist.destroy_process_group()
 

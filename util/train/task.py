@@ -1,9 +1,8 @@
 """A task of a submitit job: its first moments, before torch, and its end when it was stopped.
 
 `python -m util.train.task -u -m submitit.core._submit FOLDER` takes the stop signals and then
-starts that
-module: reading the job imports the project, which takes long enough for a time limit to come.
-Standard library only, for the same reason.
+starts that module: reading the job imports the project, which takes long enough for a time limit to
+come. Standard library only, for the same reason.
 """
 
 import os

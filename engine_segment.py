@@ -84,12 +84,12 @@ class PixelLoss:
         target = torch.where(label == IGNORE, -1, label.long())
         shape = (label.shape[1], label.shape[2])
 
-        def of(logits: Tensor) -> Tensor:
+        def cross_entropy(logits: Tensor) -> Tensor:
             enlarged = resize(logits.float(), shape)
             return F.cross_entropy(enlarged, target, ignore_index=-1, reduction="sum") / pixels
 
-        loss = of(output["logits"])
-        return loss + self.aux_weight * of(output["aux"]) if "aux" in output else loss
+        loss = cross_entropy(output["logits"])
+        return loss + self.aux_weight * cross_entropy(output["aux"]) if "aux" in output else loss
 
 
 def prepare(batch: dict[str, Any], mean: Stats, std: Stats, device: torch.device) -> Tensor:

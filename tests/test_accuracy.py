@@ -196,7 +196,9 @@ def held_out(images: int) -> ImageSource:
     return Subset(build_dataset("synthetic", "val"), range(images))
 
 
-def of(model: torch.nn.Module, source: ImageSource, batch_size: int, **others: object) -> Accuracy:
+def evaluated(
+    model: torch.nn.Module, source: ImageSource, batch_size: int, **others: object
+) -> Accuracy:
     samples = LabelledSamples(source, EvalTransform((16, 16), margin=source.eval_margin), 0)
     sampler = EvalSampler(range(len(source)), batch_size)
     loader = build_loader(samples, sampler, num_workers=0, pin_memory=False)
@@ -219,7 +221,7 @@ def test_batches_of_any_size_measure_the_same() -> None:
     expected = metrics.confusion_matrix(labels, taken, labels=range(7))
     loss = metrics.log_loss(labels, logits.double().softmax(1), labels=range(7))
     for batch_size in (1, 7, 64):
-        result = of(model, source, batch_size)
+        result = evaluated(model, source, batch_size)
         assert (result.images, result.broken) == (61, 0)
         assert np.array_equal(result.confusion, expected)
         assert result.top5 == metrics.top_k_accuracy_score(
@@ -248,10 +250,10 @@ class Broken(ImageSource):
 
 def test_an_image_that_cannot_be_decoded_is_not_left_out() -> None:
     with pytest.raises(BadInput, match=r"2 images .*numbers 4, 11\)"):
-        of(classifier(), Broken([11, 4]), 8)
+        evaluated(classifier(), Broken([11, 4]), 8)
     # Also where another process met it: all end together.
     with pytest.raises(BadInput, match=r"1 image .*numbers 17\)"):
-        of(classifier(), held_out(20), 8, gather=lambda mine: [mine, [17]])
+        evaluated(classifier(), held_out(20), 8, gather=lambda mine: [mine, [17]])
 
 
 @pytest.mark.dist

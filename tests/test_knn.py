@@ -143,7 +143,7 @@ def test_equal_to_scikit_learn(k: int, temperature: float) -> None:
     assert correct == pytest.approx(model.score(x[1500:], y[1500:]), abs=1e-12) and correct > 0.8
 
 
-def of(similarity: list[float], label: list[int]) -> Neighbours:
+def ranked(similarity: list[float], label: list[int]) -> Neighbours:
     places = torch.arange(len(label))[None]
     return Neighbours(
         torch.tensor([similarity], dtype=torch.float64), places, torch.tensor([label])
@@ -151,21 +151,21 @@ def of(similarity: list[float], label: list[int]) -> Neighbours:
 
 
 def test_equal_votes_go_to_the_lower_class() -> None:
-    scores = vote(of([0.5, 0.5], [3, 1]), 2, 0.07, 5)
+    scores = vote(ranked([0.5, 0.5], [3, 1]), 2, 0.07, 5)
     assert scores.tolist() == [[-1, 1, -1, 1, -1]]
     assert [rank_of(scores, torch.tensor([c])).item() for c in (1, 3)] == [0, 1]
     assert scores.argmax(1).item() == 1
 
 
 def test_a_class_without_votes_is_never_right() -> None:
-    scores = vote(of([0.9, 0.1], [4, 2]), 2, 1e-9, 6)  # the second weight rounds to 0
+    scores = vote(ranked([0.9, 0.1], [4, 2]), 2, 1e-9, 6)  # the second weight rounds to 0
     assert scores.tolist() == [[-1, -1, 0, -1, 1, -1]]
     assert [rank_of(scores, torch.tensor([c])).item() for c in range(6)] == [6, 6, 1, 6, 0, 6]
 
 
 @pytest.mark.parametrize("temperature", [1e-300, 1e-3, 0.07])
 def test_no_weight_overflows(temperature: float) -> None:
-    scores = vote(of([1.0, 1.0, 0.999], [2, 2, 0]), 3, temperature, 3)
+    scores = vote(ranked([1.0, 1.0, 0.999], [2, 2, 0]), 3, temperature, 3)
     assert scores.isfinite().all() and scores[0, 2] == 2
     assert scores[0, 0].item() == pytest.approx(np.exp(-0.001 / temperature), abs=1e-12)
 

@@ -1,17 +1,20 @@
 """Several processes: the same numbers, agreed decisions, and no one left waiting."""
 
+import ctypes
 import json
 import os
 import re
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from launch import CONTEXT, TINY, launch, start_group, wait, wait_for_step
 from runs import records
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -50,7 +53,7 @@ def train(rank: int, world: int, accum_iter: int, batch: int, out: Path) -> None
             step(lambda i, x=images, m=mask: trained(x[i], m[i], 4)["loss"], rows, 1e-3)
         if procs.main:
             torch.save(model.state_dict(), out / "weights.pt")
-    assert not torch.distributed.is_initialized()  # what comes after may be of one process
+    assert not dist.is_initialized()  # what comes after may be of one process
 
 
 @pytest.mark.dist
@@ -69,16 +72,32 @@ def test_processes_and_accumulation_change_nothing_but_rounding(tmp_path: Path) 
         assert worst < 1e-9, (split, worst)
 
 
-def stop_together(rank: int, world: int, out: Path) -> None:
-    with pytest.raises(Stopped), processes("cpu", out):
-        raise Stopped("stopped", signal.SIGUSR2)
-    assert not torch.distributed.is_initialized()
+def end_with_an_exchange(rank: int, world: int, ending: Exception | None, out: Path) -> None:
+    """Leave while a thread of gloo waits for the GIL, to let go of what it exchanged."""
+    with suppress(Stopped, ValueError), processes("cpu", out) as procs:
+        dist.all_reduce(torch.ones(1), group=procs.control, async_op=True)
+        ctypes.PyDLL(None).usleep(200_000)  # which keeps the GIL
+        if ending is not None:
+            raise ending
+    if not isinstance(ending, ValueError):  # of the default group: no tensor of Python's is in it
+        assert not dist.is_initialized()
+        assert not gloo_threads()
+    assert len(gloo_threads()) <= 2
+
+
+def gloo_threads() -> list[Path]:
+    """Threads of this process that carry out exchanges, two for each group."""
+    tasks = Path("/proc/self/task").iterdir()
+    return [task for task in tasks if (task / "comm").read_text() == "pt_gloo_runloop\n"]
 
 
 @pytest.mark.dist
-def test_stopped_processes_leave_their_group(tmp_path: Path) -> None:
-    """Its threads must not meet the end of the interpreter: one of thousands of stops aborted."""
-    assert wait(start_group(stop_together, 2, tmp_path)) == [0, 0]
+@pytest.mark.parametrize("ending", [None, Stopped("stopped", signal.SIGUSR2), ValueError("bad")])
+def test_no_thread_waits_for_python_as_the_interpreter_ends(
+    ending: Exception | None, tmp_path: Path
+) -> None:
+    """It would abort the process: under Slurm a finished job counted as failed."""
+    assert wait(start_group(end_with_an_exchange, 2, ending, tmp_path)) == [0, 0]
 
 
 def break_loss(when: int) -> None:

@@ -47,14 +47,15 @@ class Place:
     rendezvous: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass
 class Processes:
     """This process among the others.
 
     Attributes:
         rank, world_size: of all processes; local_rank, local_size: of those on this machine.
         device: where this process computes.
-        control: gloo group for what the hosts have to say to each other; None for one process.
+        control: gloo group for what the hosts have to say to each other; None for one process, and
+            after `leave_control`.
     """
 
     rank: int
@@ -93,6 +94,17 @@ class Processes:
     def barrier(self) -> None:
         """Wait for the others."""
         self.gather(None)
+
+    def leave_control(self) -> None:
+        """End the control group and its threads.
+
+        A thread of gloo that lets go of a finished exchange of Python's tensors waits for the GIL.
+        One that still does when the interpreter ends aborts the whole process, whatever its exit
+        code would have been. Threads end with the last reference to their group, which is here.
+        """
+        control, self.control = self.control, None
+        if control is not None and dist.is_initialized():
+            dist.destroy_process_group(control)
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
@@ -229,8 +241,11 @@ def processes(device_name: str, folder: Path) -> Iterator[Processes]:
         except Stopped:
             # Launchers kill the others when one leaves so, and the main process may be writing.
             procs.barrier()
-            dist.destroy_process_group()  # a thread of it may abort as the interpreter ends
+            procs.leave_control()
+            dist.destroy_process_group()
             raise
+        finally:
+            procs.leave_control()
     dist.destroy_process_group()
 
 

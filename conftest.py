@@ -115,7 +115,6 @@ def in_lab(nodeid: str) -> bool:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Sort files; inside of a file the order stays."""
     order = {name: place for place, name in enumerate(LONGEST)}
-
     items.sort(key=lambda item: order.get(item.path.name, len(order) + (not in_lab(item.nodeid))))
     for item in items:
         tier = next((t for t in TIERS if item.get_closest_marker(t)), "unit")

@@ -55,7 +55,7 @@ class Processes:
         rank, world_size: of all processes; local_rank, local_size: of those on this machine.
         device: where this process computes.
         control: gloo group for what the hosts have to say to each other; None for one process, and
-            after `leave_control`.
+            after `leave`.
     """
 
     rank: int
@@ -95,16 +95,15 @@ class Processes:
         """Wait for the others."""
         self.gather(None)
 
-    def leave_control(self) -> None:
-        """End the control group and its threads.
+    def leave(self) -> None:
+        """Leave the others, with no exchange under way; the control group's threads end.
 
         A thread of gloo that lets go of a finished exchange of Python's tensors waits for the GIL.
         One that still does when the interpreter ends aborts the whole process, whatever its exit
         code would have been. Threads end with the last reference to their group, which is here.
         """
-        control, self.control = self.control, None
-        if control is not None and dist.is_initialized():
-            dist.destroy_process_group(control)
+        dist.destroy_process_group()
+        self.control = None
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
@@ -241,12 +240,10 @@ def processes(device_name: str, folder: Path) -> Iterator[Processes]:
         except Stopped:
             # Launchers kill the others when one leaves so, and the main process may be writing.
             procs.barrier()
-            procs.leave_control()
-            dist.destroy_process_group()
+            procs.leave()
             raise
-        finally:
-            procs.leave_control()
-    dist.destroy_process_group()
+    # After a fault nothing is waited for: the others may never take part in what is under way.
+    procs.leave()
 
 
 def join(place: Place, device: torch.device) -> Processes:

@@ -1,58 +1,33 @@
 """Pretraining: one epoch of training, and reconstruction measured on held-out images."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from models_protocols import PretrainModel
 from util.data.transforms import denormalize, normalize
 from util.errors import RunFailed
 from util.float64 import float64_home
-from util.mask.patches import patch_averages, patchify
-from util.mask.pca import PatchFit, PatchMoments
-from util.mask.strategies import MaskStrategy, count_visible, strategy_of
+from util.mask.cells import Cells, cells_of
+from util.mask.patches import patch_averages
+from util.mask.strategies import MaskStrategy, strategy_of
 from util.measure.metrics import (
     FILLS,
+    WHITE,
     ReconstructionMeter,
-    apply_statistics,
     compose,
     fill,
-    masked_patches,
+    mask_pixels,
 )
+from util.spec import Shape
 from util.train.logger import StepReport
 from util.train.step import OptimizerStep, Stopwatch, steps_of
 
 Stats = Sequence[float]
-
-
-class PretrainModel(Protocol):
-    """What this engine asks of a model, M-MAE or another."""
-
-    norm_pix_loss: bool
-    pca_components: int | None
-    patch_size: tuple[int, int]
-
-    def pixels_of(self, pred: Tensor) -> Tensor:
-        """See `MaskedAutoencoderViT.pixels_of`."""
-        ...
-
-    def __call__(
-        self,
-        images: Tensor,
-        mask: Tensor,
-        num_visible: int | None = None,
-        shift: Tensor | None = None,
-        order: Tensor | None = None,
-    ) -> dict[str, Tensor]:
-        """See `MaskedAutoencoderViT.forward`."""
-        ...
-
-    def eval(self) -> Any:
-        """Evaluation mode."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -60,29 +35,37 @@ class Masker:
     """Turns the noise of a batch into masks, on the device.
 
     Attributes:
-        strategy: which patches to mask.
-        num_visible: patches that stay visible in each image.
-        patch_size: (ph, pw) pixels.
+        strategy: which cells to mask.
+        cells: of the model's mask grid.
+        visible_cells: that stay visible in each image.
+        place_size: lengths of a place of the mask grid, in pixels.
         words: what the reader is told of these masks: 75% random.
     """
 
     strategy: MaskStrategy
-    num_visible: int
-    patch_size: tuple[int, int]
+    cells: Cells
+    visible_cells: int
+    place_size: Shape
     words: str = ""
+
+    @property
+    def num_visible(self) -> int:
+        """Places of the mask grid that stay visible in each image."""
+        return self.visible_cells * self.cells.patches_each
 
     def differs_from(self, other: "Masker") -> bool:
         """Whether the masks are others, by name or by count."""
         return (self.words, self.num_visible) != (other.words, other.num_visible)
 
     def __call__(self, images: Tensor, noise: Tensor) -> Tensor:
-        """uint8 [B, C, H, W] and float32 [B, S, L] to bool [B, L], True = masked."""
+        """uint8 [B, C, *size] and float32 [B, S, cells] to bool [B, L], True = masked."""
         averages = None
         if self.strategy.uses_averages:
-            averages = patch_averages(images, self.patch_size)
+            averages = self.cells.averages(patch_averages(images, self.place_size))
         # On the CPU where the device has no float64, and for every strategy alike.
-        mask = self.strategy.mask(noise.to(float64_home(noise.device)), averages, self.num_visible)
-        return mask.to(images.device)
+        noise = noise.to(float64_home(noise.device))
+        mask = self.strategy.mask(noise, averages, self.visible_cells)
+        return self.cells.to_patches(mask).to(images.device)
 
 
 def masker_of(settings: Mapping[str, Any], model: Any) -> Masker:
@@ -90,15 +73,19 @@ def masker_of(settings: Mapping[str, Any], model: Any) -> Masker:
 
     Args:
         settings: with the names of `util.mask.strategies.STANDARD`.
-        model: with a grid and a patch_size.
+        model: see `models_protocols.PretrainModel`.
 
     Raises:
-        BadInput: no such strategy, or nothing would be visible or masked.
+        BadInput: no such strategy, cells that do not fit, or nothing would be visible or masked.
     """
-    patches = model.grid[0] * model.grid[1]
-    visible = count_visible(patches, settings["mask_ratio"])
-    words = f"{1 - visible / patches:.0%} {settings['mask']}"
-    return Masker(strategy_of(settings), visible, model.patch_size, words)
+    cells = cells_of(model.mask_grid, settings["mask_cell"])
+    count = math.prod(cells.grid)
+    visible = model.num_visible(count, settings["mask_ratio"])
+    words = f"{1 - visible / count:.0%} {settings['mask']}"
+    if cells.patches_each > 1:
+        words += f" cells of {' x '.join(map(str, cells.size))}"
+    places = tuple(n // m for n, m in zip(model.input.size, model.mask_grid, strict=True))
+    return Masker(strategy_of(settings), cells, visible, places, words)
 
 
 OWN = "own_mask_"  # before the names of what was measured under a run's own masks
@@ -126,8 +113,7 @@ def train_one_epoch(
     *,
     mean: Stats,
     std: Stats,
-    jitter: bool,
-    partial: bool = False,
+    draws: Collection[str] = (),
     first_step: int,
     after_step: Callable[[StepReport], bool],
 ) -> int:
@@ -138,8 +124,7 @@ def train_one_epoch(
         loader: batches of `PretrainSamples`; `accum_iter` of them are one step.
         schedule: optimiser step, counted from 0 over the run, to learning rate.
         mean, std: per channel, in 0..1 units.
-        jitter: hand the samples' shifts to the model (`pos_offset` jitter).
-        partial: hand it the samples' last row of noise, which orders what it predicts.
+        draws: names of what the samples draw for the model, which gets it.
         first_step: optimiser steps done before.
         after_step: takes in each step; where it returns True, the epoch is left there.
 
@@ -152,13 +137,11 @@ def train_one_epoch(
     def forward(batch: dict[str, Any]) -> Tensor:
         # Channels may come innermost, which is how they are decoded; the model has its own order.
         images = batch["image"].to(device, non_blocking=True).contiguous()
-        noise = batch["noise"].to(device, non_blocking=True)
-        mask = masker(images, noise)
-        order = noise[:, -1] if partial else None
-        shift = batch["shift"].to(device, non_blocking=True) if jitter else None
+        mask = masker(images, batch["noise"].to(device, non_blocking=True))
+        drawn = {name: batch[name].to(device, non_blocking=True) for name in draws}
         # Normalisation in float32, outside autocast's reach: it only touches matrix products.
         x = normalize(images, mean, std)
-        return model(x, mask, masker.num_visible, shift, order)["loss"]
+        return model(x, mask, masker.num_visible, **drawn)["loss"]
 
     step = first_step
     waiting = Stopwatch()
@@ -175,26 +158,27 @@ def train_one_epoch(
 
 @torch.inference_mode()
 def reconstruct(
-    model: PretrainModel, images: Tensor, mask: Tensor, num_visible: int, mean: Stats, std: Stats
+    model: PretrainModel, images: Tensor, mask: Tensor, masker: Masker, mean: Stats, std: Stats
 ) -> Tensor:
-    """Images with their masked patches as the model predicts them.
+    """Images with their masked places as the model predicts them.
 
-    A model of normalised pixels does not predict a patch's mean and deviation: each hidden patch is
-    given its true ones, and whoever shows the picture has to say so (`STATISTICS_NOTE`).
+    A model may give each hidden patch what it does not predict, such as its true mean and
+    deviation: whoever shows the picture has to add the model's `note`.
 
     Args:
-        images: uint8 [B, C, H, W]; mask: bool [B, L].
+        images: uint8 [B, C, *size]; mask: bool [B, L].
+        masker: that the mask is of.
 
     Returns:
-        float32 [B, C, H, W], gray levels, clipped to 0..255; visible patches are the image's own;
+        float32 [B, C, *size], gray levels, clipped to 0..255; visible places are the image's own;
         on the CPU if the device has no float64.
     """
     x = normalize(images, mean, std)
-    pred = model.pixels_of(model(x, mask, num_visible)["pred"].float())
-    images, mask, x, pred = at_home(images, mask, x, pred)
-    if model.norm_pix_loss:
-        pred = apply_statistics(pred, masked_patches(x, mask, model.patch_size))
-    return compose(images, mask, to_gray_levels(pred, mean, std), model.patch_size)
+    predicted = model.reconstruct(x, mask, masker.num_visible)
+    images, mask, predicted = at_home(images, mask, predicted)
+    hidden = mask_pixels(mask, tuple(images.shape[2:]), masker.place_size)
+    levels = denormalize(predicted.float(), mean, std).clamp(0.0, WHITE)
+    return torch.where(hidden, levels, images.to(levels.dtype))
 
 
 def at_home(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -203,16 +187,16 @@ def at_home(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def fills_of(
-    model: PretrainModel, images: Tensor, mask: Tensor, mean: Stats, std: Stats
+    model: PretrainModel, images: Tensor, mask: Tensor, masker: Masker, mean: Stats, std: Stats
 ) -> dict[str, Tensor]:
     """The trivial fills by name, on the model's own terms; arguments as `reconstruct`."""
     images, mask = at_home(images, mask)
     x = normalize(images, mean, std)
     pictures = {}
     for name in FILLS:
-        patches = fill(name, x, mask, model.patch_size, model.norm_pix_loss)
+        patches = fill(name, x, mask, masker.place_size, model.borrows_statistics)
         patches = to_gray_levels(patches, mean, std)
-        pictures[name] = compose(images, mask, patches, model.patch_size)
+        pictures[name] = compose(images, mask, patches, masker.place_size)
     return pictures
 
 
@@ -225,52 +209,6 @@ def to_gray_levels(patches: Tensor, mean: Stats, std: Stats) -> Tensor:
 
 
 NOT_NUMBERS = "is not finite numbers: its weights have diverged"
-
-STATISTICS_NOTE = (
-    "Model of normalised pixels: each hidden patch is shown with its true mean and deviation, "
-    "which the model does not predict; the fills beside it are given the same."
-)
-
-
-def note_of(model: PretrainModel) -> str | None:
-    """What a reader of the model's pictures and PSNR has to know; None: nothing."""
-    if model.norm_pix_loss:
-        return STATISTICS_NOTE
-    if model.pca_components is not None:
-        return (
-            f"Model of PCA coefficients: detail beyond the {model.pca_components} of a patch is in "
-            "no prediction of it."
-        )
-    return None
-
-
-def fit_pca(
-    loader: Iterable[dict[str, Any]],
-    components: int,
-    *,
-    patch_size: tuple[int, int],
-    per_image: int,
-    mean: Stats,
-    std: Stats,
-    sum_over_ranks: Callable[[Tensor], Tensor],
-) -> PatchFit:
-    """Principal components of normalised patches, `per_image` random ones of each image.
-
-    Args:
-        loader: this process's batches of `PretrainSamples`; the last row of their noise picks.
-        sum_over_ranks: adds a float64 tensor over all processes.
-
-    Raises:
-        BadInput: more components than values or patches; on every process alike.
-    """
-    moments = PatchMoments(patch_size[0] * patch_size[1] * len(mean))
-    for batch in loader:
-        patches = patchify(normalize(batch["image"], mean, std), patch_size)
-        ids = batch["noise"][:, -1].argsort(dim=1)[:, :per_image, None]
-        picked = patches.gather(1, ids.expand(-1, -1, patches.shape[-1]))
-        moments.update(picked.flatten(0, 1))
-    moments.sum_over(sum_over_ranks)
-    return moments.principal(components)
 
 
 @torch.inference_mode()
@@ -306,10 +244,10 @@ def evaluate(
         images = batch["image"].to(device)
         mask = masker(images, batch["noise"].to(device))
         original = at_home(images)[0].float()
-        pictures = {"model": reconstruct(model, images, mask, masker.num_visible, mean, std)}
-        pictures |= fills_of(model, images, mask, mean, std)
+        pictures = {"model": reconstruct(model, images, mask, masker, mean, std)}
+        pictures |= fills_of(model, images, mask, masker, mean, std)
         for name, picture in pictures.items():
-            meter.update(name, original, picture, at_home(mask)[0], masker.patch_size)
+            meter.update(name, original, picture, at_home(mask)[0], masker.place_size)
     total = ReconstructionMeter(meter.arms)
     total.merge(sum_over_ranks(meter.state()))
     table = total.result()

@@ -27,11 +27,12 @@ from models_mmae import MaskedAutoencoderViT
 from models_segmenters import holds_segmenter, mmseg_config, segmenter_of, to_mmseg_names
 from models_upernet import UperNet
 from models_vit import VisionTransformer
-from util.config.flag_types import MOST_WIDTH, expanded_path
+from util.config.flag_parser import load_plugins
 from util.config.flags import FlagParser, add_heads_flag, add_weights_key_flag, number, size_pair
 from util.console import print_text
 from util.data.preprocessing import Preprocessing, preprocessing_of
 from util.errors import BadInput, command, needs
+from util.flag_types import MOST_WIDTH, expanded_path
 from util.train.checkpoint import load_file, local_file, peek, write_signed
 from util.weights.assumed import assumptions
 from util.weights.convert_names import EPS, config_of, to_mmseg, to_transformers
@@ -734,6 +735,7 @@ def check_flags(args: argparse.Namespace) -> None:
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Write one file for another program; see the module."""
+    load_plugins(argv)
     args = build_parser().parse(argv)
     check_flags(args)
     segmenter = read_segmenter(args)

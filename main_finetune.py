@@ -41,6 +41,7 @@ from util.config.finetune_flags import (
     add_augmentation_flags,
     add_model_flags,
 )
+from util.config.flag_parser import fill_unset, load_plugins
 from util.config.flags import (
     FlagParser,
     add_checkpoint_flags,
@@ -56,7 +57,6 @@ from util.config.flags import (
     run_options,
     settings_of,
 )
-from util.config.method_flags import fill_unset
 from util.console import counted, print_text
 from util.data.class_names import as_trained, check_classes, check_splits, need_labels
 from util.data.datasets import DATASETS, build_dataset
@@ -288,6 +288,7 @@ def build_augmentation(
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one fine-tuning, or one evaluation; see the module."""
+    load_plugins(argv)
     parser = build_parser()
     args = parser.parse(argv)
     if args.list_models:

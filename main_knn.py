@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 import models_zoo
-from util.config.flag_types import MOST_IN_BATCH, expanded_path
+from util.config.flag_parser import load_plugins
 from util.config.flags import (
     FlagParser,
     add_data_flags,
@@ -48,6 +48,7 @@ from util.dry_run.report import Features, describe_features
 from util.dry_run.training import look_at_data, processes_of
 from util.errors import BadInput, CannotWrite, command
 from util.files import create_temporary, sync, sync_folder, write_text, writing
+from util.flag_types import MOST_IN_BATCH, expanded_path
 from util.measure.knn import Bank, neighbours, rank_of, unit, vote
 from util.progress import Progress, say
 from util.train.advice import check_settings, say_warnings, warn_of_flags
@@ -391,6 +392,7 @@ def width_of(model: Any, kind: str) -> int:
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure one encoder; see the module."""
+    load_plugins(argv)
     parser = build_parser()
     args = parser.parse(argv)
     check_settings(vars(args))

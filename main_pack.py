@@ -16,7 +16,7 @@ if __name__ == "__main__":  # before the imports that take seconds
 from collections.abc import Sequence
 from pathlib import Path
 
-from util.config.flag_types import MOST_SIDE, expanded_path, processes_flag
+from util.config.flag_parser import load_plugins
 from util.config.flags import FlagParser, add_pixels_flag, number
 from util.console import counted
 from util.data.datasets import DATASETS, SPLITS, build_dataset
@@ -25,6 +25,7 @@ from util.data.manifest import FORMATS, MANIFEST
 from util.data.packing import BAD_IMAGES, Recipe, pack, verify
 from util.data.samples import default_workers
 from util.errors import BadInput, command
+from util.flag_types import MOST_SIDE, expanded_path, processes_flag
 from util.progress import say
 from util.train.advice import check_settings, say_warnings, warn_of_flags
 
@@ -87,6 +88,7 @@ def build_parser() -> FlagParser:
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Pack, or verify; see the module."""
+    load_plugins(argv)
     parser = build_parser()
     args = parser.parse(argv)
     if not args.output_dir:

@@ -24,7 +24,7 @@ import models_segmenters
 import models_zoo
 from engine_finetune import classify
 from engine_segment import LOOKS_BY_DEFAULT, Inference, write_label_maps
-from util.config.flag_types import MOST_CLASSES, MOST_IN_BATCH, expanded_path, processes_flag
+from util.config.flag_parser import load_plugins
 from util.config.flags import (
     FlagParser,
     add_device_flag,
@@ -41,6 +41,7 @@ from util.data.samples import build_loader, default_workers
 from util.data.transforms import EvalTransform, has_margin
 from util.errors import BadInput, RunFailed, command
 from util.files import write_text
+from util.flag_types import MOST_CLASSES, MOST_IN_BATCH, expanded_path, processes_flag
 from util.measure.predictions import (
     FileSamples,
     Prediction,
@@ -154,6 +155,7 @@ def build_parser() -> FlagParser:
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Predict once; see the module."""
+    load_plugins(argv)
     parser = build_parser()
     args = parser.parse(argv)
     for name, what in (("checkpoint", "whose predictions"), ("data_path", "which images")):

@@ -10,6 +10,8 @@ if __name__ == "__main__":  # before the imports that take seconds
     take_signals()
 
 import argparse
+import math
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,16 +25,13 @@ from engine_pretrain import (
     OWN,
     Masker,
     evaluate,
-    fit_pca,
     flat,
     lines_of,
     masker_of,
-    note_of,
     reconstruct,
     train_one_epoch,
 )
-from models_mmae import DECODERS
-from util.config.flag_types import MOST_BLOCKS, MOST_CHANNELS, MOST_WIDTH
+from util.config.flag_parser import early_values, load_plugins
 from util.config.flags import (
     FlagParser,
     add_checkpoint_flags,
@@ -48,14 +47,10 @@ from util.config.flags import (
     number,
     run_options,
     settings_of,
-    size_pair,
 )
 from util.config.method_flags import (
-    METHODS,
-    PCA_PER_IMAGE,
-    add_method_flags,
-    add_target_flags,
-    resolve_method,
+    add_mask_flags,
+    add_method_flag,
 )
 from util.console import counted, print_text
 from util.data.datasets import DATASETS, build_dataset
@@ -64,7 +59,7 @@ from util.data.loading import say_conversions
 from util.data.randomness import EpochSampler, EvalSampler, evenly
 from util.data.samples import PretrainSamples, build_loader, default_workers
 from util.data.splits import hold_out_of
-from util.data.transforms import EvalTransform, pretrain_transform
+from util.data.transforms import EvalTransform, normalize, pretrain_transform
 from util.dry_run.cost import autoencoder_layers, cost_of
 from util.dry_run.report import describe
 from util.dry_run.training import (
@@ -78,7 +73,8 @@ from util.dry_run.training import (
 )
 from util.errors import BadInput, command, needs
 from util.files import save_png
-from util.mask.strategies import STANDARD, count_visible
+from util.flag_types import MOST_CHANNELS
+from util.mask.strategies import STANDARD
 from util.measure.visualize import panels, picture_grid
 from util.progress import say, say_once
 from util.train import checkpoint as ckpt
@@ -112,8 +108,17 @@ PUBLISHED = Published(1.5e-4, 4096)
 HOUSEKEEPING = {"eval_images", "picture_every"}
 
 
-def build_parser() -> FlagParser:
-    """The flags; MAE's keep their names and meaning."""
+def build_parser(argv: Sequence[str] = ()) -> FlagParser:
+    """The flags; MAE's keep their names and meaning.
+
+    Args:
+        argv: a command line whose `--plugin`, `--model` and `--method` decide whose flags these
+            are; M-MAE's where they say nothing.
+    """
+    load_plugins(argv)
+    early = early_values(argv, ("model", "method"))
+    kind, name = models_zoo.find_class(early["model"], early["method"])
+    methods = models_zoo.list_methods(kind)
     parser = FlagParser(
         description=__doc__.split("\n")[0],
         example="python main_pretrain.py --data_path DATA --model mae_vit_base_patch16 \\\n"
@@ -122,58 +127,26 @@ def build_parser() -> FlagParser:
             "config", "data_path", "dataset", "model", "method", "mask_ratio", "norm_pix_loss",
             "input_size", "epochs", "batch_size", "blr", "output_dir", "resume", "device",
         ),
-        presets=("method", METHODS),
     )  # fmt: skip
-    add_method_flags(parser)
+    add_method_flag(parser, list(methods))
+    add_mask_flags(parser.add_argument_group("masks"))
     add_data_flags(parser, list(DATASETS))
     add_view_flags(parser)
     add_split_flags(parser)
-    group = parser.add_argument_group("model (unset sizes follow --model)")
+    group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
-        default="mae_vit_base_patch16",
+        default=name,
         metavar="NAME",
         help="autoencoder; --list_models prints the names",
     )
     group.add_argument("--list_models", action="store_true", help="print the names and leave")
-    group.add_argument("--patch_size", type=size_pair, help="pixels; default: the name's")
     group.add_argument(
         "--in_chans",
         type=number(int, 1, MOST_CHANNELS),
         help="channels of an image; default: the data set's",
     )
-    group.add_argument(
-        "--decoder",
-        choices=DECODERS,
-        default="full",
-        help="cross: CrossMAE's, masked tokens read the encoder's outputs and not each other",
-    )
-    group.add_argument(
-        "--predict_ratio",
-        type=number(float, 0, 1, open_low=True),
-        default=1.0,
-        help="share of the masked patches that --decoder cross predicts; the lr follows it",
-    )
-    for name, low, most, what in (
-        ("depth", 1, MOST_BLOCKS, "blocks of the decoder"),
-        ("embed_dim", 4, MOST_WIDTH, "width of the decoder"),
-        ("num_heads", 1, MOST_WIDTH, "attention heads of the decoder"),
-    ):
-        group.add_argument(
-            f"--decoder_{name}", type=number(int, low, most), help=f"{what}; default: the model's"
-        )
-    group.add_argument(
-        "--mask_ratio",
-        type=number(float, 0, 1, open_low=True),
-        default=0.75,
-        help="share of the patches that are hidden",
-    )
-    group.add_argument(
-        "--encoder_mask_tokens",
-        action="store_true",
-        help="the encoder sees mask tokens too (MAE's ablation): about 3 times the computation",
-    )
-    add_target_flags(parser)
+    kind.add_flags(parser)
     add_optimisation_flags(parser)
     parser.set_defaults(epochs=400, warmup_epochs=40.0, blr=1.5e-4)
     add_shard_flag(parser)
@@ -195,30 +168,19 @@ def build_parser() -> FlagParser:
         "--eval_images", type=number(int, 1), default=256, help="held-out images to measure on"
     )
     add_dry_run_flags(parser)
+    parser.add_presets("method", methods)
     return parser
 
 
-def build_model(args: argparse.Namespace, in_chans: int) -> tuple[Any, dict[str, Any]]:
+def build_model(
+    args: argparse.Namespace, in_chans: int
+) -> tuple[models_zoo.PretrainModel, dict[str, Any]]:
     """The model that the flags describe, and its arguments in plain types for the checkpoint."""
-    arguments = models_zoo.model_arguments(args.model) | {
-        "in_chans": in_chans,
-        "norm_pix_loss": args.norm_pix_loss,
-        "lscale_init": args.lscale_init,
-        "branch_init": args.branch_init,
-        "pos_offset": args.pos_offset,
-        "decoder": args.decoder,
-        "predict_ratio": args.predict_ratio,
-        "encoder_mask_tokens": args.encoder_mask_tokens,
-        "pca_components": args.pca_components if args.target == "pca" else None,
-    }
-    flags = {
-        "img_size": args.input_size,
-        "patch_size": args.patch_size,
-        "decoder_depth": args.decoder_depth,
-        "decoder_embed_dim": args.decoder_embed_dim,
-        "decoder_num_heads": args.decoder_num_heads,
-    }
-    arguments |= {name: value for name, value in flags.items() if value is not None}
+    kind, _ = models_zoo.find_class(args.model, None)
+    arguments = models_zoo.model_arguments(args.model) | {"in_chans": in_chans}
+    arguments |= kind.from_args(vars(args))
+    if args.input_size is not None:
+        arguments["img_size"] = args.input_size
     arguments = {k: list(v) if isinstance(v, tuple) else v for k, v in arguments.items()}
     model = create_in_memory(lambda: models_zoo.create_model(args.model, **arguments))
     return model, arguments
@@ -242,35 +204,31 @@ def open_set(
     return source if limit is None else Subset(source, evenly(len(source), limit))
 
 
-def fit_target(
+def fit_model(
     args: argparse.Namespace,
-    model: Any,
+    model: models_zoo.PretrainModel,
     source: ImageSource,
     samples: PretrainSamples,
     workers: int,
     procs: Processes,
 ) -> None:
-    """Fit the PCA of the model's target on views of evenly spaced training images.
+    """Fit what the model does not train by gradients, on views of evenly spaced training images.
 
     The same on every process, and a function of the flags: the views are those of epoch 0.
     """
-    indices = evenly(len(source), -(-args.pca_patches // PCA_PER_IMAGE))
+    wanted = model.fit_images(vars(args))
+    if not wanted:
+        return
+    indices = evenly(len(source), wanted)
     sampler = EvalSampler(indices, args.batch_size, world_size=procs.world_size, rank=procs.rank)
-    fit = fit_pca(
-        build_loader(samples, sampler, num_workers=workers, pin_memory=False),
-        args.pca_components,
-        patch_size=model.patch_size,
-        per_image=-(-args.pca_patches // len(indices)),
-        mean=source.mean,
-        std=source.std,
-        sum_over_ranks=procs.sum,
+    loader = build_loader(samples, sampler, num_workers=workers, pin_memory=False)
+    batches = (
+        (normalize(b["image"], source.mean, source.std), {name: b[name] for name in model.draws})
+        for b in loader
     )
-    model.pca.set(fit.mean, fit.basis)
+    text = model.fit(batches, len(indices), vars(args), procs.sum)
     if procs.main:
-        say(
-            f"target: {args.pca_components} PCA coefficients of {len(fit.mean)} values hold "
-            f"{fit.share:.2%} of the variance of {fit.patches:,} training patches"
-        )
+        say(text)
 
 
 @dataclass(frozen=True)
@@ -302,15 +260,15 @@ def held_out_source(args: argparse.Namespace, train: ImageSource) -> ImageSource
 
 def held_out_set(
     source: ImageSource,
-    model: Any,
+    model: models_zoo.PretrainModel,
     masker: Masker,
     limit: int,
     batch_size: int,
     procs: Processes,
 ) -> HeldOut:
     """At most `limit` held-out images under these masks, dealt out to the processes."""
-    transform = EvalTransform(model.img_size, margin=source.eval_margin)
-    samples = PretrainSamples(source, transform, masker.strategy, model.grid, EVAL_SEED)
+    transform = EvalTransform(model.input.image_size, margin=source.eval_margin)
+    samples = PretrainSamples(source, transform, masker.strategy, masker.cells.grid, EVAL_SEED)
     sampler = EvalSampler(
         evenly(len(source), limit), batch_size, world_size=procs.world_size, rank=procs.rank
     )
@@ -326,13 +284,13 @@ def draw_pictures(model: Any, held_out: HeldOut, device: torch.device, title: st
     images = torch.stack([sample["image"] for sample in batch]).to(device)
     mask = masker(images, torch.stack([sample["noise"] for sample in batch]).to(device))
     model.eval()
-    picture = reconstruct(model, images, mask, masker.num_visible, source.mean, source.std)
+    picture = reconstruct(model, images, mask, masker, source.mean, source.std)
     return picture_grid(
-        panels(images, mask, picture, masker.patch_size),
+        panels(images, mask, picture, masker.place_size),
         [Path(source.file_name(key.index)).name for key in keys],
         headers=("original", f"masked {masker.words}", "reconstruction"),
         title=title,
-        footer=note_of(model),
+        footer=model.note,
     )
 
 
@@ -340,9 +298,7 @@ def peak_lr(args: argparse.Namespace, model: Any, num_visible: int, global_batch
     """The learning rate after the warm-up."""
     if args.lr is not None:
         return args.lr
-    masked = model.grid[0] * model.grid[1] - num_visible
-    # CrossMAE's rule: fewer predictions, smaller steps.
-    return scaled_lr(args.blr, global_batch) * model.num_predicted(num_visible) / masked
+    return scaled_lr(args.blr, global_batch) * model.lr_factor(num_visible)
 
 
 def plan_run(args: argparse.Namespace, count: int, warnings: Sequence[str] = ()) -> DryRun:
@@ -358,12 +314,12 @@ def plan_run(args: argparse.Namespace, count: int, warnings: Sequence[str] = ())
     data = limited(data, args.train_images)
     with torch.device("meta"):  # no memory and no time, whatever the size
         model, arguments = build_model(args, args.in_chans or data.channels)
-    num_patches = model.grid[0] * model.grid[1]
-    num_visible = count_visible(num_patches, args.mask_ratio)
-    predicted = model.num_predicted(num_visible)
-    layers = autoencoder_layers(arguments, num_visible, predicted)
-    lr = peak_lr(args, model, num_visible, args.batch_size * count * args.accum_iter)
-    (h, w), (ph, pw) = model.img_size, model.patch_size
+    masker = masker_of(vars(args), model)
+    counted: Any = model
+    layers = autoencoder_layers(
+        arguments, masker.num_visible, counted.num_predicted(masker.num_visible)
+    )
+    lr = peak_lr(args, model, masker.num_visible, args.batch_size * count * args.accum_iter)
     rate, rate_note = rate_of(
         args.images_per_second,
         (lambda: rate_here(args, data.channels)) if args.dry_run_measure else None,
@@ -371,8 +327,8 @@ def plan_run(args: argparse.Namespace, count: int, warnings: Sequence[str] = ())
     )
     return DryRun(
         task=TASK,
-        what=f"{args.model} ({args.method}), {model.in_chans} x {h} x {w}, patches {ph} x {pw}: "
-        f"{num_visible} of {num_patches} visible, {predicted} predicted; mask {args.mask}",
+        what=f"{args.model} ({args.method}), {model.input}, "
+        f"{model.describe(masker.num_visible)}; mask {args.mask}",
         data=data,
         dataset=args.dataset,
         batch_size=args.batch_size,
@@ -391,7 +347,7 @@ def plan_run(args: argparse.Namespace, count: int, warnings: Sequence[str] = ())
         grad_checkpointing=args.grad_checkpointing,
         optimizer="adamw",
         averages=False,
-        image_values=model.in_chans * h * w,
+        image_values=model.input.values,
         save_every=args.save_every,
         keep=args.keep,
         output_dir=args.output_dir,
@@ -405,16 +361,16 @@ def rate_here(args: argparse.Namespace, channels: int) -> float:
     device = choose_device(args.device, 0)
     model, _ = build_model(args, args.in_chans or channels)
     model.to(device).set_grad_checkpointing(args.grad_checkpointing)
-    num_patches = model.grid[0] * model.grid[1]
-    num_visible = count_visible(num_patches, args.mask_ratio)
-    images = torch.randn(args.batch_size, model.in_chans, *model.img_size, device=device)
-    order = torch.rand(args.batch_size, num_patches, device=device)
-    mask = order.argsort(dim=1) >= num_visible
+    masker = masker_of(vars(args), model)
+    B, K = args.batch_size, masker.num_visible
+    images = torch.randn(B, *model.input.shape, device=device)
+    mask = torch.rand(B, math.prod(model.mask_grid), device=device).argsort(dim=1) >= K
+    drawn = {name: torch.rand(B, *s, device=device) - 0.5 for name, s in model.draws.items()}
     optimizer = create_adamw(parameter_groups(model, args.weight_decay), 0.0, betas=(0.9, 0.95))
     step = OptimizerStep(model, optimizer, device=device, precision=args.precision)
     return measure_rate(
-        lambda: step(lambda x: model(x, mask, num_visible, order=order)["loss"], [images], 0.0),
-        args.batch_size,
+        lambda: step(lambda x: model(x, mask, K, **drawn)["loss"], [images], 0.0),
+        B,
         args.dry_run_measure,
         device,
     )
@@ -423,12 +379,12 @@ def rate_here(args: argparse.Namespace, channels: int) -> float:
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one pretraining; see the module."""
-    parser = build_parser()
+    argv = sys.argv[1:] if argv is None else argv
+    parser = build_parser(argv)
     args = parser.parse(argv)
     if args.list_models:
         print_text("\n".join(models_zoo.list_models()))
         return
-    resolve_method(args)
     check_settings(vars(args))
     warnings = warn_of_flags(vars(args), parser.given)
     if args.dry_run:
@@ -462,13 +418,15 @@ def pretrain(
     transform = pretrain_transform(
         args.augment,
         args.decode,
-        model.img_size,
+        model.input.image_size,
         tuple(args.crop_scale),
         flip=not args.no_flip,
         channels=source.channels,
         margin=source.eval_margin,
     )
-    samples = PretrainSamples(source, transform, masker.strategy, model.grid, args.seed)
+    samples = PretrainSamples(
+        source, transform, masker.strategy, masker.cells.grid, args.seed, model.draws
+    )
     sampler = EpochSampler(
         len(source),
         args.batch_size,
@@ -545,8 +503,8 @@ def pretrain(
         ckpt.load_weights(model, placed.parts(state["model"]), "the checkpoint")
         load_moments(optimizer, state["optimizer"])
         optimizer_step.load_scale(state["scaler"])
-    elif model.pca is not None:
-        fit_target(args, model, source, samples, workers, procs)
+    else:
+        fit_model(args, model, source, samples, workers, procs)
 
     def snapshot() -> dict[str, Any]:
         return {
@@ -605,8 +563,7 @@ def pretrain(
                     lambda step: schedule(timeline.scheduled(step)),
                     mean=source.mean,
                     std=source.std,
-                    jitter=args.pos_offset == "jitter",
-                    partial=args.predict_ratio < 1,
+                    draws=model.draws,
                     first_step=step,
                     after_step=run.after_step,
                 )

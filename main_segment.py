@@ -34,14 +34,7 @@ from engine_segment import (
     train_iterations,
     write_label_maps,
 )
-from util.config.flag_types import (
-    MOST_CLASSES,
-    MOST_LSCALE,
-    MOST_SIDE,
-    MOST_WIDTH,
-    expanded_path,
-    optional,
-)
+from util.config.flag_parser import load_plugins
 from util.config.flags import (
     FlagParser,
     add_checkpoint_flags,
@@ -91,6 +84,14 @@ from util.dry_run.training import (
 )
 from util.errors import BadInput, command
 from util.files import save_png
+from util.flag_types import (
+    MOST_CLASSES,
+    MOST_LSCALE,
+    MOST_SIDE,
+    MOST_WIDTH,
+    expanded_path,
+    optional,
+)
 from util.measure.confusion import Segmentation
 from util.measure.segmentation_results import EVAL_FILES, RUN_FILES, save_segmentation, sheet
 from util.progress import say
@@ -429,6 +430,7 @@ def is_due(every: int, step: int, total: int) -> bool:
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one training, one evaluation or one prediction; see the module."""
+    load_plugins(argv)
     parser = build_parser()
     args = parser.parse(argv)
     if args.list_models:

@@ -20,11 +20,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from util.config.flag_types import expanded_path, processes_flag
 from util.config.flags import FlagParser, number
 from util.console import print_text
 from util.errors import BadInput, RunFailed, Stopped, command
 from util.files import write_text
+from util.flag_types import expanded_path, processes_flag
 from util.progress import say
 from util.runs.cell_runs import (
     READERS,

@@ -31,10 +31,9 @@ from engine_pretrain import (
     flat,
     lines_of,
     masker_of,
-    note_of,
     reconstruct,
 )
-from util.config.flag_types import MOST_WIDTH, expanded_path
+from util.config.flag_parser import load_plugins
 from util.config.flags import (
     FlagParser,
     add_device_flag,
@@ -44,6 +43,7 @@ from util.config.flags import (
     add_weights_key_flag,
     number,
 )
+from util.config.method_flags import add_mask_flags
 from util.console import print_text
 from util.data.conversions import describe, take
 from util.data.datasets import DATASETS, DEFAULT, build_dataset
@@ -56,7 +56,9 @@ from util.data.splits import hold_out_of
 from util.data.transforms import EvalTransform
 from util.errors import BadInput, RunFailed, command
 from util.files import save_png, write_text
-from util.mask.strategies import ORDERS, STANDARD, STRATEGIES
+from util.flag_types import MOST_WIDTH, expanded_path
+from util.mask.strategies import STANDARD
+from util.mask.strategies import mask_settings as all_mask_settings
 from util.measure.metrics import masked_psnr
 from util.measure.visualize import panels, picture_grid, save_panels
 from util.train.advice import check_settings, say_warnings, warn_of_flags
@@ -109,26 +111,7 @@ def build_parser() -> FlagParser:
     group = parser.add_argument_group(
         "masks (default: those of the checkpoint's run; --measure: 75 % random, and the run's)"
     )
-    of_run = "default: the run's"
-    group.add_argument(
-        "--mask", choices=list(STRATEGIES), help=f"which patches are hidden; {of_run}"
-    )
-    group.add_argument(
-        "--mask_ratio",
-        type=number(float, 0, 1, open_low=True),
-        help=f"share of the patches that are hidden; {of_run}",
-    )
-    group.add_argument(
-        "--avg_share",
-        type=number(float, 0, 1),
-        help=f"share of them that --mask mixed picks by their average; {of_run}",
-    )
-    group.add_argument(
-        "--avg_order", choices=ORDERS, help=f"which averages are masked first; {of_run}"
-    )
-    group.add_argument(
-        "--avg_temperature", type=number(float, 0), help=f"noise on their score; {of_run}"
-    )
+    add_mask_flags(group, unset="default: the run's")
     parser.add_argument(
         "--seed", type=number(int, 0, 2**32 - 1), default=0, help="of the random masks"
     )
@@ -179,7 +162,7 @@ def gather_images(args: argparse.Namespace, model: Any) -> tuple[list[str], list
         raise BadInput("give either --images FILES, or --dataset NAME or --data_path DATA")
     if args.dataset:
         source = open_set(args, model.in_chans)
-        transform = EvalTransform(model.img_size, margin=source.eval_margin)
+        transform = EvalTransform(model.input.image_size, margin=source.eval_margin)
         indices = evenly(len(source), args.num_images)
         return [source.file_name(i) for i in indices], [transform(source[i][0]) for i in indices]
     paths = [path for name in args.images for path in image_files(Path(name), "--images")]
@@ -188,7 +171,7 @@ def gather_images(args: argparse.Namespace, model: Any) -> tuple[list[str], list
     if len(paths) > args.num_images:
         print_text(f"{args.num_images} of {len(paths):,} images, evenly spaced (--num_images)")
     paths = [paths[i] for i in evenly(len(paths), args.num_images)]
-    transform = EvalTransform(model.img_size, margin=False)  # show as much as fits
+    transform = EvalTransform(model.input.image_size, margin=False)  # show as much as fits
     read = partial(read_image, channels=model.in_chans, max_pixels=args.max_pixels)
     return [str(p) for p in paths], [transform(read(p)) for p in paths]
 
@@ -198,8 +181,9 @@ def mask_settings(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the flags say of the masks, and the checkpoint's run had; names as in `STANDARD`."""
     trained = state.get("arithmetic", {})  # weights of other programs have none
-    own = {name: trained[name] for name in STANDARD if trained.get(name) is not None}
-    given = {name: getattr(args, name) for name in STANDARD if getattr(args, name) is not None}
+    names = all_mask_settings()
+    own = {name: trained[name] for name in names if trained.get(name) is not None}
+    given = {n: getattr(args, n) for n in names if getattr(args, n, None) is not None}
     return given, STANDARD | own
 
 
@@ -227,13 +211,13 @@ def measure(
         )
     mean, std = stats
     source = open_set(args, model.in_chans).with_stats(mean, std)
-    transform = EvalTransform(model.img_size, margin=source.eval_margin)
+    transform = EvalTransform(model.input.image_size, margin=source.eval_margin)
     sampler = EvalSampler(evenly(len(source), args.num_images), MEASURED_AT_ONCE)
     masks = {name: identity[name] for name in ("mask", "mask_ratio")}
     result = {"checkpoint": args.checkpoint, "dataset": args.dataset, **masks}
     result |= {"images": sampler.total, **where}
     for prefix, masker in zip(("", OWN), maskers, strict=False):
-        samples = PretrainSamples(source, transform, masker.strategy, model.grid, args.seed)
+        samples = PretrainSamples(source, transform, masker.strategy, masker.cells.grid, args.seed)
         loader = build_loader(samples, sampler, num_workers=0, pin_memory=False)
         table = evaluate(
             model, loader, masker, mean=mean, std=std, device=device, sum_over_ranks=torch.clone
@@ -246,7 +230,7 @@ def measure(
     prepare_folder(folder)
     set_others_aside(folder, [RESULT], identity)
     write_text(folder / RESULT, json.dumps(result | {MEASURED: identity}, indent=1) + "\n")
-    if note := note_of(model):
+    if note := model.note:
         print_text(note)
     print_text(f"result  {folder / RESULT}")
 
@@ -254,6 +238,7 @@ def measure(
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the pictures; see the module."""
+    load_plugins(argv)
     parser = build_parser()
     args = parser.parse(argv)
     if not args.checkpoint:
@@ -306,32 +291,32 @@ def main(argv: Sequence[str] | None = None) -> None:
     take()  # what other readers noted is not these images'
     names, images = gather_images(args, model)
     draws = [
-        masker.strategy.draw(model.grid, generator_of(args.seed, "mask", 0, i, 0))
+        masker.strategy.draw(masker.cells.grid, generator_of(args.seed, "mask", 0, i, 0))
         for i in range(len(images))
     ]
     batch = torch.stack(images).to(device)
     mask = masker(batch, torch.stack(draws).to(device))
 
     # --------------------------------------------------------------------------- pictures
-    composites = {"model": reconstruct(model, batch, mask, masker.num_visible, mean, std)}
+    composites = {"model": reconstruct(model, batch, mask, masker, mean, std)}
     if composites["model"].isnan().any():
         raise RunFailed(f"the reconstruction of {args.checkpoint} {NOT_NUMBERS}")
-    composites |= fills_of(model, batch, mask, mean, std)
+    composites |= fills_of(model, batch, mask, masker, mean, std)
     psnr = {
-        arm: masked_psnr(batch, picture, mask, model.patch_size)
+        arm: masked_psnr(batch, picture, mask, masker.place_size)
         for arm, picture in composites.items()
     }
     captions = [
         f"{Path(name).name}: {', '.join(f'{arm} {psnr[arm][i]:.1f}' for arm in psnr)} dB"
         for i, name in enumerate(names)
     ]
-    rows = panels(batch, mask, composites["model"], model.patch_size)
+    rows = panels(batch, mask, composites["model"], masker.place_size)
     grid = picture_grid(
         rows,
         captions,
         headers=("original", f"masked {masker.words}", "reconstruction"),
         title=f"{Path(args.checkpoint).name}: PSNR over masked pixels, beside two trivial fills",
-        footer=note_of(model),
+        footer=model.note,
     )
     prepare_folder(folder)
     save_png(folder / "grid.png", grid)

@@ -2,25 +2,27 @@
 
 MAE (He et al., arXiv 2111.06377): the encoder sees visible patches alone, a light decoder predicts
 the pixels of the masked ones. M-MAE adds LScale and an offset in the position code here, and its
-masks in `util/mask/strategies.py`; the model is handed the mask, so it knows of no strategy.
+masks in `util/mask/strategies.py`; the model is handed the mask, so it knows of no strategy. How
+masked patches are decoded, and what is predicted of them, are pieces: `models_decoders`,
+`models_targets`.
 
 Shape legend: B images, L patches, K visible, M masked (L = K + M), N tokens, D channels, V values
 of a patch (ph*pw*C).
 """
 
+import argparse
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
+from models_decoders import DECODERS, CrossTrunk, DecoderTrunk, EncodedTokensDecoder
 from models_layers import (
-    CrossTrunk,
-    DecoderTrunk,
     LayerNorm,
-    PatchPCA,
     check_lscale,
     embed_patches,
     init_weights,
@@ -30,15 +32,43 @@ from models_layers import (
     split_ids,
     take,
 )
+from models_protocols import PretrainModel
+from models_targets import TARGETS, Target
 from util.errors import BadInput
-from util.mask.patches import patch_statistics, patchify
+from util.flag_types import (
+    MOST_BLOCKS,
+    MOST_LSCALE,
+    MOST_WIDTH,
+    number,
+    optional,
+    size_pair,
+)
+from util.mask.patches import masked_patches, patchify, put_masked
 from util.mask.pos_embed import COORDINATES, sincos_2d
-from util.spec import Pair
+from util.spec import EncoderState, InputSpec, Pair
 
-DECODERS = ("full", "cross")
+# What `--method` presets; each flag of its own overrides. The first is the default.
+METHODS: dict[str, dict[str, Any]] = {
+    "mmae": {
+        "mask": "mixed",
+        "avg_share": 0.5,
+        "avg_order": "far",
+        "avg_temperature": 1.0,
+        "lscale_init": 0.1,
+        "pos_offset": "learned",
+    },
+    "mae": {
+        "mask": "random",
+        "avg_share": 0.5,
+        "avg_order": "far",
+        "avg_temperature": 1.0,
+        "lscale_init": None,
+        "pos_offset": "none",
+    },
+}
 
 
-class MaskedAutoencoderViT(nn.Module):
+class MaskedAutoencoderViT(PretrainModel):
     """Masked autoencoder with a vision-transformer encoder.
 
     Args:
@@ -59,6 +89,9 @@ class MaskedAutoencoderViT(nn.Module):
             their position; the decoder has no token of its own (MAE's ablation).
         pca_components: the target is so many PCA coefficients of a patch (MAE's ablation), largest
             variance first; until `pca.set` is called the loss is NaN, see `PatchPCA`.
+        target: name of another target, see `models_targets.TARGETS`; None: pixels, or what the two
+            arguments above say.
+        target_settings: keyword arguments of that target.
 
     Attributes:
         grid: (gh, gw) patches.
@@ -71,6 +104,11 @@ class MaskedAutoencoderViT(nn.Module):
     """
 
     grad_checkpointing = False
+    decoder_blocks: DecoderTrunk | CrossTrunk
+    decoder_pos_embed: nn.Parameter
+    encoder_mask_token: nn.Parameter
+    methods: ClassVar[Mapping[str, Mapping[str, Any]]] = METHODS
+    default_model = "mae_vit_base_patch16"
 
     def __init__(
         self,
@@ -92,58 +130,39 @@ class MaskedAutoencoderViT(nn.Module):
         encoder_mask_tokens: bool = False,
         pca_components: int | None = None,
         branch_init: float = 1.0,
+        target: str | None = None,
+        target_settings: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.img_size, self.patch_size = pair(img_size), pair(patch_size)
-        self.in_chans, self.embed_dim = in_chans, embed_dim
+        self.in_chans, self.embed_dim, self.num_heads = in_chans, embed_dim, num_heads
+        self.mlp_ratio, self.lscale_init = mlp_ratio, lscale_init
         self.norm_pix_loss, self.pos_offset = norm_pix_loss, pos_offset
         self.decoder, self.predict_ratio = decoder, predict_ratio
+        self.decoder_embed_dim = decoder_embed_dim
         self.encoder_mask_tokens, self.pca_components = encoder_mask_tokens, pca_components
-        self._check(num_heads, decoder_embed_dim, decoder_num_heads)
-        if depth < 1 or not mlp_ratio > 0:
-            raise BadInput(f"depth {depth} and mlp_ratio {mlp_ratio} must be positive")
-        check_lscale(lscale_init)
-        if not (math.isfinite(branch_init) and branch_init >= 0):
-            raise BadInput(f"branch_init must be a number from 0 on, not {branch_init}")
+        self._check(depth, decoder_embed_dim, decoder_num_heads, branch_init)
         (h, w), (ph, pw) = self.img_size, self.patch_size
-        self.grid = (h // ph, w // pw)
-        num_tokens = 1 + self.grid[0] * self.grid[1]
+        self.grid = self.mask_grid = (h // ph, w // pw)
+        self.input = InputSpec(in_chans, self.img_size)
+        self.num_patches = self.grid[0] * self.grid[1]
 
         self.patch_embed = PatchEmbed(self.img_size, self.patch_size, in_chans, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, num_tokens, embed_dim), requires_grad=False)
+        self.pos_embed = nn.Parameter(
+            torch.zeros(1, 1 + self.num_patches, embed_dim), requires_grad=False
+        )
         self.blocks = nn.ModuleList(
             make_block(embed_dim, num_heads, mlp_ratio, lscale_init) for _ in range(depth)
         )
         self.norm = LayerNorm(embed_dim)
 
-        if decoder == "full":
-            self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
-        if encoder_mask_tokens:
-            self.encoder_mask_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        else:
-            self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
-        self.decoder_pos_embed = nn.Parameter(
-            torch.zeros(1, num_tokens, decoder_embed_dim), requires_grad=False
-        )
-        if decoder == "full":
-            self.decoder_blocks: DecoderTrunk | CrossTrunk = DecoderTrunk(
-                decoder_embed_dim, decoder_depth, decoder_num_heads, mlp_ratio, lscale_init
-            )
-        else:
-            self.decoder_blocks = CrossTrunk(
-                decoder_embed_dim,
-                embed_dim,
-                decoder_depth,
-                decoder_num_heads,
-                mlp_ratio,
-                lscale_init,
-                outputs=depth + 1,
-            )
+        self.decoding = EncodedTokensDecoder() if encoder_mask_tokens else DECODERS[decoder]()
+        self.decoding.build(self, decoder_depth, decoder_num_heads, mlp_ratio)
         self.decoder_norm = LayerNorm(decoder_embed_dim)
-        values = ph * pw * in_chans
-        self.decoder_pred = nn.Linear(decoder_embed_dim, pca_components or values)
-        self.pca = None if pca_components is None else PatchPCA(values, pca_components)
+        self.target_name, piece = self._make_target(target, target_settings, ph * pw * in_chans)
+        self.decoder_pred = nn.Linear(decoder_embed_dim, piece.size)
+        self.add_module(self.target_name, piece)
 
         # Phases of `learned`, row axis then column axis; a decoder of another width has its own.
         self.pos_phase = self.decoder_pos_phase = None
@@ -155,7 +174,116 @@ class MaskedAutoencoderViT(nn.Module):
             block.attn.proj.weight.data *= branch_init
             block.mlp.fc2.weight.data *= branch_init
 
-    def _check(self, num_heads: int, decoder_embed_dim: int, decoder_num_heads: int) -> None:
+    def _make_target(
+        self, name: str | None, settings: Mapping[str, Any] | None, patch_values: int
+    ) -> tuple[str, Target]:
+        """The target and its name, of the constructor's arguments."""
+        if name is None:
+            name = "norm_pixels" if self.norm_pix_loss else "pixels"
+            if self.pca_components is not None:
+                name, settings = "pca", {"pca_components": self.pca_components}
+        return name, TARGETS.find(name)(patch_values, **(settings or {}))
+
+    # ------------------------------------------------------------------- what everybody is told
+
+    @classmethod
+    def add_flags(cls, parser: argparse.ArgumentParser) -> None:
+        """M-MAE's terms, sizes of patches and decoder, the decoder's kind and the target."""
+        add_term_flags(parser)
+        add_architecture_flags(parser)
+        add_target_flags(parser)
+
+    @classmethod
+    def from_args(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """See `PretrainModel.from_args`."""
+        names = ("norm_pix_loss", "lscale_init", "branch_init", "pos_offset", "decoder",
+                 "predict_ratio", "encoder_mask_tokens")  # fmt: skip
+        arguments = {name: values[name] for name in names}
+        target = values["target"]
+        arguments["pca_components"] = values["pca_components"] if target == "pca" else None
+        if target not in ("pixels", "norm_pixels", "pca"):
+            settings = TARGETS.find(target).from_args(values)
+            arguments |= {"target": target, "target_settings": settings}
+        sizes = ("patch_size", "decoder_depth", "decoder_embed_dim", "decoder_num_heads")
+        return arguments | {n: values[n] for n in sizes if values[n] is not None}
+
+    @property
+    def draws(self) -> Mapping[str, tuple[int, ...]]:  # type: ignore[override]
+        """`shift` of the positions, in patches, for `jitter`; `order` of the patches to predict,
+        for a decoder that predicts some, or of those to fit a target on.
+        """
+        shift = {"shift": (2,)} if self.pos_offset == "jitter" else {}
+        picks = self.predict_ratio < 1 or self.target_name == "pca"
+        return shift | ({"order": (self.num_patches,)} if picks else {})
+
+    @property
+    def target(self) -> Target:
+        """What is predicted of a patch."""
+        return getattr(self, self.target_name)
+
+    @property
+    def borrows_statistics(self) -> bool:  # type: ignore[override]
+        """See `PretrainModel`."""
+        return self.target.borrows_statistics
+
+    @property
+    def note(self) -> str | None:
+        """See `PretrainModel`."""
+        return self.target.note
+
+    def num_predicted(self, num_visible: int) -> int:
+        """Masked patches of an image that are predicted while training, at least one."""
+        return self.decoding.num_predicted(self, self.num_patches - num_visible)
+
+    def lr_factor(self, num_visible: int) -> float:
+        """CrossMAE's rule: fewer predictions, smaller steps."""
+        return self.num_predicted(num_visible) / (self.num_patches - num_visible)
+
+    def describe(self, num_visible: int) -> str:
+        """See `PretrainModel.describe`."""
+        ph, pw = self.patch_size
+        return (
+            f"patches {ph} x {pw}: {super().describe(num_visible)}, "
+            f"{self.num_predicted(num_visible)} predicted"
+        )
+
+    def fit_images(self, values: Mapping[str, Any]) -> int:
+        """See `PretrainModel.fit_images`."""
+        return self.target.fit_images(values)
+
+    def fit(
+        self,
+        batches: Iterable[tuple[Tensor, Mapping[str, Tensor]]],
+        images: int,
+        values: Mapping[str, Any],
+        sum_over_ranks: Callable[[Tensor], Tensor],
+    ) -> str:
+        """See `PretrainModel.fit`."""
+        patches = ((patchify(x, self.patch_size), drawn["order"]) for x, drawn in batches)
+        return f"target: {self.target.fit(patches, images, values, sum_over_ranks)}"
+
+    def encoder_state(self) -> EncoderState:
+        """See `PretrainModel.encoder_state`: a vision transformer with its class token."""
+        arguments = {
+            "img_size": list(self.img_size),
+            "patch_size": list(self.patch_size),
+            "in_chans": self.in_chans,
+            "embed_dim": self.embed_dim,
+            "depth": len(self.blocks),
+            "num_heads": self.num_heads,
+            "mlp_ratio": self.mlp_ratio,
+            "lscale_init": self.lscale_init,
+            "pos_offset": self.pos_offset,
+        }
+        mine = ("patch_embed.", "cls_token", "pos_embed", "pos_phase", "blocks.", "norm.")
+        weights = {k: v for k, v in self.state_dict().items() if k.startswith(mine)}
+        return EncoderState("vit", arguments, weights)
+
+    # ------------------------------------------------------------------------------- the model
+
+    def _check(
+        self, depth: int, decoder_embed_dim: int, decoder_num_heads: int, branch_init: float
+    ) -> None:
         sides = zip(self.img_size, self.patch_size, strict=True)
         if any(patch < 1 or side < 1 or side % patch for side, patch in sides):
             raise BadInput(
@@ -163,20 +291,24 @@ class MaskedAutoencoderViT(nn.Module):
             )
         if self.img_size == self.patch_size:
             raise BadInput(f"an image of one patch {self.patch_size} cannot be masked")
+        if depth < 1 or not self.mlp_ratio > 0:
+            raise BadInput(f"depth {depth} and mlp_ratio {self.mlp_ratio} must be positive")
+        check_lscale(self.lscale_init)
+        if not (math.isfinite(branch_init) and branch_init >= 0):
+            raise BadInput(f"branch_init must be a number from 0 on, not {branch_init}")
         if self.in_chans < 1:
             raise BadInput(f"in_chans must be at least 1, not {self.in_chans}")
         if self.pos_offset not in COORDINATES:
             raise BadInput(
                 f"unknown pos_offset {self.pos_offset!r}, choose from {list(COORDINATES)}"
             )
-        if self.decoder not in DECODERS:
-            raise BadInput(f"unknown decoder {self.decoder!r}, choose from {list(DECODERS)}")
-        if not 0 < self.predict_ratio <= 1 or (self.predict_ratio < 1 and self.decoder == "full"):
+        some = DECODERS.find(self.decoder).predicts_some
+        if not 0 < self.predict_ratio <= 1 or (self.predict_ratio < 1 and not some):
             raise BadInput(
                 f"predict_ratio {self.predict_ratio} must be above 0 and at most 1, and below 1 "
                 "needs decoder 'cross': full blocks mix all masked tokens"
             )
-        if self.encoder_mask_tokens and self.decoder == "cross":
+        if self.encoder_mask_tokens and self.decoder != "full":
             raise BadInput(
                 "encoder_mask_tokens needs decoder 'full': the queries of 'cross' are mask tokens "
                 "of its own"
@@ -184,7 +316,7 @@ class MaskedAutoencoderViT(nn.Module):
         if self.pca_components is not None and self.norm_pix_loss:
             raise BadInput("norm_pix_loss and pca_components are two targets; choose one")
         for part, dim, heads in (
-            ("encoder", self.embed_dim, num_heads),
+            ("encoder", self.embed_dim, self.num_heads),
             ("decoder", decoder_embed_dim, decoder_num_heads),
         ):
             if heads < 1 or dim < 1 or dim % heads or dim % 4:
@@ -201,8 +333,7 @@ class MaskedAutoencoderViT(nn.Module):
         self.apply(init_weights)
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(self.embed_dim, -1))
         nn.init.normal_(self.cls_token, std=0.02)
-        token = self.encoder_mask_token if self.encoder_mask_tokens else self.mask_token
-        nn.init.normal_(token, std=0.02)
+        nn.init.normal_(self.decoding.token(self), std=0.02)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Compute activations again in the backward pass instead of keeping them (as timm's)."""
@@ -241,7 +372,7 @@ class MaskedAutoencoderViT(nn.Module):
         """The visible patches' tokens before the blocks and after each, the last one normalised.
 
         [B, L, V] and int64 [B, K] to depth + 1 times [B, 1 + K, D]; with `ids_masked` [B, M], which
-        encoder_mask_tokens needs, [B, 1 + K + M, D].
+        a decoder that `encodes_masked` needs, [B, 1 + K + M, D].
         """
         code = self.position_code("encoder", shift_B2)
         x_BKD = embed_patches(self.patch_embed.proj, take(patches_BLV, ids_visible))
@@ -267,56 +398,7 @@ class MaskedAutoencoderViT(nn.Module):
             latent_BND = x_BND
         return latent_BND
 
-    def forward_cross_decoder(
-        self, outputs: list[Tensor], ids_BM: Tensor, shift_B2: Tensor | None = None
-    ) -> Tensor:
-        """Predict some masked patches: what `encode` gives, and int64 [B, M], to [B, M, V]."""
-        x_BMD = self.mask_token + take(self.position_code("decoder", shift_B2), ids_BM)
-        return self.decoder_pred(self.decoder_norm(self.decoder_blocks(x_BMD, outputs)))
-
-    def forward_decoder(
-        self,
-        latent_BND: Tensor,
-        ids_visible: Tensor,
-        ids_masked: Tensor,
-        shift_B2: Tensor | None = None,
-    ) -> Tensor:
-        """Predict the masked patches: [B, 1 + K, D] to [B, M, V], raster order.
-
-        With encoder_mask_tokens, from [B, 1 + K + M, D].
-        """
-        x_BND = self.decoder_embed(latent_BND)
-        code = self.position_code("decoder", shift_B2)
-        K = ids_visible.shape[1]
-        cls_token = x_BND[:, :1] + self.decoder_pos_embed[:, :1]
-        visible = x_BND[:, 1 : 1 + K] + take(code, ids_visible)
-        token = x_BND[:, 1 + K :] if self.encoder_mask_tokens else self.mask_token
-        masked = token + take(code, ids_masked)
-        # Attention does not know order: visible first and masked last saves MAE's unshuffle.
-        x_BND = torch.cat([cls_token, visible, masked], dim=1)
-        x_BMD = self.decoder_blocks(x_BND, num_queries=ids_masked.shape[1])
-        return self.decoder_pred(self.decoder_norm(x_BMD))
-
-    def target(self, patches: Tensor) -> Tensor:
-        """What the decoder is to predict of patches [..., V].
-
-        Their pixels, normalised pixels, or PCA coefficients [..., pca_components].
-        """
-        if self.pca is not None:
-            return self.pca(patches)
-        if not self.norm_pix_loss:
-            return patches
-        mean, std = patch_statistics(patches)
-        return (patches - mean) / std
-
-    def pixels_of(self, pred: Tensor) -> Tensor:
-        """The inverse of `target` for PCA coefficients: [..., pca_components] to [..., V].
-
-        Pixels stay as they are; normalised ones do too, for their statistics are not predicted.
-        """
-        return pred if self.pca is None else self.pca.inverse(pred)
-
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         images: Tensor,
         mask: Tensor,
@@ -342,7 +424,7 @@ class MaskedAutoencoderViT(nn.Module):
             mask: as given.
         """
         if num_visible is None:
-            num_visible = self.count_visible(mask)
+            num_visible = self.count_unmasked(mask)
         if images.shape[1:] != (self.in_chans, *self.img_size):
             raise BadInput(
                 f"images are {tuple(images.shape[1:])}, the model was built for "
@@ -356,39 +438,26 @@ class MaskedAutoencoderViT(nn.Module):
             raise BadInput(f"shift is {tuple(shift.shape)}, expected {(len(images), 2)}")
         patches_BLV = patchify(images, self.patch_size)
         ids_visible, ids_masked = split_ids(mask, num_visible)
-        if self.decoder == "cross":
-            ids_masked = self.chosen(ids_masked, order)
-            outputs = list(self.encode(patches_BLV, ids_visible, shift))
-            pred = self.forward_cross_decoder(outputs, ids_masked, shift)
-        else:
-            seen = ids_masked if self.encoder_mask_tokens else None
-            latent = self.forward_encoder(patches_BLV, ids_visible, shift, seen)
-            pred = self.forward_decoder(latent, ids_visible, ids_masked, shift)
-        target = self.target(take(patches_BLV, ids_masked))
+        pred, ids_predicted = self.decoding.predict(
+            self, patches_BLV, ids_visible, ids_masked, shift, order
+        )
+        target = self.target(take(patches_BLV, ids_predicted))
         loss = F.mse_loss(pred.to(target.dtype), target)
         return {"loss": loss, "pred": pred, "mask": mask}
 
-    def num_predicted(self, num_visible: int) -> int:
-        """Masked patches of an image that are predicted while training, at least one."""
-        masked = self.grid[0] * self.grid[1] - num_visible
-        return max(1, round(self.predict_ratio * masked))
+    def reconstruct(self, x: Tensor, mask: Tensor, num_visible: int | None = None) -> Tensor:
+        """See `PretrainModel.reconstruct`; visible patches are the input's own."""
+        pred = self(x, mask, num_visible)["pred"].float()
+        pixels = self.target.to_pixels(pred, masked_patches(x, mask, self.patch_size))
+        return put_masked(x, mask, pixels, self.patch_size)
 
-    def chosen(self, ids_BM: Tensor, order_BL: Tensor | None) -> Tensor:
-        """Of the masked patches int64 [B, M] those to predict, in raster order: int64 [B, P]."""
-        num_visible = self.grid[0] * self.grid[1] - ids_BM.shape[1]
-        count = self.num_predicted(num_visible)
-        if order_BL is None or count == ids_BM.shape[1]:
-            return ids_BM
-        first = order_BL.gather(1, ids_BM).argsort(dim=1, stable=True)[:, :count]
-        return ids_BM.gather(1, first.sort(dim=1).values)
-
-    def count_visible(self, mask: Tensor) -> int:
+    def count_unmasked(self, mask: Tensor) -> int:
         """Visible patches of each row of a mask [B, L], after checking it.
 
         Raises:
             BadInput: not a boolean mask of this grid, or rows with different counts.
         """
-        num_patches = self.grid[0] * self.grid[1]
+        num_patches = self.num_patches
         if mask.dtype != torch.bool or mask.ndim != 2 or mask.shape[1] != num_patches:
             raise BadInput(
                 f"mask is {mask.dtype} {tuple(mask.shape)}, expected bool [B, {num_patches}]"
@@ -397,3 +466,89 @@ class MaskedAutoencoderViT(nn.Module):
         if len(counts) != 1 or not 0 < counts[0] < num_patches:
             raise BadInput(f"every row needs the same count of visible patches, found {counts}")
         return int(counts[0])
+
+
+def add_term_flags(parser: argparse.ArgumentParser) -> None:
+    """The terms of M-MAE that are in the model; its masks have flags of their own."""
+    group = parser.add_argument_group("method (unset terms follow --method)")
+    group.add_argument(
+        "--lscale_init",
+        type=optional(number(float, 0, MOST_LSCALE, open_low=True)),
+        help="LScale's gamma at the start; none: no LScale",
+    )
+    group.add_argument(
+        "--branch_init",
+        type=number(float, 0, MOST_LSCALE),
+        default=1.0,
+        help="factor on the last weights of each branch at the start (the control of LScale)",
+    )
+    group.add_argument(
+        "--pos_offset",
+        choices=list(COORDINATES),
+        help="of the sin-cos positions: none counts from 0 (MAE), center from the image's centre; "
+        "learned: and trained phases; jitter: and a random shift of each training image",
+    )
+
+
+def add_architecture_flags(parser: argparse.ArgumentParser) -> None:
+    """Patches, and the decoder."""
+    group = parser.add_argument_group("architecture (unset sizes follow --model)")
+    group.add_argument("--patch_size", type=size_pair, help="pixels; default: the name's")
+    group.add_argument(
+        "--decoder",
+        choices=list(DECODERS),
+        default="full",
+        help="cross: CrossMAE's, masked tokens read the encoder's outputs and not each other",
+    )
+    group.add_argument(
+        "--predict_ratio",
+        type=number(float, 0, 1, open_low=True),
+        default=1.0,
+        help="share of the masked patches that --decoder cross predicts; the lr follows it",
+    )
+    for name, low, most, what in (
+        ("depth", 1, MOST_BLOCKS, "blocks of the decoder"),
+        ("embed_dim", 4, MOST_WIDTH, "width of the decoder"),
+        ("num_heads", 1, MOST_WIDTH, "attention heads of the decoder"),
+    ):
+        group.add_argument(
+            f"--decoder_{name}", type=number(int, low, most), help=f"{what}; default: the model's"
+        )
+    group.add_argument(
+        "--encoder_mask_tokens",
+        action="store_true",
+        help="the encoder sees mask tokens too (MAE's ablation): about 3 times the computation",
+    )
+
+
+class SetTarget(argparse.Action):
+    """`--target`, and `--norm_pix_loss`, MAE's name of one of its values: the last one counts."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: Any
+    ) -> None:
+        """Keep the two in step."""
+        namespace.target = values if self.dest == "target" else "norm_pixels"
+        namespace.norm_pix_loss = namespace.target == "norm_pixels"
+
+
+def add_target_flags(parser: argparse.ArgumentParser) -> None:
+    """What the decoder predicts."""
+    group = parser.add_argument_group("target")
+    group.add_argument(
+        "--target",
+        choices=list(TARGETS),
+        action=SetTarget,
+        default="pixels",
+        help="norm_pixels: patches normalised by themselves; pca: their PCA coefficients",
+    )
+    group.add_argument(
+        "--norm_pix_loss",
+        action=SetTarget,
+        nargs=0,
+        const=True,
+        default=False,
+        help="predict normalised pixels; MAE's name of --target norm_pixels",
+    )
+    for target in TARGETS.values():
+        target.add_flags(group)

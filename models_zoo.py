@@ -1,6 +1,6 @@
-"""The one list of model names."""
+"""The one list of model names; from a name, or from a file of weights, to a model."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from inspect import signature
 from typing import Any
 
@@ -8,10 +8,11 @@ from torch import nn
 
 from models_layers import pair
 from models_mmae import MaskedAutoencoderViT
+from models_protocols import PretrainModel
 from models_upernet import UperNet
 from models_vit import VisionTransformer
 from util.errors import BadInput
-from util.names import did_you_mean
+from util.names import Registry, did_you_mean
 from util.spec import Pair
 from util.train.checkpoint import load_weights
 from util.weights.assumed import ASSUMED, settle_number
@@ -29,8 +30,9 @@ from util.weights.load_table import LOADED, Loading, positions_resized
 
 DEFAULT = "mae_vit_base_patch16"
 
-# Encoders: width, depth, heads. Base, large and huge as in ViT and MAE; tiny and small as in DeiT.
-ENCODERS = {
+# Sizes of encoders: width, depth, heads. Base, large and huge as in ViT and MAE; tiny and small as
+# in DeiT.
+ENCODER_SIZES = {
     "micro": (128, 4, 4),
     "tiny": (192, 12, 3),
     "small": (384, 12, 6),
@@ -53,7 +55,7 @@ SIZES = {
 
 
 def _mae(size: str, patch_size: int, img_size: int) -> dict[str, Any]:
-    embed_dim, depth, num_heads = ENCODERS[size]
+    embed_dim, depth, num_heads = ENCODER_SIZES[size]
     decoder_embed_dim, decoder_depth, decoder_num_heads = DECODER_SIZES.get(size, MAE_DECODER)
     return {
         "img_size": img_size,
@@ -67,11 +69,17 @@ def _mae(size: str, patch_size: int, img_size: int) -> dict[str, Any]:
     }
 
 
-MODELS: dict[str, tuple[Callable[..., nn.Module], dict[str, Any]]] = {
-    f"mae_vit_{size}_patch{patch}": (MaskedAutoencoderViT, _mae(size, patch, side))
-    for size, patches in SIZES.items()
-    for patch, side in patches.items()
-}
+Named = tuple[type[Any], dict[str, Any]]  # a class, and what a name stands for of its arguments
+
+# Pretraining models, see `models_protocols.PretrainModel`.
+MODELS: Registry[Named] = Registry(
+    "model",
+    {
+        f"mae_vit_{size}_patch{patch}": (MaskedAutoencoderViT, _mae(size, patch, side))
+        for size, patches in SIZES.items()
+        for patch, side in patches.items()
+    },
+)
 
 
 def _vit(size: str, patch_size: int, img_size: int) -> dict[str, Any]:
@@ -79,11 +87,59 @@ def _vit(size: str, patch_size: int, img_size: int) -> dict[str, Any]:
     return {k: v for k, v in arguments.items() if not k.startswith("decoder_")}
 
 
-CLASSIFIERS: dict[str, tuple[Callable[..., nn.Module], dict[str, Any]]] = {
-    f"vit_{size}_patch{patch}": (VisionTransformer, _vit(size, patch, side))
-    for size, patches in SIZES.items()
-    for patch, side in patches.items()
-}
+# Encoders with a head.
+CLASSIFIERS: Registry[Named] = Registry(
+    "encoder",
+    {
+        f"vit_{size}_patch{patch}": (VisionTransformer, _vit(size, patch, side))
+        for size, patches in SIZES.items()
+        for patch, side in patches.items()
+    },
+)
+
+
+def register_model(name: str, model: type[PretrainModel], **arguments: Any) -> None:
+    """Give a pretraining model a name, which stands for these arguments of its constructor.
+
+    Raises:
+        BadInput: the name is taken, or the class is no `PretrainModel`.
+    """
+    if not (isinstance(model, type) and issubclass(model, PretrainModel)):
+        raise BadInput(f"model {name!r} must be a subclass of models_protocols.PretrainModel")
+    if name in CLASSIFIERS:
+        raise BadInput(f"model {name!r} is the name of an encoder; choose another")
+    MODELS.add(name, (model, arguments))
+
+
+def find_class(name: str | None, method: str | None) -> tuple[type[PretrainModel], str]:
+    """The class of a pretraining model, and the name of the model itself.
+
+    Args:
+        name: of a model; None: the default of the method's class.
+        method: `--method`; None: that of the name, or M-MAE.
+
+    Raises:
+        BadInput: unknown name or method.
+    """
+    classes = list(dict.fromkeys(kind for kind, _ in MODELS.values()))
+    if name is not None:
+        return MODELS.find(name)[0], name
+    kind = MaskedAutoencoderViT
+    if method is not None:
+        known = {one: kind for kind in reversed(classes) for one in list_methods(kind)}
+        if method not in known:
+            raise BadInput(
+                f"argument --method: invalid choice: {method!r}{did_you_mean(method, known)}; "
+                f"choose from {', '.join(dict.fromkeys(known))}"
+            )
+        kind = known[method]
+    first = next(name for name, (one, _) in MODELS.items() if one is kind)
+    return kind, kind.default_model or first
+
+
+def list_methods(kind: type[PretrainModel]) -> dict[str, Mapping[str, Any]]:
+    """What `--method` can be with a class, the default first, and what each presets."""
+    return dict(kind.methods) or {kind.__name__.lower(): {}}
 
 
 def list_models() -> list[str]:
@@ -148,7 +204,7 @@ def model_arguments(name: str) -> dict[str, Any]:
     Raises:
         BadInput: unknown name; the message lists the valid ones, the nearest first.
     """
-    known = MODELS | CLASSIFIERS
+    known = {**MODELS, **CLASSIFIERS}
     if name not in known:
         hint = did_you_mean(name, known)
         raise BadInput(f"unknown model {name!r}{hint}; valid names: {', '.join(known)}")
@@ -180,7 +236,7 @@ def create_model(
     if pretrained is None and weights_key is not None:
         raise BadInput(f"weights_key {weights_key} without pretrained: there is no file to look in")
     if pretrained is None:
-        return (MODELS | CLASSIFIERS)[name][0](**arguments)
+        return {**MODELS, **CLASSIFIERS}[name][0](**arguments)
     if name in MODELS:
         model, state = load_pretrained(pretrained, name, weights_key=weights_key, **kwargs)
         said = state.get("model_args", kwargs)
@@ -486,7 +542,7 @@ def _usual_heads(name: str | None, width: int, depth: int) -> tuple[int, str]:
     """Heads of the name, or our encoder's of that shape, or one for 64 channels; and from what."""
     if name is not None:
         return model_arguments(name)["num_heads"], f"as {name}"
-    for size, (w, d, heads) in ENCODERS.items():
+    for size, (w, d, heads) in ENCODER_SIZES.items():
         if (w, d) == (width, depth):
             return heads, f"as ViT-{size} of width {width} and depth {depth}"
     return max(1, width // 64), f"one for 64 of {width} channels"

@@ -11,9 +11,9 @@ import torch
 from commands import COMMANDS
 
 import main_pretrain
-from util.config.flag_types import expanded_path, most_processes
 from util.config.flags import FlagParser
 from util.errors import BadInput, RunFailed, command
+from util.flag_types import expanded_path, most_processes
 from util.slurm import add_job_flags
 from util.train.dist import choose_device
 from util.train.memory import create_in_memory

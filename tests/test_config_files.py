@@ -9,9 +9,9 @@ import pytest
 import yaml
 
 import main_pretrain
-from util.config.flag_types import expanded_path
 from util.config.recipes import read_layers
 from util.errors import BadInput
+from util.flag_types import expanded_path
 from util.runs.arms import read_arms
 from util.runs.curves import read_curve
 from util.runs.paper_tables import read_paper

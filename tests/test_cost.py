@@ -276,7 +276,6 @@ def test_disk_is_what_a_run_leaves(tmp_path: Path, few) -> None:
 
 def parsed(flags: list[str]) -> Any:
     found = main_pretrain.build_parser().parse(flags)
-    main_pretrain.resolve_method(found)
     return found
 
 

@@ -25,7 +25,6 @@ FINETUNE = [*TINY, "--model=vit_micro_patch4", "--eval_every=0"]
 
 def pretrain_plan(flags: list[str], processes: int = 1) -> Any:
     args = main_pretrain.build_parser().parse(flags)
-    main_pretrain.resolve_method(args)
     return main_pretrain.plan_run(args, processes)
 
 

@@ -135,7 +135,7 @@ def test_perfect_predictions_restore_the_image() -> None:
                 self.pixels_of = model.pixels_of
 
             def __call__(self, x, mask, num_visible):
-                from util.measure.metrics import masked_patches
+                from util.mask.patches import masked_patches
 
                 return {"pred": self.model.target(masked_patches(x, mask, self.patch_size))}
 

@@ -219,7 +219,7 @@ def test_scores_are_the_standardised_averages_in_float64(order):
     averages = patch_averages(photographs(), (8, 8))
     z = averages.numpy() - averages.numpy().mean(axis=1, keepdims=True)
     z /= np.sqrt((z**2).mean(axis=1, keepdims=True)) + 1e-6
-    scores = Mixed(order=order).scores(averages)
+    scores = Mixed(avg_order=order).scores(averages)
     assert scores.dtype == torch.float64
     expected = {"far": np.abs(z), "near": -np.abs(z), "high": z, "low": -z}[order]
     np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-12)
@@ -336,7 +336,7 @@ def test_a_constant_image_has_no_scores(level, patch):
     images = torch.full((3, 3, 7 * patch, 5 * patch), level, dtype=torch.uint8)
     averages = patch_averages(images, (patch, patch))
     for order in ORDERS:
-        assert not Mixed(order=order).scores(averages).any()
+        assert not Mixed(avg_order=order).scores(averages).any()
         strict = create_strategy("average", avg_order=order, avg_temperature=0)
         # Without scores, average masking is random masking by the Gumbel row, at any temperature.
         noise = noise_of(strict, (7, 5), 3)

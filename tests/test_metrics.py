@@ -11,7 +11,7 @@ from torch import Tensor
 
 from util import errors
 from util.errors import BadInput
-from util.mask.patches import patchify
+from util.mask.patches import apply_statistics, masked_patches, patchify
 from util.measure import metrics
 
 SHAPES = [  # B, C, (gh, gw), (ph, pw)
@@ -102,7 +102,7 @@ def test_nearest_breaks_ties_by_the_lowest_index():
 
 def test_masked_patches_are_in_the_order_of_pred():
     images, mask = some_images(2, 3, (4, 4), (8, 8)), some_mask(2, 16, 12)
-    got = metrics.masked_patches(images, mask, (8, 8))
+    got = masked_patches(images, mask, (8, 8))
     rows = [patchify(images, (8, 8))[b, i] for b in range(2) for i in range(16) if mask[b, i]]
     assert torch.equal(got, torch.stack(rows).reshape(2, 12, -1))
 
@@ -136,22 +136,22 @@ def test_normalised_fill_equals_brute_force(name, B, C, grid, patch):
 
 def test_true_statistics_are_given():
     images, mask = some_images(2, 3, (4, 4), (8, 8)).double(), some_mask(2, 16, 12)
-    true = metrics.masked_patches(images, mask, (8, 8))
+    true = masked_patches(images, mask, (8, 8))
     given = metrics.fill("nearest", images, mask, (8, 8), norm_pix_loss=True)
     torch.testing.assert_close(given.mean(-1), true.mean(-1), rtol=0, atol=1e-9)
     torch.testing.assert_close(given.std(-1), true.std(-1), rtol=0, atol=1e-6)
     # A prediction of nothing is the true mean; the true target is the truth.
-    nothing = metrics.apply_statistics(torch.zeros_like(true), true)
+    nothing = apply_statistics(torch.zeros_like(true), true)
     torch.testing.assert_close(nothing, true.mean(-1, keepdim=True).expand_as(true))
     target = (true - true.mean(-1, keepdim=True)) / (true.var(-1, keepdim=True) + 1e-6).sqrt()
-    torch.testing.assert_close(metrics.apply_statistics(target, true), true)
+    torch.testing.assert_close(apply_statistics(target, true), true)
 
 
 def test_a_flat_visible_patch_gives_the_true_mean():
     images = some_images(1, 1, (2, 2), (4, 4)).double()
     images[:, :, :, :4] = 77.0
     mask = torch.tensor([[False, True, False, True]])
-    true = metrics.masked_patches(images, mask, (4, 4))
+    true = masked_patches(images, mask, (4, 4))
     for name in metrics.FILLS:
         given = metrics.fill(name, images, mask, (4, 4), norm_pix_loss=True)
         torch.testing.assert_close(given, true.mean(-1, keepdim=True).expand_as(true))
@@ -202,7 +202,7 @@ def test_masks_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="hides them all"):
         metrics.fill_nearest(images, torch.ones(2, 16, dtype=torch.bool), (8, 8))
     with pytest.raises(ValueError, match=r"expected torch.bool \(2, 16\)"):
-        metrics.masked_patches(images, torch.zeros(2, 12, dtype=torch.bool), (8, 8))
+        masked_patches(images, torch.zeros(2, 12, dtype=torch.bool), (8, 8))
     mask = some_mask(2, 16, 12)
     with pytest.raises(ValueError, match=r"expected \(2, 12, 192\)"):
         metrics.compose(images, mask, torch.zeros(2, 11, 192), (8, 8))

@@ -6,7 +6,7 @@ import pytest
 import yaml
 from pin_flags import PINNED, TRAINING, collect, pinned_text
 
-from util.config.method_flags import METHODS
+from models_mmae import METHODS
 from util.data.segmentation_transforms import SegmentTransform
 
 

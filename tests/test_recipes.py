@@ -62,9 +62,7 @@ def parser_of(name: str) -> FlagParser:
 def resolved(name: str, *more: str) -> argparse.Namespace:
     """All flags of a recipe as its main sees them."""
     found = parser_of(name).parse([f"--config={RECIPES / name}", *more])
-    if task_of(name) == "pretrain":
-        main_pretrain.resolve_method(found)
-    elif task_of(name) == "finetune":
+    if task_of(name) == "finetune":
         main_finetune.resolve_tune(found)
     return found
 
@@ -234,9 +232,7 @@ def test_garments_is_whole() -> None:
 def test_published_commands_are_recipes(name: str) -> None:
     recipe, words = settings_of(resolved(name)), PUBLISHED[name].split()
     command = parser_of(name).parse(words)
-    if task_of(name) == "pretrain":
-        main_pretrain.resolve_method(command)
-    else:
+    if task_of(name) == "finetune":
         main_finetune.resolve_tune(command)
     given = settings_of(command)
     different = {key for key in recipe if recipe[key] != given[key]}
@@ -353,9 +349,7 @@ def test_no_run_of_a_plan_is_warned_of(name: str) -> None:
             continue
         parser = parser_for(task)
         found = parser.parse(run.words("0", lambda other: f"nowhere/{other}")[1:])
-        if task == "pretrain":
-            main_pretrain.resolve_method(found)
-        elif task == "finetune":
+        if task == "finetune":
             main_finetune.resolve_tune(found)
         if found.model is None:
             found.model = "vit_tiny_patch4"

@@ -273,7 +273,6 @@ def test_the_plan_knows_it(given: list[str], shapes: Path, tmp_path: Path) -> No
     data = [f"--data_path={shapes}", "--val_fraction=0.25", f"--output_dir={tmp_path}/r", *given]
     left = 750 if given else 45
     args = main_pretrain.build_parser().parse([*PRETRAIN, *data])
-    main_pretrain.resolve_method(args)
     assert main_pretrain.plan_run(args, 1).data.images == left
     args = main_finetune.build_parser().parse([*FINETUNE, *data, "--train_images=30"])
     main_finetune.resolve_tune(args)

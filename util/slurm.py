@@ -30,12 +30,12 @@ import torch
 from submitit.core.utils import FailedSubmissionError, JobPaths, UncompletedJobError
 from submitit.helpers import DelayedSubmission
 
-from util.config.flag_types import MOST_TASKS, expanded_path
 from util.config.flags import FlagParser, number
 from util.config.recipes import read_recipe, write_recipe
 from util.console import print_text
 from util.errors import BadInput, RunFailed, Stopped
 from util.files import build_whole, sweep
+from util.flag_types import MOST_TASKS, expanded_path
 from util.signals import StoppedAtStart, begin, take_signals
 from util.train.advice import check_settings
 from util.train.logger import prepare_folder

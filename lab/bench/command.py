@@ -62,15 +62,16 @@ from lab.bench.step_speed import (
     show_steps,
 )
 from lab.bench.training_speed import Train, compare_curves, measure_together
-from util.config.flag_types import MOST_IN_BATCH, MOST_SIDE, expanded_path, processes_flag
+from models_mmae import METHODS
 from util.config.flags import FlagParser, add_data_flags, add_device_flag, add_view_flags, number
-from util.config.method_flags import METHODS
 from util.data.datasets import DATASETS, build_dataset
 from util.data.images import ImageSource, Subset
 from util.data.randomness import EpochSampler, evenly
 from util.data.samples import PretrainSamples, build_loader, default_workers
 from util.data.transforms import pretrain_transform
 from util.errors import BadInput, command, needs
+from util.flag_types import MOST_IN_BATCH, MOST_SIDE, expanded_path, processes_flag
+from util.mask.cells import cells_of
 from util.mask.strategies import count_visible
 from util.progress import say
 from util.train.dist import Place, Processes, choose_device, distribute, join
@@ -249,8 +250,8 @@ def build_step(rank: int, arm: Arm, device_name: str, meeting: str) -> Answer:
         step = peers_step(model, arm, procs)
     else:
         strategy = strategy_of(arm)
-        visible = count_visible(model.grid[0] * model.grid[1], arm.mask_ratio)
-        masker = Masker(strategy, visible, model.patch_size)
+        visible = count_visible(model.num_patches, arm.mask_ratio)
+        masker = Masker(strategy, cells_of(model.grid, (1,)), visible, model.patch_size)
         step = our_step(model, arm, procs, strategy, masker, visible)
     seconds_of = stopwatch(device)
 
@@ -348,7 +349,9 @@ def open_samples(args: argparse.Namespace, arm: Arm, source: ImageSource) -> Pre
         channels=source.channels,
         margin=source.eval_margin,
     )
-    return PretrainSamples(source, transform, strategy_of(arm), (side // patch,) * 2, args.seed)
+    draws = create_arm(arm, source.channels).draws if arm.method != "transformers" else {}
+    grid = (side // patch,) * 2
+    return PretrainSamples(source, transform, strategy_of(arm), grid, args.seed, draws)
 
 
 def open_data(args: argparse.Namespace, arm: Arm, steps: int) -> Data:
@@ -367,7 +370,7 @@ def open_data(args: argparse.Namespace, arm: Arm, steps: int) -> Data:
     )
     visible = count_visible(samples.grid[0] * samples.grid[1], arm.mask_ratio)
     patch = arguments_of(arm)["patch_size"]
-    masker = Masker(samples.strategy, visible, (patch, patch))
+    masker = Masker(samples.strategy, cells_of(samples.grid, (1,)), visible, (patch, patch))
     return Data(source, loader, masker, steps * arm.batch)
 
 
@@ -446,8 +449,7 @@ def open_training(args: argparse.Namespace, arm: Arm, data: Data, total_steps: i
             CosineSchedule(lr, 0.0, total_steps / 10, total_steps),
             mean=data.source.mean,
             std=data.source.std,
-            jitter=False,
-            partial=arm.predict_ratio is not None,
+            draws=model.draws,
             first_step=0,
             after_step=after_step,
         )

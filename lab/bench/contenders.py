@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from util.config.flag_types import MOST_IN_BATCH, MOST_SIDE, PER_CORE, most_processes
-from util.config.method_flags import METHODS as PRESETS
+from models_mmae import METHODS as PRESETS
 from util.console import shown
 from util.errors import BadInput
+from util.flag_types import MOST_IN_BATCH, MOST_SIDE, PER_CORE, most_processes
 from util.mask.strategies import MaskStrategy, create_strategy
 from util.train.step import PRECISIONS
 

@@ -30,11 +30,11 @@ from lab.study.analysis import (
     with_arms,
 )
 from lab.study.report import draw, markdown
-from util.config.flag_types import expanded_path, processes_flag
 from util.config.flags import FlagParser, number
 from util.console import print_text
 from util.errors import EXIT_BAD_INPUT, EXIT_STOPPED, BadInput, RunFailed, Stopped, command, needs
 from util.files import write_text
+from util.flag_types import expanded_path, processes_flag
 from util.names import nearest
 from util.progress import say
 from util.runs.plan import Cell, Plan, cells_of, read_plan

@@ -28,7 +28,7 @@ from lab.study.effects import contrast, corrected, differences, estimate, holm, 
 from lab.study.rates import analyse
 from lab.study.rates import markdown as rates_markdown
 from lab.study.report import markdown
-from util.config.method_flags import METHODS
+from models_mmae import METHODS
 from util.errors import BadInput, RunFailed, Stopped
 from util.runs import cell_runs
 from util.runs.arms import read_arms

@@ -3,20 +3,20 @@
 import argparse
 from typing import Any
 
-from util.config.flag_types import (
-    LEAST_CROP,
-    MOST_CHANNELS,
-    MOST_CLASSES,
-    MOST_LSCALE,
-    expanded_path,
-    optional,
-)
 from util.config.flags import (
     FlagParser,
     add_heads_flag,
     add_weights_key_flag,
     number,
     size_pair,
+)
+from util.flag_types import (
+    LEAST_CROP,
+    MOST_CHANNELS,
+    MOST_CLASSES,
+    MOST_LSCALE,
+    expanded_path,
+    optional,
 )
 
 # Not in the namespace unless given: --tune says what they are.

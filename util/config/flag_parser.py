@@ -2,16 +2,17 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from util.config.flag_help import FlagHelp, Help, Presets, example_text, first_screen
-from util.config.flag_types import expanded_path
-from util.config.recipes import read_layers
+from util.config.recipes import read_layers, read_recipe
 from util.console import SHOWN, shown
 from util.errors import BadInput
+from util.flag_types import expanded_path
 from util.names import did_you_mean
+from util.plugins import load_plugin
 
 
 class StrictParser(argparse.ArgumentParser):
@@ -40,6 +41,7 @@ class FlagParser(StrictParser):
 
     given: frozenset[str] = frozenset()
     presets: Presets | None
+    filled = False  # whether `parse` fills in what is preset
 
     def __init__(
         self,
@@ -64,6 +66,14 @@ class FlagParser(StrictParser):
             metavar="RECIPE",
             help="YAML file of flags; those of the command line win; default: none",
         )
+        self.add_argument(
+            "--plugin",
+            type=expanded_path,
+            nargs="+",
+            metavar="FILE",
+            help="Python files of yours that register models, encoders, masks, data sets or "
+            "targets; default: none",
+        )
 
     def parse(self, argv: Sequence[str] | None) -> argparse.Namespace:
         """Recipe first, then the command line (None: the program's own).
@@ -72,9 +82,7 @@ class FlagParser(StrictParser):
             BadInput: an unknown flag or key, or a value that its flag does not take.
         """
         argv = list(sys.argv[1:] if argv is None else argv)
-        first = StrictParser(add_help=False)
-        first.add_argument("--config", type=expanded_path)
-        recipe = first.parse_known_args(argv)[0].config
+        recipe = early_values(argv)["config"]
         tokens = self._recipe_tokens(Path(recipe)) if recipe else []
         words = (word.split("=")[0] for word in tokens + argv)
         known = self._option_string_actions
@@ -83,7 +91,30 @@ class FlagParser(StrictParser):
         if unknown:
             flags = [a for a in unknown if a.startswith("-")] or unknown
             self.error(f"unknown argument {flags[0][:SHOWN]}{self._nearest(flags[0])}")
+        if self.presets is not None and self.filled:
+            flag, presets = self.presets
+            fill_unset(settings, presets[getattr(settings, flag)])
         return settings
+
+    def add_presets(self, flag: str, presets: Mapping[str, Mapping[str, Any]]) -> None:
+        """Let each value of a flag preset others; `parse` fills in what nobody gave.
+
+        Args:
+            flag: its dest.
+            presets: of each value, values of other flags by dest. What one value does not name and
+                another does, it presets to that flag's own default.
+        """
+        by_dest = {action.dest: action for action in self._actions if action.option_strings}
+        names = dict.fromkeys(name for preset in presets.values() for name in preset)
+        if strange := [name for name in names if name not in by_dest]:
+            raise BadInput(f"--{flag} presets what is no flag: {', '.join(strange)}")
+        whole = {
+            value: {name: preset.get(name, by_dest[name].default) for name in names}
+            for value, preset in presets.items()
+        }
+        for name in names:
+            by_dest[name].default = argparse.SUPPRESS
+        self.presets, self.filled = (flag, whole), True
 
     def format_help(self) -> str:
         """All flags by group, each with its default."""
@@ -144,12 +175,42 @@ class FlagParser(StrictParser):
         return [flag, *(str(v) for v in values)]
 
 
-class SetTarget(argparse.Action):
-    """`--target`, and `--norm_pix_loss`, MAE's name of one of its values: the last one counts."""
+def fill_unset(settings: argparse.Namespace, preset: Mapping[str, Any]) -> None:
+    """Set what no flag has set, in place; such flags have the default `argparse.SUPPRESS`."""
+    for name, value in preset.items():
+        if not hasattr(settings, name):
+            setattr(settings, name, value)
 
-    def __call__(
-        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: Any
-    ) -> None:
-        """Keep the two in step."""
-        namespace.target = values if self.dest == "target" else "norm_pixels"
-        namespace.norm_pix_loss = namespace.target == "norm_pixels"
+
+def early_values(argv: Sequence[str], names: Sequence[str] = ()) -> dict[str, Any]:
+    """What recipe and command line say of flags that decide which other flags there are.
+
+    Args:
+        names: dests of such flags, beside `config` and `plugin`; each takes one text.
+
+    Returns:
+        the value of each; None: not given.
+
+    Raises:
+        BadInput: an unreadable recipe.
+    """
+    first = StrictParser(add_help=False)
+    first.add_argument("--config", type=expanded_path)
+    first.add_argument("--plugin", type=expanded_path, nargs="+")
+    for name in names:
+        first.add_argument(f"--{name}")
+    found = vars(first.parse_known_args(list(argv))[0])
+    if found["config"]:
+        recipe = read_recipe(Path(found["config"]))
+        for name in ("plugin", *names):
+            if found[name] is None and recipe.get(name) is not None:
+                found[name] = recipe[name]
+    if isinstance(found["plugin"], str):
+        found["plugin"] = [found["plugin"]]
+    return found
+
+
+def load_plugins(argv: Sequence[str] | None) -> None:
+    """Run the files of `--plugin`, so that what they register has its flags and choices."""
+    for path in early_values(sys.argv[1:] if argv is None else argv)["plugin"] or ():
+        load_plugin(Path(path))

@@ -7,7 +7,11 @@ from typing import Any
 import torch
 
 from util.config.flag_parser import FlagParser
-from util.config.flag_types import (
+from util.data.images import IMAGE_DECODERS
+from util.data.pixel_limits import MOST_PIXELS
+from util.data.transforms import AUGMENTS
+from util.errors import BadInput
+from util.flag_types import (
     LEAST_CROP,
     MOST_IMAGE,
     MOST_IN_BATCH,
@@ -20,10 +24,7 @@ from util.config.flag_types import (
     processes_flag,
     size_pair,
 )
-from util.data.images import IMAGE_DECODERS
-from util.data.pixel_limits import MOST_PIXELS
-from util.data.transforms import AUGMENTS
-from util.errors import BadInput
+from util.plugins import loaded_plugins
 from util.train.step import PRECISIONS
 
 # Flags that may differ on resume: they change where and how often, and no number.
@@ -31,7 +32,7 @@ HOUSEKEEPING = {
     "output_dir", "log_dir", "device", "num_workers", "pin_mem", "log_every", "save_every",
     "eval_every", "resume", "list_models", "data_path", "batch_size", "accum_iter", "save_minutes",
     "keep", "allow_changes", "nan_policy", "grad_checkpointing", "max_bad_images", "shard",
-    "prefetch_factor", "compile",
+    "prefetch_factor", "compile", "plugin",
     "dry_run", "dry_run_images", "dry_run_processes", "dry_run_measure", "images_per_second",
 }  # fmt: skip
 
@@ -318,7 +319,9 @@ def arithmetic_of(settings: Mapping[str, Any], more_housekeeping: Iterable[str])
     Args:
         more_housekeeping: flags of one main that do not change its numbers.
     """
-    return {k: v for k, v in settings.items() if k not in HOUSEKEEPING | set(more_housekeeping)}
+    kept = {k: v for k, v in settings.items() if k not in HOUSEKEEPING | set(more_housekeeping)}
+    plugins = {one["name"]: one["sha256"] for one in loaded_plugins()}
+    return kept | ({"plugins": plugins} if plugins else {})
 
 
 def add_heads_flag(group: argparse._ArgumentGroup) -> None:

@@ -5,8 +5,8 @@ from typing import Any
 
 import yaml
 
-from util.config.flag_types import expand_home
 from util.errors import BadInput
+from util.flag_types import expand_home
 from util.yaml_files import read_yaml
 
 EXTENDS = "extends"

@@ -6,6 +6,7 @@ with any number of workers, from any restart, and, at the same global batch, on 
 processes.
 """
 
+import hashlib
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,13 +27,22 @@ class Key(NamedTuple):
     crop: int = 0
 
 
-# One stream per purpose, so that drawing more for one purpose changes nothing of another.
+# One stream per purpose, so that drawing more for one purpose changes nothing of another. These are
+# numbered, and stay so; a purpose that is not among them has the hash of its name.
 STREAMS = {"order": 0, "augment": 1, "mask": 2, "predict": 3, "shift": 4, "model": 5, "fallback": 6}
+
+
+def stream_number(stream: str) -> int:
+    """The number of a purpose's stream, below 2^32."""
+    if stream in STREAMS:
+        return STREAMS[stream]
+    digest = hashlib.sha256(stream.encode()).digest()
+    return len(STREAMS) + int.from_bytes(digest[:4], "big") % (2**32 - len(STREAMS))
 
 
 def seed_of(seed: int, stream: str, *key: int) -> int:
     """A 64-bit seed from (seed, stream, key), by numpy's SeedSequence."""
-    sequence = np.random.SeedSequence([seed, STREAMS[stream], *key])
+    sequence = np.random.SeedSequence([seed, stream_number(stream), *key])
     return int(sequence.generate_state(1, np.uint64)[0])
 
 
@@ -49,7 +59,7 @@ def seeds_of(seed: int, streams: Sequence[str], keys: Sequence[Sequence[int]]) -
         rows = [[seed_of(seed, stream, *key) for key in keys] for stream in streams]
         return np.array(rows, dtype=np.uint64)
     words = np.repeat(parts.astype(np.uint32)[None], len(streams), axis=0)
-    words[:, :, 1] = np.array([STREAMS[stream] for stream in streams])[:, None]
+    words[:, :, 1] = np.array([stream_number(stream) for stream in streams])[:, None]
     words = words.reshape(-1, parts.shape[1])  # [streams * keys, parts]
     low, high = _seed_sequence(words)
     return (high.astype(np.uint64) << np.uint64(32) | low).reshape(len(streams), -1)

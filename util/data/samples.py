@@ -3,7 +3,7 @@
 import multiprocessing.util
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -14,12 +14,15 @@ from torch.utils.data import Dataset, Sampler, default_collate, get_worker_info
 from util.data.loading import Loader
 from util.data.randomness import Key, seed_of, seeded, seeds_of
 from util.data.replace import Source, bad_slots, decode
+from util.errors import BadInput
 from util.mask.strategies import MaskStrategy
 from util.signals import STOP_SIGNALS
-from util.spec import Pair
+from util.spec import Shape
 
-# What is random about a sample, each with a stream of its own.
-PURPOSES = ("augment", "mask", "predict", "shift")
+# Draws of models that came before streams were named as the draws are.
+STREAM_OF_DRAW = {"order": "predict"}
+# Names in a sample that no draw of a model can have.
+TAKEN = {"image", "noise", "label", "index", "bad"}
 
 
 class PretrainSamples(Dataset):
@@ -27,20 +30,23 @@ class PretrainSamples(Dataset):
 
     Args:
         source: images by index.
-        transform: image to uint8 [C, H, W]; may use python's, numpy's and torch's generators, or,
+        transform: image to uint8 [C, *size]; may use python's, numpy's and torch's generators, or,
             where it `takes_generator`, the one it is handed.
         strategy: draws the noise of a mask.
-        grid: (gh, gw) patches.
+        grid: that the noise is drawn over: the cells of a mask.
         seed: of the run; evaluation passes a constant of its own.
+        draws: further random numbers that the model asks for, by name: their shape.
 
     A sample is a dict:
-        image: uint8 [C, H, W].
-        noise: float32 [S + 1, L]: the strategy's rows, then one that orders the masked patches for
-            a decoder that predicts some of them.
-        shift: float32 [2], uniform in [-1/2, 1/2), row then column, in patches (`jitter`).
+        image: uint8 [C, *size].
+        noise: float32 [S, cells], the strategy's rows.
         label: int, of the image that is shown.
         index: int, the key's.
         bad: int64 [4], images that could not be decoded on the way to this one, then -1.
+        and the draws under their names: float32, uniform in [-1/2, 1/2).
+
+    Raises:
+        BadInput: a draw has a name that means something else.
     """
 
     def __init__(
@@ -48,11 +54,16 @@ class PretrainSamples(Dataset):
         source: Source,
         transform: Callable[..., Tensor],
         strategy: MaskStrategy,
-        grid: Pair,
+        grid: Shape,
         seed: int,
+        draws: Mapping[str, Shape] | None = None,
     ) -> None:
         self.source, self.transform, self.strategy = source, transform, strategy
-        self.grid, self.seed = grid, seed
+        self.grid, self.seed, self.draws = grid, seed, dict(draws or {})
+        if taken := sorted(TAKEN & self.draws.keys()):
+            raise BadInput(f"a model cannot draw {', '.join(taken)}: samples use that name")
+        # Each draw has a stream of its own.
+        self.streams = ["augment", "mask", *(STREAM_OF_DRAW.get(n, n) for n in self.draws)]
 
     def __len__(self) -> int:
         return len(self.source)
@@ -62,12 +73,13 @@ class PretrainSamples(Dataset):
 
     def __getitems__(self, keys: list[Key]) -> list[dict[str, Any]]:
         """The samples of a batch; neighbours that are crops of one image share its decoding."""
-        augment, *others = seeds_of(self.seed, PURPOSES, keys).tolist()
-        noise, shifts = self._draw(*others)
+        augment, mask, *others = seeds_of(self.seed, self.streams, keys).tolist()
+        noise = self._noise(mask)
+        drawn = self._drawn(others)
         generator = torch.Generator()
         samples: list[dict[str, Any]] = []
         before, decoded, images = None, None, None
-        for key, seed, *drawn in zip(keys, augment, noise, shifts, strict=True):
+        for number, (key, seed) in enumerate(zip(keys, augment, strict=True)):
             image_key = key._replace(crop=0)
             if decoded is None or image_key != before:
                 before, decoded = image_key, decode(self.source, image_key, self.seed)
@@ -76,15 +88,15 @@ class PretrainSamples(Dataset):
             if images is None:
                 images = empty_batch(len(keys), view)
             # At once, while it is in the cache; a batch of fresh tensors would all be in memory.
-            images[len(samples)].copy_(view)
+            images[number].copy_(view)
             samples.append(
                 {
-                    "image": images[len(samples)],
-                    "noise": drawn[0],
-                    "shift": drawn[1],
+                    "image": images[number],
+                    "noise": noise[number],
                     "label": label,
                     "index": key.index,
                     "bad": bad_slots(bad),
+                    **{name: values[number] for name, values in drawn.items()},
                 }
             )
         return samples
@@ -95,22 +107,26 @@ class PretrainSamples(Dataset):
         with seeded(seed):
             return self.transform(image)
 
-    def _draw(self, mask: list[int], predict: list[int], shift: list[int]) -> tuple[Tensor, Tensor]:
-        """Noise [B, S + 1, L] and shifts [B, 2] from each one's seeds.
+    # One generator, seeded anew for each draw, and few tensors: of images that need no decoding
+    # this is a good part of the time.
 
-        One generator, seeded anew for each draw, and few tensors: of images that need no decoding
-        this is a good part of the time.
-        """
+    def _noise(self, seeds: list[int]) -> Tensor:
+        """Of the masks: [B, S, cells]."""
         generator = torch.Generator()
-        rows = [self.strategy.draw(self.grid, generator.manual_seed(seed)) for seed in mask]
-        strategies, patches = rows[0].shape
-        noise = torch.empty(len(rows), strategies + 1, patches)
-        torch.stack(rows, out=noise[:, :-1])
-        shifts = torch.empty(len(rows), 2)
-        for order, place, seed, other in zip(noise[:, -1], shifts, predict, shift, strict=True):
-            order.uniform_(generator=generator.manual_seed(seed))
-            place.uniform_(generator=generator.manual_seed(other))
-        return noise, shifts.sub_(0.5)
+        return torch.stack(
+            [self.strategy.draw(self.grid, generator.manual_seed(seed)) for seed in seeds]
+        )
+
+    def _drawn(self, seeds: list[list[int]]) -> dict[str, Tensor]:
+        """The model's draws by name, [B, *shape], each with its seeds."""
+        generator = torch.Generator()
+        drawn = {}
+        for (name, shape), own in zip(self.draws.items(), seeds, strict=True):
+            values = torch.empty(len(own), *shape)
+            for one, seed in zip(values, own, strict=True):
+                one.uniform_(generator=generator.manual_seed(seed))
+            drawn[name] = values.sub_(0.5)
+        return drawn
 
 
 class LabelledSamples(Dataset):
@@ -164,12 +180,14 @@ def _init_worker(leaving: Tensor, worker: int) -> None:
 
 
 def empty_batch(count: int, view: Tensor) -> Tensor:
-    """Room for so many images [C, h, w] of one size and memory order; shared, in a worker.
+    """Room for so many images [C, h, w], or clips, of one size and memory order.
+
+    In a worker it is shared memory.
 
     Returns:
         uint8 [count, C, h, w], for `collate` to find again.
     """
-    inner = view.stride(0) == 1 and view.shape[0] > 1  # channels innermost
+    inner = view.ndim == 3 and view.stride(0) == 1 and view.shape[0] > 1  # channels innermost
     shape = (count, *(view.permute(1, 2, 0) if inner else view).shape)
     batch = torch.empty(0, dtype=view.dtype)
     if get_worker_info() is not None:  # as torch's own collate: the training process maps it
@@ -191,7 +209,7 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
     ):
         return default_collate(samples)
     batch = default_collate([{k: v for k, v in s.items() if k != "image"} for s in samples])
-    inner = images[0].stride() != room[0].stride()
+    inner = images[0].ndim == 3 and images[0].stride() != room[0].stride()
     return batch | {"image": room.permute(0, 3, 1, 2) if inner else room}
 
 

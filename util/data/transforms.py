@@ -329,11 +329,11 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     """Gray levels to zero mean and unit deviation: (x / 255 - mean) / std, without a host sync.
 
     Args:
-        images: uint8 [B, C, H, W], on any device.
+        images: uint8 [B, C, *size], on any device.
         mean, std: C numbers each, in units of 0..1.
 
     Returns:
-        float32 [B, C, H, W] on the same device.
+        float32 [B, C, *size] on the same device.
 
     Raises:
         ValueError: mean or std is not C long.
@@ -346,11 +346,11 @@ def denormalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> 
     """The inverse of `normalize`, neither rounded nor clamped: a prediction may leave 0..255.
 
     Args:
-        images: float [B, C, H, W], normalised.
+        images: float [B, C, *size], normalised.
         mean, std: C numbers each, in units of 0..1.
 
     Returns:
-        float32 [B, C, H, W], gray levels 0 to 255.
+        float32 [B, C, *size], gray levels 0 to 255.
 
     Raises:
         ValueError: mean or std is not C long.
@@ -360,11 +360,12 @@ def denormalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> 
 
 
 def _per_channel(images: Tensor, values: Sequence[float]) -> Tensor:
-    """[1, C, 1, 1] on the images' device."""
+    """[1, C, 1, ...] on the images' device."""
     if len(values) != images.shape[1]:
         raise ValueError(
             f"{len(values)} values of mean or std for images of {images.shape[1]} channels"
         )
-    column = torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1)
+    column = torch.tensor(values, dtype=torch.float32)
+    column = column.view(1, -1, *[1] * (images.ndim - 2))
     # A blocking copy would make the host wait for every kernel in flight.
     return column.to(images.device, non_blocking=True)

@@ -8,27 +8,39 @@ or the device.
 The work is split in two. `draw` runs in the loader's worker, on the CPU, and makes the noise of one
 image; `mask` runs on the device, for a batch, without a host synchronisation.
 
-A new strategy is one class with `draw` and `mask` and one line in `STRATEGIES`.
+A strategy draws over a grid of any number of axes: rows and columns of an image, or before them the
+times of a clip. What a grid is of is not its concern: patches, or cells of several (`Cells`).
+
+A new strategy is one class with `draw` and `mask` under `@STRATEGIES.register("name")`. Arguments
+of its constructor are settings of its own; `add_flags` gives each of them a flag of its name.
 """
 
+import argparse
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from inspect import signature
 from typing import Any, Protocol
 
 import torch
 from torch import Generator, Tensor
 
 from util.errors import BadInput
-from util.spec import Pair
+from util.flag_types import number
+from util.names import Registry
+from util.spec import Shape
 
 
 class MaskStrategy(Protocol):
-    """What the loader and the engine need of a strategy."""
+    """What the loader and the engine need of a strategy.
+
+    A class may have a static method `add_flags(group)`, which adds a flag for each argument of its
+    constructor; settings without a flag stay at their defaults.
+    """
 
     uses_averages: bool
 
-    def draw(self, grid: Pair, generator: Generator) -> Tensor:
-        """Noise of one image: float32 [S, L], S as the strategy needs."""
+    def draw(self, grid: Shape, generator: Generator) -> Tensor:
+        """Noise of one sample: float32 [S, L], S as the strategy needs, L the grid's product."""
         ...
 
     def mask(self, noise: Tensor, averages: Tensor | None, num_visible: int) -> Tensor:
@@ -99,12 +111,33 @@ def fixed_order_mean(x: Tensor) -> Tensor:
     return total / n
 
 
+STRATEGIES: Registry[type[MaskStrategy]] = Registry("mask")
+
+
+def two_axes(grid: Shape, name: str) -> tuple[int, int]:
+    """The two axes of a grid that has no others, but for those of length 1.
+
+    Raises:
+        BadInput: there are more: the strategy knows rows and columns alone.
+    """
+    sides = grid if len(grid) == 2 else tuple(side for side in grid if side > 1)
+    if len(sides) > 2:
+        raise BadInput(
+            f"--mask {name} draws over rows and columns, and this grid is "
+            f"{' x '.join(map(str, grid))}; give a --mask_cell that spans the other axes (0: the "
+            "whole axis), or --mask random"
+        )
+    rows, columns = (1, 1, *sides)[-2:]
+    return rows, columns
+
+
+@STRATEGIES.register("random")
 class Random:
     """Uniformly random patches (MAE, section 3)."""
 
     uses_averages = False
 
-    def draw(self, grid: Pair, generator: Generator) -> Tensor:
+    def draw(self, grid: Shape, generator: Generator) -> Tensor:
         """float32 [1, L], uniform in [0, 1)."""
         return torch.rand(1, math.prod(grid), generator=generator, dtype=torch.float32)
 
@@ -113,6 +146,7 @@ class Random:
         return keep_smallest(noise[:, 0], num_visible)
 
 
+@STRATEGIES.register("grid")
 class Grid:
     """A regular lattice of visible patches, at any ratio.
 
@@ -125,9 +159,9 @@ class Grid:
     uses_averages = False
     order = 8
 
-    def draw(self, grid: Pair, generator: Generator) -> Tensor:
+    def draw(self, grid: Shape, generator: Generator) -> Tensor:
         """float32 [1, L]: Bayer rank + uniform noise in [0, 1), exact to 2^-18."""
-        gh, gw = grid
+        gh, gw = two_axes(grid, "grid")
         rank = bayer_matrix(self.order)
         rank = rank.repeat(-(-gh // self.order), -(-gw // self.order))[:gh, :gw]
         # Noise on multiples of 2^-18 keeps the float32 sum exact, hence always below the next rank.
@@ -139,6 +173,7 @@ class Grid:
         return keep_smallest(noise[:, 0], num_visible)
 
 
+@STRATEGIES.register("block")
 class Block:
     """Rectangles, first covered first masked (block-wise masks after BEiT, as in MAE's ablation).
 
@@ -154,14 +189,15 @@ class Block:
     at_once = 32
     rounds = 32  # 1,024 rectangles: what none of them covers (seen from 32 x 32 on) is masked last
 
-    def draw(self, grid: Pair, generator: Generator) -> Tensor:
+    def draw(self, grid: Shape, generator: Generator) -> Tensor:
         """float32 [1, L]: minus the number of the first rectangle over the patch + noise in [0, 1).
 
         The noise is exact to 2^-14, and drawn after the rectangles.
         """
-        covered_by = torch.full(grid, float(self.at_once * self.rounds))
+        sides = two_axes(grid, "block")
+        covered_by = torch.full(sides, float(self.at_once * self.rounds))
         for start in range(0, self.at_once * self.rounds, self.at_once):
-            inside = self._rectangles(grid, generator)  # [at_once, gh, gw]
+            inside = self._rectangles(sides, generator)  # [at_once, gh, gw]
             numbers = torch.arange(start, start + self.at_once, dtype=torch.float32)
             first = numbers[:, None, None].where(inside, torch.inf).amin(dim=0)
             covered_by = torch.minimum(covered_by, first)
@@ -171,7 +207,7 @@ class Block:
         ties = torch.randint(2**14, (1, math.prod(grid)), generator=generator) / 2**14
         return ties - covered_by.reshape(1, -1)
 
-    def _rectangles(self, grid: Pair, generator: Generator) -> Tensor:
+    def _rectangles(self, grid: tuple[int, int], generator: Generator) -> Tensor:
         """bool [at_once, gh, gw], True inside each rectangle."""
         gh, gw = grid
         u = torch.rand(4, self.at_once, generator=generator)
@@ -196,6 +232,7 @@ class Block:
 ORDERS = ("far", "near", "high", "low")
 
 
+@STRATEGIES.register("mixed")
 class Mixed:
     """M-MAE's patch-average masking combined with random masking (our reading of it).
 
@@ -209,16 +246,41 @@ class Mixed:
     uses_averages = True
     eps = 1e-6  # gray levels; a uniform image has z = 0 throughout
 
-    def __init__(self, share: float = 0.5, order: str = "far", temperature: float = 1.0) -> None:
-        if not 0 <= share <= 1:
-            raise BadInput(f"avg_share must lie in [0, 1], not {share}")
-        if order not in ORDERS:
-            raise BadInput(f"unknown avg_order {order!r}, choose from {list(ORDERS)}")
-        if not (temperature >= 0 and math.isfinite(temperature)):
-            raise BadInput(f"avg_temperature must be a number from 0 up, not {temperature}")
-        self.share, self.order, self.temperature = share, order, temperature
+    def __init__(
+        self, avg_share: float = 0.5, avg_order: str = "far", avg_temperature: float = 1.0
+    ) -> None:
+        if not 0 <= avg_share <= 1:
+            raise BadInput(f"avg_share must lie in [0, 1], not {avg_share}")
+        if avg_order not in ORDERS:
+            raise BadInput(f"unknown avg_order {avg_order!r}, choose from {list(ORDERS)}")
+        if not (avg_temperature >= 0 and math.isfinite(avg_temperature)):
+            raise BadInput(f"avg_temperature must be a number from 0 up, not {avg_temperature}")
+        self.share, self.order, self.temperature = avg_share, avg_order, avg_temperature
 
-    def draw(self, grid: Pair, generator: Generator) -> Tensor:
+    @staticmethod
+    def add_flags(group: argparse._ArgumentGroup) -> None:
+        """`--avg_share`, `--avg_order` and `--avg_temperature`."""
+        group.add_argument(
+            "--avg_share",
+            type=number(float, 0, 1),
+            default=0.5,
+            help="share of the masked patches that --mask mixed picks by their average",
+        )
+        group.add_argument(
+            "--avg_order",
+            choices=ORDERS,
+            default="far",
+            help="which averages are masked first: far from or near the image's own mean, high or "
+            "low",
+        )
+        group.add_argument(
+            "--avg_temperature",
+            type=number(float, 0),
+            default=1.0,
+            help="factor of the Gumbel noise on the averages' score; 0: strict order",
+        )
+
+    def draw(self, grid: Shape, generator: Generator) -> Tensor:
         """float32 [2, L]: uniform noise (drawn first, as `Random` draws it), Gumbel noise."""
         uniform = torch.rand(1, math.prod(grid), generator=generator, dtype=torch.float32)
         # Drawn here, on the CPU: logarithms differ by device. -log(E), E exponential, is Gumbel.
@@ -261,49 +323,59 @@ def bayer_matrix(order: int) -> Tensor:
     return matrix
 
 
-STRATEGIES: dict[str, Callable[..., MaskStrategy]] = {
-    "random": lambda **_: Random(),
-    "block": lambda **_: Block(),
-    "grid": lambda **_: Grid(),
-    "average": lambda *, order, temperature, **_: Mixed(1.0, order, temperature),
-    "mixed": lambda *, share, order, temperature: Mixed(share, order, temperature),
-}
+@STRATEGIES.register("average")
+class Average(Mixed):
+    """Patches of highest score alone: `Mixed` of share 1."""
+
+    def __init__(self, avg_order: str = "far", avg_temperature: float = 1.0) -> None:
+        super().__init__(1.0, avg_order, avg_temperature)
 
 
 # What measurements are under unless told otherwise, so that runs compare: MAE's own masks.
 STANDARD: dict[str, Any] = {
     "mask": "random",
     "mask_ratio": 0.75,
+    "mask_cell": (1,),
     "avg_share": 0.5,
     "avg_order": "far",
     "avg_temperature": 1.0,
 }
 
 
+def setting_names(strategy: type[MaskStrategy]) -> list[str]:
+    """The settings of a strategy, which are the arguments of its constructor."""
+    if strategy.__init__ is object.__init__:
+        return []
+    return list(signature(strategy).parameters)
+
+
+def mask_settings() -> list[str]:
+    """All settings that decide the masks of a run: those of `STANDARD` and of every strategy."""
+    own = [name for strategy in STRATEGIES.values() for name in setting_names(strategy)]
+    return list(dict.fromkeys([*STANDARD, *own]))
+
+
 def strategy_of(settings: Mapping[str, Any]) -> MaskStrategy:
-    """The strategy of settings with the names of `STANDARD`; see `create_strategy`."""
+    """The strategy that settings name under `mask`, with those of them that are its own."""
     return create_strategy(
-        settings["mask"],
-        avg_share=settings["avg_share"],
-        avg_order=settings["avg_order"],
-        avg_temperature=settings["avg_temperature"],
+        settings["mask"], **{n: settings[n] for n in mask_settings() if n in settings}
     )
 
 
-def create_strategy(
-    name: str, *, avg_share: float = 0.5, avg_order: str = "far", avg_temperature: float = 1.0
-) -> MaskStrategy:
+def create_strategy(name: str, **settings: Any) -> MaskStrategy:
     """The strategy of that name.
 
     Args:
         name: a key of `STRATEGIES`.
-        avg_share: share of the masked patches that `mixed` chooses by their average, 0 to 1.
-        avg_order: far | near | high | low, which averages go first (`average`, `mixed`).
-        avg_temperature: factor of the Gumbel noise on the score; 0 is the strict order.
+        settings: of any strategy (`mask_settings`), such as those of `Mixed`; each takes its own.
 
     Raises:
         BadInput: unknown name or setting; the message lists the valid ones.
     """
-    if name not in STRATEGIES:
-        raise BadInput(f"unknown mask {name!r}, choose from {list(STRATEGIES)}")
-    return STRATEGIES[name](share=avg_share, order=avg_order, temperature=avg_temperature)
+    strategy = STRATEGIES.find(name)
+    if strange := settings.keys() - set(mask_settings()):
+        raise BadInput(
+            f"unknown setting of masks: {', '.join(sorted(strange))}, choose from {mask_settings()}"
+        )
+    own = setting_names(strategy)
+    return strategy(**{name: value for name, value in settings.items() if name in own})

@@ -7,102 +7,77 @@ import torch
 from torch import Tensor
 
 from util.errors import BadInput, needs
-from util.mask.patches import patch_statistics, patchify, unpatchify
-from util.spec import Pair
+from util.mask.patches import (
+    apply_statistics,
+    count_masked,
+    patch_statistics,
+    patchify,
+    pick_masked,
+    put_masked,
+    unpatchify,
+)
+from util.spec import Shape
 
 WHITE = 255.0
 SSIM_WINDOW = 11
 SIGMA_PER_RADIUS = 0.3  # 1.5 at the radius 5 of an 11 x 11 window
 
 
-def masked_patches(images: Tensor, mask: Tensor, patch_size: Pair) -> Tensor:
-    """The hidden patches of images, in raster order, as a model's `pred` has them.
-
-    Args:
-        images: [B, C, H, W].
-        mask: bool [B, L], True = masked, as many in every row.
-        patch_size: (ph, pw) pixels.
-
-    Returns:
-        [B, M, ph*pw*C] of the images' dtype.
-
-    Raises:
-        ValueError: the mask does not fit the images, or its rows hide different numbers of patches.
-    """
-    return _pick(patchify(images, patch_size), mask)
-
-
-def fill_mean(images: Tensor, mask: Tensor, patch_size: Pair) -> Tensor:
+def fill_mean(images: Tensor, mask: Tensor, patch_size: Shape) -> Tensor:
     """Every hidden patch in one colour, the per-channel mean of all visible pixels of its image.
 
     "The mean of the visible patches" could also be one patch averaged position by position. That
     one has a pattern left over from a few patches; the colour is the stronger rival.
 
     Args:
-        images: [B, C, H, W], any unit and dtype.
+        images: [B, C, *size], any unit and dtype.
         mask: bool [B, L], True = masked.
-        patch_size: (ph, pw) pixels.
+        patch_size: lengths of a patch, (ph, pw) pixels of images.
 
     Returns:
-        float64 [B, M, ph*pw*C] in the unit of the images, masked patches in raster order.
+        float64 [B, M, V] in the unit of the images, masked patches in raster order.
 
     Raises:
         ValueError: the mask does not fit the images, or leaves nothing visible.
     """
     patches = patchify(images.double(), patch_size)
-    hidden = _num_masked(patches, mask)
-    visible = patches.masked_fill(mask.unsqueeze(-1), 0.0).sum(dim=1)  # [B, ph*pw*C]
-    pixels = patch_size[0] * patch_size[1]
+    hidden = count_masked(patches, mask)
+    visible = patches.masked_fill(mask.unsqueeze(-1), 0.0).sum(dim=1)  # [B, V]
+    pixels = math.prod(patch_size)
     sums = visible.unflatten(-1, (pixels, images.shape[1])).sum(dim=1)  # [B, C]
     colour = sums / ((mask.shape[1] - hidden) * pixels)
     return colour.repeat(1, pixels).unsqueeze(1).repeat(1, hidden, 1)
 
 
-def fill_nearest(images: Tensor, mask: Tensor, patch_size: Pair) -> Tensor:
+def fill_nearest(images: Tensor, mask: Tensor, patch_size: Shape) -> Tensor:
     """Every hidden patch copies the nearest visible one of its image.
 
     Nearest by Euclidean distance on the patch grid; of equally near ones the first in raster order.
     Arguments, result and errors as `fill_mean`.
     """
     patches = patchify(images.double(), patch_size)
-    _num_masked(patches, mask)
-    gw = images.shape[3] // patch_size[1]
+    count_masked(patches, mask)
     index = torch.arange(mask.shape[1], device=mask.device)
-    rows, columns = index // gw, index % gw
-    squared = (rows[:, None] - rows).square() + (columns[:, None] - columns).square()  # [L, L]
+    places = index.reshape(grid_of(images, patch_size))
+    squared = torch.zeros(len(index), len(index), dtype=torch.int64, device=mask.device)
+    for axis, side in enumerate(places.shape):
+        i = index // math.prod(places.shape[axis + 1 :]) % side
+        squared += (i[:, None] - i).square()  # [L, L]
     # The index as the last digit makes every key unique, so that ties break alike on every device.
     key = (squared * len(index) + index).expand(len(mask), -1, -1)
     key = key.masked_fill(mask.unsqueeze(1), torch.iinfo(torch.int64).max)
     source = key.min(dim=-1).values % len(index)  # [B, L]
-    return _pick(patches.gather(1, source.unsqueeze(-1).expand_as(patches)), mask)
+    return pick_masked(patches.gather(1, source.unsqueeze(-1).expand_as(patches)), mask)
 
 
-FILLS: dict[str, Callable[[Tensor, Tensor, Pair], Tensor]] = {
+FILLS: dict[str, Callable[[Tensor, Tensor, Shape], Tensor]] = {
     "mean": fill_mean,
     "nearest": fill_nearest,
 }
 
 
-def apply_statistics(normalised: Tensor, true_patches: Tensor) -> Tensor:
-    """Give patches of normalised pixels the mean and deviation of the true hidden patches.
-
-    A model of normalised pixels (MAE, section 3, `norm_pix_loss`) does not predict these two
-    numbers. A picture of what it predicts borrows them from the truth, and has to say so.
-
-    Args:
-        normalised: [B, M, ph*pw*C], such a model's `pred`.
-        true_patches: [B, M, ph*pw*C], the same patches of the image, in the space in which the
-            model's targets were normalised, its input.
-
-    Returns:
-        [B, M, ph*pw*C] in the space of `true_patches`.
-    """
-    mean, std = patch_statistics(true_patches)
-    return normalised * std + mean
-
-
 def fill(
-    name: str, images: Tensor, mask: Tensor, patch_size: Pair, norm_pix_loss: bool = False
+    name: str, images: Tensor, mask: Tensor, patch_size: Shape, norm_pix_loss: bool = False
 ) -> Tensor:
     """A trivial fill, on the terms on which the model beside it is shown.
 
@@ -114,14 +89,14 @@ def fill(
 
     Args:
         name: one of `FILLS`.
-        images: [B, C, H, W]; with norm_pix_loss in the space of the model's input, because the
+        images: [B, C, *size]; with norm_pix_loss in the space of the model's input, because the
             statistics over channels depend on the space. Otherwise any affine space does.
         mask: bool [B, L], True = masked.
-        patch_size: (ph, pw) pixels.
+        patch_size: lengths of a patch, (ph, pw) pixels of images.
         norm_pix_loss: whether the model beside it predicts normalised pixels.
 
     Returns:
-        float64 [B, M, ph*pw*C] in the space of the images.
+        float64 [B, M, V] in the space of the images.
 
     Raises:
         BadInput: no such fill.
@@ -133,44 +108,38 @@ def fill(
         return FILLS[name](images, mask, patch_size)
     patches = patchify(images.double(), patch_size)
     mean, std = patch_statistics(patches)
-    grid = images.shape[2] // patch_size[0], images.shape[3] // patch_size[1]
-    targets = unpatchify((patches - mean) / std, patch_size, grid)
-    return apply_statistics(FILLS[name](targets, mask, patch_size), _pick(patches, mask))
+    targets = unpatchify((patches - mean) / std, patch_size, grid_of(images, patch_size))
+    return apply_statistics(FILLS[name](targets, mask, patch_size), pick_masked(patches, mask))
 
 
-def compose(images: Tensor, mask: Tensor, patches_masked: Tensor, patch_size: Pair) -> Tensor:
+def compose(images: Tensor, mask: Tensor, patches_masked: Tensor, patch_size: Shape) -> Tensor:
     """Visible pixels from the images, hidden ones from the patches, clipped to 0..255.
 
     Args:
-        images: [B, C, H, W], gray levels 0..255.
+        images: [B, C, *size], gray levels 0..255.
         mask: bool [B, L], True = masked.
-        patches_masked: [B, M, ph*pw*C], gray levels, masked patches in raster order.
-        patch_size: (ph, pw) pixels.
+        patches_masked: [B, M, V], gray levels, masked patches in raster order.
+        patch_size: lengths of a patch.
 
     Returns:
-        floating point [B, C, H, W], not rounded to whole gray levels.
+        floating point [B, C, *size], not rounded to whole gray levels.
 
     Raises:
         ValueError: mask or patches do not fit the images.
     """
-    if not patches_masked.is_floating_point():
-        raise ValueError(f"patches are expected in floating point, not {patches_masked.dtype}")
-    dtype = torch.promote_types(images.dtype, patches_masked.dtype)
-    patches = patchify(images.to(dtype), patch_size)
-    expected = (len(patches), _num_masked(patches, mask, need_visible=False), patches.shape[-1])
-    if tuple(patches_masked.shape) != expected:
-        raise ValueError(f"patches of shape {tuple(patches_masked.shape)}, expected {expected}")
-    pixels = patches_masked.to(dtype).reshape(-1)
-    patches = patches.masked_scatter(mask.unsqueeze(-1), pixels)  # a copy: images stay as they are
-    grid = images.shape[2] // patch_size[0], images.shape[3] // patch_size[1]
-    return unpatchify(patches, patch_size, grid).clamp(0.0, WHITE)
+    return put_masked(images, mask, patches_masked, patch_size).clamp(0.0, WHITE)
 
 
-def mask_pixels(mask: Tensor, image_size: Pair, patch_size: Pair) -> Tensor:
-    """A mask of patches, bool [B, L], as a mask of pixels, bool [B, 1, H, W]."""
-    (H, W), (ph, pw) = image_size, patch_size
-    patches = mask.unsqueeze(-1).expand(-1, -1, ph * pw)
-    return unpatchify(patches, patch_size, (H // ph, W // pw))
+def grid_of(images: Tensor, patch_size: Shape) -> Shape:
+    """Patches along each axis of [B, C, *size]."""
+    return tuple(side // patch for side, patch in zip(images.shape[2:], patch_size, strict=True))
+
+
+def mask_pixels(mask: Tensor, image_size: Shape, patch_size: Shape) -> Tensor:
+    """A mask of patches, bool [B, L], as a mask of pixels, bool [B, 1, *size]."""
+    patches = mask.unsqueeze(-1).expand(-1, -1, math.prod(patch_size))
+    grid = tuple(side // patch for side, patch in zip(image_size, patch_size, strict=True))
+    return unpatchify(patches, patch_size, grid)
 
 
 def ssim_map(original: Tensor, composite: Tensor) -> Tensor:
@@ -180,22 +149,22 @@ def ssim_map(original: Tensor, composite: Tensor) -> Tensor:
     that fits, its sigma in proportion (0.3 x radius). Borders are mirrored, and count.
 
     Args:
-        original: [B, C, H, W], gray levels 0..255.
+        original: [B, C, *size], gray levels 0..255.
         composite: as original.
 
     Returns:
-        float64 [B, C, H, W] on the CPU.
+        float64 [B, C, *size] on the CPU; of clips each frame alone.
 
     Raises:
         BadInput: scikit-image is not installed, or a side is below 3 pixels.
     """
     measure = needs("skimage.metrics", "scikit-image").structural_similarity
-    B, C, H, W = original.shape
+    H, W = original.shape[-2:]
     radius = (min(SSIM_WINDOW, H, W) - 1) // 2
     if radius < 1:
         raise BadInput(f"SSIM needs images of at least 3 x 3 pixels, not {H} x {W}")
-    # Images and channels are all planes to scikit-image, which treats each alone.
-    planes = [x.detach().cpu().double().reshape(B * C, H, W).numpy() for x in (original, composite)]
+    # Images, channels and frames are all planes to scikit-image, which treats each alone.
+    planes = [x.detach().cpu().double().reshape(-1, H, W).numpy() for x in (original, composite)]
     _, full = measure(
         *planes,
         channel_axis=0,
@@ -205,24 +174,23 @@ def ssim_map(original: Tensor, composite: Tensor) -> Tensor:
         use_sample_covariance=False,
         data_range=WHITE,
     )
-    return torch.from_numpy(full).reshape(B, C, H, W)
+    return torch.from_numpy(full).reshape(original.shape)
 
 
-def masked_psnr(original: Tensor, composite: Tensor, mask: Tensor, patch_size: Pair) -> Tensor:
+def masked_psnr(original: Tensor, composite: Tensor, mask: Tensor, patch_size: Shape) -> Tensor:
     """PSNR of each image over its masked pixels alone.
 
     Args:
-        original: [B, C, H, W], gray levels 0..255.
+        original: [B, C, *size], gray levels 0..255.
         composite: as original.
         mask: bool [B, L], True = masked.
 
     Returns:
         float64 [B], dB; inf where nothing differs.
     """
-    size = original.shape[2], original.shape[3]
-    hidden = mask_pixels(mask, size, patch_size).expand_as(original)
+    hidden = mask_pixels(mask, tuple(original.shape[2:]), patch_size).expand_as(original)
     error = (original.double() - composite.double()).square() * hidden
-    mse = error.sum(dim=(1, 2, 3)) / hidden.sum(dim=(1, 2, 3))
+    mse = error.flatten(1).sum(dim=1) / hidden.flatten(1).sum(dim=1)
     return 10 * torch.log10(WHITE**2 / mse)
 
 
@@ -247,16 +215,16 @@ class ReconstructionMeter:
         self._sums = torch.zeros(len(self.arms), 3, dtype=torch.float64)
 
     def update(
-        self, arm: str, original: Tensor, composite: Tensor, mask: Tensor, patch_size: Pair
+        self, arm: str, original: Tensor, composite: Tensor, mask: Tensor, patch_size: Shape
     ) -> None:
         """Add a batch.
 
         Args:
             arm: one of the meter's arms.
-            original: [B, C, H, W], gray levels 0..255.
+            original: [B, C, *size], gray levels 0..255.
             composite: as original, masked pixels filled in (`compose`).
             mask: bool [B, L], True = masked.
-            patch_size: (ph, pw) pixels.
+            patch_size: lengths of a patch, (ph, pw) pixels of images.
 
         Raises:
             ValueError: no such arm, or shapes that do not fit each other.
@@ -267,8 +235,7 @@ class ReconstructionMeter:
             shapes = f"{tuple(original.shape)} and {tuple(composite.shape)}"
             raise ValueError(f"original and composite differ in shape: {shapes}")
         original, composite = original.detach().cpu().double(), composite.detach().cpu().double()
-        size = original.shape[2], original.shape[3]
-        hidden = mask_pixels(mask.cpu(), size, patch_size).expand_as(original)
+        hidden = mask_pixels(mask.cpu(), tuple(original.shape[2:]), patch_size).expand_as(original)
         error = (original - composite)[hidden].square().sum()
         ssim = ssim_map(original, composite)[hidden].sum()
         self._sums[self.arms.index(arm)] += torch.stack([error, ssim, hidden.sum().double()])
@@ -301,22 +268,3 @@ class ReconstructionMeter:
             psnr = math.inf if mse == 0 else 10 * math.log10(WHITE**2 / mse)
             table[arm] = {"psnr": psnr, "ssim": ssim / count}
         return table
-
-
-def _num_masked(patches: Tensor, mask: Tensor, need_visible: bool = True) -> int:
-    """How many patches each row hides; an error if the rows differ or the mask does not fit."""
-    if mask.dtype != torch.bool or mask.shape != patches.shape[:2]:
-        given = f"{mask.dtype} {tuple(mask.shape)}"
-        raise ValueError(f"mask is {given}, expected torch.bool {tuple(patches.shape[:2])}")
-    counts = mask.sum(dim=1).unique().tolist()
-    if len(counts) != 1:
-        raise ValueError(f"every image must hide as many patches as the others, not {counts}")
-    if need_visible and counts[0] == mask.shape[1]:
-        raise ValueError("a fill needs a visible patch; this mask hides them all")
-    return counts[0]
-
-
-def _pick(patches: Tensor, mask: Tensor) -> Tensor:
-    """The masked ones of [B, L, values], in raster order, as [B, M, values]."""
-    hidden = _num_masked(patches, mask, need_visible=False)
-    return patches[mask].reshape(len(patches), hidden, patches.shape[-1])

@@ -14,7 +14,7 @@ from torch import Tensor
 from util.console import visible
 from util.files import save_png
 from util.measure.metrics import mask_pixels
-from util.spec import Pair
+from util.spec import Pair, Shape
 
 Panels = tuple[Tensor, Tensor, Tensor]
 KINDS = ("original", "masked", "reconstruction")
@@ -22,6 +22,7 @@ KINDS = ("original", "masked", "reconstruction")
 MID_GRAY = 128
 PANEL_SIDE = 192  # pixels that small images are enlarged to, about
 ROWS_IN_ONE_STRIP = 6
+FRAMES_SHOWN = 4  # of a clip, evenly spaced
 MARGIN, PANEL_GAP, GROUP_GAP, LINE_GAP, TEXT_GAP = 20, 8, 36, 16, 6
 TITLE, HEADER, CAPTION, FOOTER = 22, 16, 15, 14  # font sizes
 WHITE, BLACK, OUTLINE = (255, 255, 255), (0, 0, 0), (200, 200, 200)
@@ -31,25 +32,38 @@ IN_FONT = set("©«°±´·»‘’“”…‹›⁄™")
 SPELLING = str.maketrans({"–": "-", "—": "-", "−": "-", "×": "x", "ß": "ss", "ø": "o", "æ": "ae"})
 
 
-def panels(images: Tensor, mask: Tensor, composite: Tensor, patch_size: Pair) -> list[Panels]:
+def panels(images: Tensor, mask: Tensor, composite: Tensor, patch_size: Shape) -> list[Panels]:
     """What is shown of each image: original, masked (hidden patches mid-gray), reconstruction.
 
     Args:
-        images: uint8 [B, C, H, W].
+        images: uint8 [B, C, *size].
         mask: bool [B, L], True = masked.
-        composite: [B, C, H, W], gray levels 0..255 (`metrics.compose`), rounded here.
+        composite: [B, C, *size], gray levels 0..255 (`metrics.compose`), rounded here.
         patch_size: (ph, pw) pixels.
 
     Returns:
-        B triples of uint8 [C, H, W] on the CPU.
+        B triples of uint8 [C, H, W] on the CPU; of a clip, frames of it side by side.
     """
     if images.dtype != torch.uint8 or images.shape != composite.shape:
         given = f"{images.dtype} {tuple(images.shape)} and {tuple(composite.shape)}"
         raise ValueError(f"expected uint8 images and a composite of their shape, not {given}")
-    hidden = mask_pixels(mask, (images.shape[2], images.shape[3]), patch_size)
+    hidden = mask_pixels(mask, tuple(images.shape[2:]), patch_size)
     masked = images.masked_fill(hidden, MID_GRAY)
     restored = composite.detach().float().round().clamp(0, 255).to(torch.uint8)
-    return list(zip(images.cpu(), masked.cpu(), restored.cpu(), strict=True))
+    three = [film_strip(x.cpu()) for x in (images, masked, restored)]
+    return list(zip(*three, strict=True))
+
+
+def film_strip(images: Tensor) -> Tensor:
+    """Frames of clips side by side, at most `FRAMES_SHOWN`: [B, C, T, H, W] to [B, C, H, n*W].
+
+    Images [B, C, H, W] stay as they are.
+    """
+    if images.ndim == 4:
+        return images
+    frames = images.shape[2]
+    shown = torch.linspace(0, frames - 1, min(frames, FRAMES_SHOWN)).round().long()
+    return torch.cat(images[:, :, shown].unbind(dim=2), dim=-1)
 
 
 def to_picture(image: Tensor) -> Image.Image:

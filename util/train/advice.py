@@ -1,7 +1,7 @@
 """Settings that cannot work are refused; those that may be meant, and rarely are, are said.
 
 The same rules hold for a run and for its `--dry_run`. What one flag alone cannot be is its type's
-business (`util.config.flag_types`); here is what several are together.
+business (`util.flag_types`); here is what several are together.
 """
 
 import os

@@ -33,7 +33,7 @@ from engine_finetune import (
     say_accuracy,
     train_one_epoch,
 )
-from models_vit import blocks_of
+from models_protocols import blocks_of
 from util.config.finetune_flags import (
     FULL,
     LINEAR,

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from models_batchnorm import GlobalBatchNorm
 from models_layers import EncoderBlock, LayerNorm, check_lscale, pair
+from models_protocols import PartlyTuned, blocks_of
 from util.errors import BadInput
 from util.mask.pos_embed import resize_table, sincos_2d
 from util.spec import Pair
@@ -21,7 +22,7 @@ from util.spec import Pair
 POOLS = {"avg": "avg", "cls": "token"}
 
 
-class VisionTransformer(TimmVisionTransformer):
+class VisionTransformer(PartlyTuned, TimmVisionTransformer):
     """A vision transformer with a classification head, or none.
 
     Args:
@@ -98,18 +99,6 @@ class VisionTransformer(TimmVisionTransformer):
             norm = GlobalBatchNorm(embed_dim, affine=False, eps=1e-6)
             self.head: nn.Module = nn.Sequential(norm, self.head)
 
-    @property
-    def linear(self) -> nn.Linear:
-        """The linear layer of the head, with or without a BatchNorm before it."""
-        head = self.head[1] if isinstance(self.head, nn.Sequential) else self.head
-        assert isinstance(head, nn.Linear), "a model without a head"
-        return head
-
-    def init_head(self, std: float) -> None:
-        """Start the head anew from N(0, std), cut at two deviations of 1 as MAE's code does."""
-        nn.init.trunc_normal_(self.linear.weight, std=std)
-        nn.init.zeros_(self.linear.bias)
-
     def layer_groups(self) -> list[list[str]]:
         """Names of all parameters from input to output: embeddings, each block, all after them.
 
@@ -124,28 +113,8 @@ class VisionTransformer(TimmVisionTransformer):
                 groups[0 if part in ("cls_token", "pos_embed", "patch_embed") else -1].append(name)
         return groups
 
-    def freeze_to(self, tune: str) -> list[str]:
-        """Let only part of the parameters learn, and return the names of that part.
-
-        Args:
-            tune: full; linear (the linear layer of the head); or partial:K, K a number of blocks
-                from the end, with the final norm and the head: 0 is linear, 0.5 the MLP of the last
-                block with its norm and LScale, the depth full.
-
-        What is frozen is deterministic: whole frozen blocks run without drop path.
-
-        Raises:
-            BadInput: no such part.
-
-        Source: He et al. (arXiv 2111.06377), section 4.3, "partial fine-tuning".
-        """
-        tuned = self._tuned_names(tune)
-        for name, parameter in self.named_parameters():
-            parameter.requires_grad_(name in tuned)
-        self.train(self.training)
-        return [name for name, _ in self.named_parameters() if name in tuned]
-
-    def _tuned_names(self, tune: str) -> set[str]:
+    def tuned_names(self, tune: str) -> set[str]:
+        """See `PartlyTuned`."""
         *early, last, after = self.layer_groups()
         depth = len(self.blocks)
         blocks = blocks_of(tune, depth)
@@ -264,28 +233,6 @@ class VisionTransformer(TimmVisionTransformer):
 def _biased(block: nn.Module, x_BND: Tensor, bias: Callable[[], Tensor] | None) -> Tensor:
     """A block's output, with what `bias` gives added to the logits of its attention."""
     return block(x_BND) if bias is None else block(x_BND, attn_mask=bias())
-
-
-def blocks_of(tune: str, depth: int | None = None) -> float | None:
-    """How many blocks `tune` trains: None for full, 0 for linear, K for partial:K.
-
-    Raises:
-        BadInput: no such part, or more blocks than `depth`.
-    """
-    if tune in ("full", "linear"):
-        return None if tune == "full" else 0.0
-    kind, _, count = tune.partition(":")
-    try:
-        blocks = float(count)
-    except ValueError:
-        blocks = -1.0
-    whole = blocks == 0.5 or (blocks >= 0 and blocks.is_integer())
-    if kind != "partial" or not whole or blocks > (depth or blocks):
-        most = f"{depth} blocks" if depth else "the model's depth"
-        raise BadInput(
-            f"tune {tune!r} is not full, linear, or partial:K with K 0, 0.5, 1, 2 ... up to {most}"
-        )
-    return blocks
 
 
 def chosen_blocks(depth: int, indices: int | Sequence[int] | None) -> list[int]:

@@ -33,7 +33,12 @@ PLACES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "dry run": (("util/dry_run/*.py",), ("root", "data", "train")),
     "config": (("util/config/*.py",), ("root", "mask", "data", "train", "dry run")),
     "runs": (("util/runs/*.py",), ("root", "train", "measure", "config")),
-    "pieces": (("models_layers.py", "models_batchnorm.py"), ("root", "mask")),
+    # What models owe to the rest, and what several of them are made of.
+    "pieces": (
+        ("models_layers.py", "models_batchnorm.py", "models_decoders.py", "models_targets.py",
+         "models_protocols.py"),
+        ("root", "mask"),
+    ),
     "encoders": (("models_vit.py",), ("root", "mask", "pieces")),
     "models": (
         ("models_mmae.py", "models_upernet.py"),
@@ -41,10 +46,10 @@ PLACES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     # By name and from files.
     "zoo": (
-        ("models_zoo.py", "models_segmenters.py"),
+        ("models_zoo.py", "models_registry.py", "models_load.py", "models_segmenters.py"),
         ("root", "mask", "train", "weights", "pieces", "encoders", "models"),
     ),
-    "engines": (("engine_*.py",), ("root", "mask", "data", "train", "measure")),
+    "engines": (("engine_*.py",), ("root", "mask", "data", "train", "measure", "pieces")),
     "mains": (
         ("main_*.py",),
         ("root", "mask", "data", "train", "measure", "weights", "dry run", "config", "runs",

@@ -13,7 +13,7 @@ import main_finetune
 import main_pretrain
 from engine_segment import PixelLoss
 from lab.bench.step_speed import flop_counter
-from models_vit import blocks_of
+from models_protocols import blocks_of
 from models_zoo import create_model, create_segmenter, model_arguments
 from util.dry_run.cost import (
     HALF,

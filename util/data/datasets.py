@@ -1,6 +1,6 @@
 """Data sets by name: each builder gives an `ImageSource`, which decodes one image at a time.
 
-A new data set is one builder and one line in `DATASETS`. Keep long listings in numpy arrays (see
+A new data set is one builder under `@DATASETS.register("name")`. Keep long listings in numpy arrays (see
 `util.data.listing.Names`) and let the source pickle small: each worker may get a copy.
 """
 
@@ -29,6 +29,7 @@ from util.data.sets.places import places365
 from util.data.sets.stl10 import stl10, stl10_unlabeled
 from util.data.splits import NOTHING_HELD_OUT, HoldOut
 from util.errors import BadInput, needs
+from util.names import Registry
 from util.progress import say_once
 
 SPLITS = ("train", "val")
@@ -214,19 +215,22 @@ def synthetic(
 
 Builder = Callable[..., ImageSource]
 
-DATASETS: dict[str, Builder] = {
-    "imagefolder": imagefolder,
-    "places365": places365,
-    "stl10": stl10,
-    "stl10_unlabeled": stl10_unlabeled,
-    "cifar10": cifar10,
-    "cifar100": cifar100,
-    "photos": photos,
-    "digits": digits,
-    "fashion_mnist": fashion_mnist,
-    "garments": garments,
-    "synthetic": synthetic,
-}
+DATASETS: Registry[Builder] = Registry(
+    "data set",
+    {
+        "imagefolder": imagefolder,
+        "places365": places365,
+        "stl10": stl10,
+        "stl10_unlabeled": stl10_unlabeled,
+        "cifar10": cifar10,
+        "cifar100": cifar100,
+        "photos": photos,
+        "digits": digits,
+        "fashion_mnist": fashion_mnist,
+        "garments": garments,
+        "synthetic": synthetic,
+    },
+)
 
 # What --data_path may begin with in place of a folder; what follows goes to the builder.
 PLACES: dict[str, Builder] = {"packed:": packed, "hf:": hugging_face}

@@ -22,6 +22,8 @@ from util.data.file_kinds import is_safetensors, what_it_is
 from util.errors import BadInput, CannotWrite, needs
 from util.files import build_whole, link, open_whole, reading, sweep, writing
 from util.plain_types import known_programs, plain_types
+from util.plugins import check_plugins
+from util.progress import say_once
 from util.train.checksums import Signed, check_bytes, kind_of, verify
 
 LAST, BEST = "checkpoint-last.pth", "checkpoint-best.pth"
@@ -198,6 +200,9 @@ def load_file(path: str | Path) -> dict[str, Any]:
             "it was damaged, or written anew by another program; take another checkpoint, or for "
             "its weights alone a file of main_export.py"
         )
+    if is_ours(state):
+        for text in check_plugins(state.get("plugins", ()), str(path)):
+            say_once(f"note: {text}")
     return state
 
 

@@ -10,6 +10,7 @@ from util.data.conversions import tally_of
 from util.data.replace import NamedSource, fault_of
 from util.errors import Stopped
 from util.files import at_start
+from util.plugins import loaded_plugins
 from util.progress import Progress, say
 from util.train import checkpoint as ckpt
 from util.train.agreement import Agreement
@@ -224,6 +225,7 @@ class Run:
             "timeline": self.timeline.state(),
             "arithmetic": self.arithmetic,
             "resume_version": VERSION,
+            **({"plugins": plugins} if (plugins := loaded_plugins()) else {}),
             **self.snapshot(),
         }
         if self.procs.main:

@@ -1,6 +1,7 @@
 """Files of weights, our own and those of other programs, read into our names."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,11 @@ FILES = ("model.safetensors", "pytorch_model.bin")
 INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 ONNX_KEY = "mmae"  # our entry in the metadata of ONNX files
 ONNX_PREFIX = "model."  # the model's name in what is traced
+
+
+# Each gives, of the contents of a file and its name, those of an encoder's file, or None where it
+# is of no such kind: for methods whose weights have names of their own. `models_load` adds one.
+OPENERS: list[Callable[[dict[str, Any], str], dict[str, Any] | None]] = []
 
 
 def load_state(
@@ -44,6 +50,11 @@ def load_state(
         state = read_onnx(place)
     else:
         state = load_file(place) if read is None else read
+        for opener in OPENERS:
+            opened = opener(state, str(place))
+            if opened is not None and opened["encoder_kind"] != "vit":
+                return opened
+            state = opened or state
         if place.name in FILES and (place.parent / CONFIG).is_file():
             state = {"model": state} | said_by(place.parent, state)
     return dict(in_our_names(state, path if "://" in path else str(place), key))

@@ -1,0 +1,452 @@
+"""From a file of weights to a model: a masked autoencoder with its decoder, or its encoder."""
+
+from collections.abc import Mapping
+from inspect import signature
+from typing import Any
+
+from torch import nn
+
+from models_layers import pair
+from models_mmae import MaskedAutoencoderViT
+from models_protocols import PretrainModel
+from models_registry import (
+    CLASSIFIERS,
+    DEFAULT,
+    ENCODER_KINDS,
+    ENCODER_SIZES,
+    MODELS,
+    model_arguments,
+)
+from models_vit import VisionTransformer
+from util.errors import BadInput
+from util.spec import Pair
+from util.train.checkpoint import load_file, load_weights
+from util.weights.assumed import ASSUMED, settle_number
+from util.weights.convert import (
+    HEAD_KEYS,
+    NORM_KEYS,
+    flags_of,
+    grid_of,
+    in_our_names,
+    read_encoder,
+)
+from util.weights.convert_names import EPS
+from util.weights.files import OPENERS, load_state, weights_file
+from util.weights.load_table import LOADED, Loading, positions_resized
+
+
+def load_pretrained(
+    path: str, name: str | None = None, *, weights_key: str | None = None, **overrides: Any
+) -> tuple[Any, dict[str, Any]]:
+    """A masked autoencoder with its decoder, from a file of weights.
+
+    Ours say what they are, and so do folders of transformers. Official MAE files (`{"model": ...}`)
+    say it in the `Namespace` beside the weights or not at all; then `name` does, or the one listed
+    model of these shapes.
+
+    Args:
+        path: checkpoint file, folder of transformers, or https URL.
+        name: model name, for weights that do not say.
+        weights_key: which weights of a file that holds several, see `util.weights.nested_weights`.
+        overrides: arguments of the model, for weights that do not say; None is ignored.
+
+    Returns:
+        the model, on the CPU, and what else the file holds, with what was assumed of it under
+        `ASSUMED` (see `util.weights.assumed.assumptions`) and what was taken from it under
+        `LOADED`.
+
+    Raises:
+        BadInput: unreadable, unnamed or encoder-only weights, or weights that do not fit.
+    """
+    state = read_pretraining(path)
+    if state is not None and (model := rebuild(state, path)) is not None:
+        if name is not None and name != state["model_name"]:
+            raise BadInput(f"{path} is a {state['model_name']}, not a {name}; leave --model out")
+        rest = {k: v for k, v in state.items() if k not in ("model", "optimizer")}
+        return model, rest | {ASSUMED: [], LOADED: []}
+    return autoencoder_of(load_state(path, weights_key, state), path, name, **overrides)
+
+
+def read_pretraining(path: str) -> dict[str, Any] | None:
+    """The contents of a file of weights; None: it is a folder, or of a kind that has no dict."""
+    place = weights_file(path)
+    return load_file(place) if place.is_file() and place.suffix != ".onnx" else None
+
+
+def rebuild(state: Mapping[str, Any], path: str) -> PretrainModel | None:
+    """The model of a pretraining checkpoint of ours; None: M-MAE's, which other files may hold too.
+
+    Raises:
+        BadInput: weights that do not fit.
+    """
+    name = state.get("model_name")
+    if state.get("task") != "pretrain" or not isinstance(name, str) or name not in MODELS:
+        return None
+    kind, known = MODELS[name]
+    if issubclass(kind, MaskedAutoencoderViT):
+        return None
+    model = kind(**(known | state["model_args"]))
+    load_weights(model, state["model"], path)
+    return model
+
+
+def open_encoder(state: dict[str, Any], path: str) -> dict[str, Any] | None:
+    """A file of ours as one of its encoder, where the names in it are its method's own.
+
+    Returns:
+        None: the file is read by the names of its weights, as those of other programs are.
+    """
+    if state.get("encoder_kind", "vit") != "vit":  # fine-tuned
+        return state | {ASSUMED: [], LOADED: []}
+    model = rebuild(state, path)
+    if model is None:
+        return None
+    found = model.encoder_state()
+    parts = {
+        "encoder_kind": found.kind,
+        "model": dict(found.weights),
+        "model_args": dict(found.arguments),
+    }
+    return {k: v for k, v in state.items() if k != "optimizer"} | parts
+
+
+OPENERS.append(open_encoder)
+
+
+def autoencoder_of(
+    state: dict[str, Any], path: str, name: str | None = None, **overrides: Any
+) -> tuple[Any, dict[str, Any]]:
+    """`load_pretrained` of what `load_state` has read."""
+    named = in_our_names(state, path)
+    weights = named["model"]
+    if not any(key.startswith("decoder_") for key in weights):
+        raise BadInput(
+            f"{path} holds no decoder: encoder-only weights cannot reconstruct; use a pretraining "
+            "checkpoint of ours or official weights with their decoder (mae_visualize_*)"
+        )
+    flags = flags_of(state)
+    given = {k: v for k, v in overrides.items() if v is not None}
+    arguments = dict(state.get("model_args", {}))
+    if "model_args" in state:
+        for key in given.keys() & {"num_heads", "decoder_num_heads"}:
+            heads, _ = settle_number(key, arguments.get(key), given[key], lambda: (0, ""), path)
+            arguments[key] = heads
+        said = state.get("model_name")
+        if name and said and said != name:
+            raise BadInput(f"{path} is a {said}, not a {name}; leave --model out")
+        if name and not said and name in MODELS:
+            _check_name(name, arguments | {"patch_size": pair(arguments["patch_size"])}, path)
+    else:
+        reason = "--model" if name else "its flags" if flags.get("model") else "its shapes"
+        name = name or flags.get("model") or _name_of(weights)
+        if name is None:
+            raise BadInput(
+                f"{path} does not say which model it is; name it, for example --model {DEFAULT}"
+            )
+        arguments = model_arguments(name)
+        arguments["norm_pix_loss"] = flags.get("norm_pix_loss", False)
+        arguments["img_size"] = flags.get("input_size", _side_of(weights, arguments))
+        state[ASSUMED] = _assumed_of(arguments, f"as {name}, by {reason}", flags | given)
+        arguments |= given
+    name = name or state.get("model_name")
+    kind, known = MODELS.get(name or "", (MaskedAutoencoderViT, {}))
+    if strange := sorted(map(str, arguments.keys() - signature(kind).parameters.keys())):
+        raise BadInput(f"{path} says of its model what ours has not: {', '.join(strange)}")
+    model = kind(**(known | arguments))
+    load_weights(model, weights, path)
+    state[LOADED] = Loading().lines(model, named)
+    _match_eps(model, state.get("norm_eps", EPS))
+    return model, state
+
+
+def _assumed_of(arguments: Mapping[str, Any], reason: str, said: Mapping[str, Any]) -> list[str]:
+    """What is taken for granted of an autoencoder whose file has weights alone.
+
+    Args:
+        reason: from what its heads are known. said: what the file's flags or the user say.
+    """
+    heads = [n for n in ("num_heads", "decoder_num_heads") if n not in said]
+    texts = [f"{n} {arguments[n]} ({reason}; else --{n} N)" for n in heads]
+    if "norm_pix_loss" not in said:
+        texts.append("pixels predicted as they are (else --norm_pix_loss)")
+    size = arguments["img_size"]
+    if "input_size" not in said and "img_size" not in said:
+        texts.append(f"images of {' x '.join(map(str, pair(size)))} (square)")
+    return [*texts, f"LayerNorm eps {EPS:g}", "GELU"]
+
+
+def _name_of(weights: Mapping[str, Any]) -> str | None:
+    """The listed autoencoder of these shapes; None: no or several, or not the official names."""
+    projection, embed = weights.get("patch_embed.proj.weight"), weights.get("decoder_embed.weight")
+    if projection is None or projection.ndim != 4 or embed is None or not embed.ndim:
+        return None
+    depths = [
+        len({key.split(".")[1] for key in weights if key.startswith(trunk)})
+        for trunk in ("blocks.", "decoder_blocks.")
+    ]
+    found = (projection.shape[0], projection.shape[2], projection.shape[3], *depths, len(embed))
+    names = [
+        name
+        for name, (_, known) in MODELS.items()
+        if found
+        == (
+            known["embed_dim"],
+            *pair(known["patch_size"]),
+            known["depth"],
+            known["decoder_depth"],
+            known["decoder_embed_dim"],
+        )
+    ]
+    return names[0] if len(names) == 1 else None
+
+
+def _side_of(weights: Mapping[str, Any], arguments: dict[str, Any]) -> Any:
+    """The image side of a square grid of positions; the model's own where they are none."""
+    table, patch = weights.get("pos_embed"), pair(arguments["patch_size"])
+    grid = None if table is None else grid_of(table.shape[1] - 1, patch, None, None)
+    return arguments["img_size"] if grid is None else (grid[0] * patch[0], grid[1] * patch[1])
+
+
+def _match_eps(model: nn.Module, eps: float) -> None:
+    """Give the LayerNorms the epsilon of the file, where it is not MAE's."""
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = eps
+
+
+def load_classifier(
+    path: str,
+    name: str | None = None,
+    *,
+    head: str = "new",
+    img_size: Pair | None = None,
+    pos_resize: str = "rescale",
+    num_heads: int | None = None,
+    weights_key: str | None = None,
+    **overrides: Any,
+) -> tuple[VisionTransformer, dict[str, Any], dict[str, Any]]:
+    """An encoder with a head, from any file of weights that `util.weights.files.load_state` reads.
+
+    Size, LScale and positions are the file's. Heads of attention are not in foreign files: they
+    are `num_heads`, or the name's, or those of our model of that width and depth, or one for every
+    64 channels.
+
+    Args:
+        path: checkpoint file, folder of transformers, or https URL.
+        name: model name that the file has to agree with; None: whatever it is.
+        head: own: the file's head; new: a fresh one, and a fresh norm where the file has no such;
+            none: features only.
+        img_size: (height, width) to run at; None: the file's.
+        pos_resize: rescale | extend, see `EncoderWeights.positions`.
+        num_heads: of attention, for a file that does not say.
+        weights_key: which weights of a file that holds several, see `util.weights.nested_weights`.
+        overrides: `VisionTransformer`'s num_classes, global_pool, probe and drop_path; None is
+            ignored.
+
+    Returns:
+        the model, on the CPU; its arguments in plain types; what else the file holds, with what was
+        assumed of it under `ASSUMED` (see `util.weights.assumed.assumptions`) and what was taken
+        from it under `LOADED` (see `util.weights.load_table`).
+
+    Raises:
+        BadInput: unreadable, of another architecture, with another number of heads, or weights that
+            do not fit.
+
+    The LayerNorms get the file's epsilon, but 1e-6 with a new head: what is trained here is ours.
+    """
+    return classifier_of(
+        load_state(path, weights_key),
+        path,
+        name,
+        head=head,
+        img_size=img_size,
+        pos_resize=pos_resize,
+        num_heads=num_heads,
+        **overrides,
+    )
+
+
+def classifier_of(
+    state: dict[str, Any],
+    path: str,
+    name: str | None = None,
+    *,
+    head: str = "new",
+    img_size: Pair | None = None,
+    pos_resize: str = "rescale",
+    num_heads: int | None = None,
+    **overrides: Any,
+) -> tuple[VisionTransformer, dict[str, Any], dict[str, Any]]:
+    """`load_classifier` of what `load_state` has read."""
+    for what, given, known in (
+        ("head", head, ("own", "new", "none")),
+        ("pos_resize", pos_resize, ("rescale", "extend")),
+    ):
+        if given not in known:
+            raise BadInput(f"unknown {what} {given!r}, choose from {', '.join(known)}")
+    if state.get("encoder_kind", "vit") != "vit":
+        return _encoder_of_kind(state, path, name, head, img_size, num_heads, overrides)
+    stored = read_encoder(state, path, img_size)
+    heads, assumed = settle_heads(stored.arguments, path, name, num_heads)
+    state[ASSUMED] = assumed + stored.assumed
+    arguments = stored.arguments | {"num_heads": heads}
+    _check_name(name, arguments, path)
+    if head == "own" and not stored.classes:
+        raise BadInput(f"{path} holds no classification head; fine-tune it first (--finetune)")
+    arguments |= {"num_classes": stored.classes, "global_pool": stored.pool, "probe": stored.probe}
+    if head == "none":
+        arguments |= {"num_classes": 0, "probe": False}
+    arguments |= {k: v for k, v in overrides.items() if v is not None}
+    arguments["img_size"] = img_size or arguments["img_size"]
+    arguments = {k: list(v) if isinstance(v, tuple) else v for k, v in arguments.items()}
+    model = VisionTransformer(**arguments)
+    weights = dict(stored.weights)
+    weights["pos_embed"] = stored.positions(model.grid, pos_resize)
+    loading = Loading(resized=positions_resized(model.grid, stored.grid, pos_resize))
+    if head != "own":
+        weights = {k: v for k, v in weights.items() if not k.startswith(HEAD_KEYS)}
+        fresh = (*HEAD_KEYS, NORM_KEYS["avg"])
+        own = model.state_dict()
+        loading.new = [k for k in own if k.startswith(fresh) and k not in weights]
+        weights |= {k: own[k] for k in loading.new}
+        unused = NORM_KEYS["cls" if arguments["global_pool"] == "avg" else "avg"]
+        weights = {k: v for k, v in weights.items() if not k.startswith(unused)}
+    load_weights(model, weights, path)
+    named = in_our_names(state, path)
+    loading.left = [k for k in named["model"] if k not in weights or k in loading.new]
+    state[LOADED] = loading.lines(model, named)
+    if head != "new":
+        _match_eps(model, stored.eps)
+    return model, arguments, state
+
+
+def count_channels(state: Mapping[str, Any], path: str, img_size: Pair | None) -> int:
+    """Channels of the images that the encoder in a file takes; arguments as `classifier_of`."""
+    if state.get("encoder_kind", "vit") != "vit":
+        return int(state["model_args"]["in_chans"])
+    return int(read_encoder(state, path, img_size).arguments["in_chans"])
+
+
+def count_classes(state: Mapping[str, Any], path: str, img_size: Pair | None) -> int:
+    """Outputs of the head in a file, 0: it has none; arguments as `classifier_of`."""
+    if state.get("encoder_kind", "vit") != "vit":
+        return next((len(state["model"][k]) for k in HEAD_WEIGHTS if k in state["model"]), 0)
+    return read_encoder(state, path, img_size).classes
+
+
+# The linear layer of a head, without and with a probe's BatchNorm before it.
+HEAD_WEIGHTS = ("head.weight", "head.1.weight")
+
+
+def _encoder_of_kind(
+    state: dict[str, Any],
+    path: str,
+    name: str | None,
+    head: str,
+    img_size: Pair | None,
+    num_heads: int | None,
+    overrides: Mapping[str, Any],
+) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """`classifier_of` for an encoder that is no vision transformer."""
+    kind = state["encoder_kind"]
+    encoder = ENCODER_KINDS.find(kind)
+    if name is not None and CLASSIFIERS.find(name)[0] is not encoder:
+        raise BadInput(f"{path} holds an encoder of kind {kind}, and {name} is none; leave it out")
+    if num_heads is not None:
+        raise BadInput(f"--num_heads with {path}: an encoder of kind {kind} says its own sizes")
+    classes = count_classes(state, path, img_size)
+    if head == "own" and not classes:
+        raise BadInput(f"{path} holds no classification head; fine-tune it first (--finetune)")
+    arguments = dict(state["model_args"])
+    arguments.update({"probe": "head.1.weight" in state["model"], "num_classes": classes})
+    if head == "none":
+        arguments |= {"num_classes": 0, "probe": False}
+    arguments |= {k: v for k, v in overrides.items() if v is not None}
+    if img_size is not None:
+        arguments["img_size"] = img_size
+    arguments = {k: list(v) if isinstance(v, tuple) else v for k, v in arguments.items()}
+    model = encoder(**arguments)
+    weights, own = dict(state["model"]), model.state_dict()
+    if head != "own":
+        weights = {k: v for k, v in weights.items() if not k.startswith("head.")}
+        weights |= {k: v for k, v in own.items() if k.startswith("head.")}
+    load_weights(model, weights, path)
+    new = sum(k.startswith("head.") for k in own) if head != "own" else 0
+    text = f"{len(own) - new} of {len(own)} tensors taken from {path} (kind {kind})"
+    state |= {ASSUMED: [], LOADED: [text + (f"; new: head ({new})" if new else "")]}
+    return model, arguments, state
+
+
+def load_encoder(
+    path: str,
+    name: str | None = None,
+    *,
+    img_size: Pair | None = None,
+    pos_resize: str = "rescale",
+    num_heads: int | None = None,
+    weights_key: str | None = None,
+) -> tuple[VisionTransformer, dict[str, Any]]:
+    """An encoder for its features, from any file that `load_classifier` takes; arguments as there.
+
+    Returns:
+        the model without a head, on the CPU; what else the file holds.
+    """
+    model, _, state = load_classifier(
+        path,
+        name,
+        head="none",
+        img_size=img_size,
+        pos_resize=pos_resize,
+        num_heads=num_heads,
+        weights_key=weights_key,
+    )
+    return model, state
+
+
+def settle_heads(
+    stored: Mapping[str, Any], path: str, name: str | None, given: int | None
+) -> tuple[int, list[str]]:
+    """Attention heads of an encoder, and what was assumed of them: the shapes do not tell.
+
+    Args:
+        stored: the encoder's arguments, as far as the file says.
+        name: model that it has to be, or None. given: what the user says, or None.
+
+    Raises:
+        BadInput: file and user contradict each other.
+    """
+    return settle_number(
+        "num_heads",
+        stored.get("num_heads"),
+        given,
+        lambda: _usual_heads(name, stored["embed_dim"], stored["depth"]),
+        path,
+    )
+
+
+def _usual_heads(name: str | None, width: int, depth: int) -> tuple[int, str]:
+    """Heads of the name, or our encoder's of that shape, or one for 64 channels; and from what."""
+    if name is not None:
+        return model_arguments(name)["num_heads"], f"as {name}"
+    for size, (w, d, heads) in ENCODER_SIZES.items():
+        if (w, d) == (width, depth):
+            return heads, f"as ViT-{size} of width {width} and depth {depth}"
+    return max(1, width // 64), f"one for 64 of {width} channels"
+
+
+def _check_name(name: str | None, arguments: dict[str, Any], path: str) -> None:
+    """Refuse weights of another architecture than the name's."""
+    if name is None:
+        return
+    expected = model_arguments(name)
+    expected["patch_size"] = pair(expected["patch_size"])
+    differing = [
+        f"{key} {arguments[key]}, {name} has {expected[key]}"
+        for key in ("embed_dim", "depth", "num_heads", "patch_size")
+        if arguments[key] != expected[key]
+    ]
+    if differing:
+        raise BadInput(
+            f"{path} is another architecture: {'; '.join(differing)}; leave --model out to take "
+            "the file's"
+        )

@@ -1,4 +1,4 @@
-"""Fine-tuning: one epoch of training a classifier, its exact evaluation, and its use."""
+"""Fine-tuning: the loss of a batch, the exact evaluation of a classifier, and its use."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,8 +22,6 @@ from util.measure.accuracy import Accuracy, AccuracyMeter
 from util.measure.predictions import Prediction
 from util.progress import say
 from util.train.dist import Processes
-from util.train.logger import StepReport
-from util.train.step import OptimizerStep, Stopwatch, steps_of
 
 Stats = Sequence[float]
 EVAL_SEED = 0
@@ -57,61 +55,32 @@ class BatchAugmentation:
         return F.cross_entropy(logits.float(), target, label_smoothing=smoothing)
 
 
-def train_one_epoch(
-    model: nn.Module,
-    loader: Iterable[dict[str, Any]],
-    optimizer_step: OptimizerStep,
-    augmentation: BatchAugmentation,
-    schedule: Callable[[int], float],
-    *,
-    mean: Stats,
-    std: Stats,
-    seed: int,
-    rank: int,
-    first_step: int,
-    after_step: Callable[[StepReport], bool],
-    after_update: Callable[[], None] | None = None,
-) -> int:
-    """Train on what the loader yields, one optimiser step after another.
+@dataclass(frozen=True)
+class FinetuneLoss:
+    """The loss of a micro-batch, for `engine_train.train_steps`.
 
-    Args:
-        model: possibly wrapped for several processes or compiled.
-        loader: batches of `LabelledSamples`; `accum_iter` of them are one step.
-        schedule: optimiser step, counted from 0 over the run, to learning rate.
+    Attributes:
+        augmentation: of batches.
         mean, std: per channel, in 0..1 units.
+        device: where the model is.
         seed, rank: with step and micro-step they decide drop path, erasing and mixup.
-        first_step: optimiser steps done before.
-        after_step: takes in each step; where it returns True, the epoch is left there.
-        after_update: called after each update, before `after_step`: averages of the weights.
-
-    Returns:
-        optimiser steps done after.
     """
-    model.train()
-    device = optimizer_step.device
-    step = first_step
 
-    def forward(numbered: tuple[int, dict[str, Any]]) -> Tensor:
-        number, batch = numbered
-        images = batch["image"].to(device, non_blocking=True)
-        labels = batch["label"].to(device, non_blocking=True)
-        with seeded(seed_of(seed, "model", step, number, rank), device):
+    augmentation: BatchAugmentation
+    mean: Stats
+    std: Stats
+    device: torch.device
+    seed: int
+    rank: int
+
+    def __call__(self, model: nn.Module, batch: dict[str, Any], step: int, number: int) -> Tensor:
+        """Of a batch of `LabelledSamples`, a scalar."""
+        images = batch["image"].to(self.device, non_blocking=True)
+        labels = batch["label"].to(self.device, non_blocking=True)
+        with seeded(seed_of(self.seed, "model", step, number, self.rank), self.device):
             # Normalisation in float32, outside autocast's reach: it only touches matrix products.
-            x, target = augmentation(normalize(images, mean, std), labels)
-            return augmentation.loss(model(x), target)
-
-    waiting = Stopwatch()
-    for micro_batches in steps_of(waiting.around(loader), optimizer_step.accum_iter):
-        lr = schedule(step)
-        result = optimizer_step(forward, enumerate(micro_batches), lr)
-        step += 1
-        if after_update is not None:
-            after_update()
-        indices = [batch["index"] for batch in micro_batches]
-        bad = [i for batch in micro_batches for i in batch["bad"].flatten().tolist() if i >= 0]
-        if after_step(StepReport(step, result, lr, waiting.lap(), indices, bad)):
-            break
-    return step
+            x, target = self.augmentation(normalize(images, self.mean, self.std), labels)
+            return self.augmentation.loss(model(x), target)
 
 
 @torch.inference_mode()

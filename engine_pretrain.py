@@ -1,4 +1,4 @@
-"""Pretraining: one epoch of training, and reconstruction measured on held-out images."""
+"""Pretraining: the loss of a batch, and reconstruction measured on held-out images."""
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -24,8 +24,6 @@ from util.measure.metrics import (
     mask_pixels,
 )
 from util.spec import Shape
-from util.train.logger import StepReport
-from util.train.step import OptimizerStep, Stopwatch, steps_of
 
 Stats = Sequence[float]
 
@@ -104,56 +102,32 @@ def lines_of(table: Mapping[str, Mapping[str, float]]) -> list[str]:
     ]
 
 
-def train_one_epoch(
-    model: nn.Module,
-    loader: Iterable[dict[str, Any]],
-    optimizer_step: OptimizerStep,
-    masker: Masker,
-    schedule: Callable[[int], float],
-    *,
-    mean: Stats,
-    std: Stats,
-    draws: Collection[str] = (),
-    first_step: int,
-    after_step: Callable[[StepReport], bool],
-) -> int:
-    """Train on what the loader yields, one optimiser step after another.
+@dataclass(frozen=True)
+class PretrainLoss:
+    """The loss of a micro-batch, for `engine_train.train_steps`.
 
-    Args:
-        model: possibly wrapped for several processes or compiled.
-        loader: batches of `PretrainSamples`; `accum_iter` of them are one step.
-        schedule: optimiser step, counted from 0 over the run, to learning rate.
+    Attributes:
+        masker: of the run.
         mean, std: per channel, in 0..1 units.
+        device: where the model is.
         draws: names of what the samples draw for the model, which gets it.
-        first_step: optimiser steps done before.
-        after_step: takes in each step; where it returns True, the epoch is left there.
-
-    Returns:
-        optimiser steps done after.
     """
-    model.train()
-    device = optimizer_step.device
 
-    def forward(batch: dict[str, Any]) -> Tensor:
+    masker: Masker
+    mean: Stats
+    std: Stats
+    device: torch.device
+    draws: Collection[str] = ()
+
+    def __call__(self, model: nn.Module, batch: dict[str, Any], step: int, number: int) -> Tensor:
+        """Of a batch of `PretrainSamples`, a scalar; what is random in it is in the batch."""
         # Channels may come innermost, which is how they are decoded; the model has its own order.
-        images = batch["image"].to(device, non_blocking=True).contiguous()
-        mask = masker(images, batch["noise"].to(device, non_blocking=True))
-        drawn = {name: batch[name].to(device, non_blocking=True) for name in draws}
+        images = batch["image"].to(self.device, non_blocking=True).contiguous()
+        mask = self.masker(images, batch["noise"].to(self.device, non_blocking=True))
+        drawn = {name: batch[name].to(self.device, non_blocking=True) for name in self.draws}
         # Normalisation in float32, outside autocast's reach: it only touches matrix products.
-        x = normalize(images, mean, std)
-        return model(x, mask, masker.num_visible, **drawn)["loss"]
-
-    step = first_step
-    waiting = Stopwatch()
-    for micro_batches in steps_of(waiting.around(loader), optimizer_step.accum_iter):
-        lr = schedule(step)
-        result = optimizer_step(forward, micro_batches, lr)
-        step += 1
-        indices = [batch["index"] for batch in micro_batches]
-        bad = [i for batch in micro_batches for i in batch["bad"].flatten().tolist() if i >= 0]
-        if after_step(StepReport(step, result, lr, waiting.lap(), indices, bad)):
-            break
-    return step
+        x = normalize(images, self.mean, self.std)
+        return model(x, mask, self.masker.num_visible, **drawn)["loss"]
 
 
 @torch.inference_mode()

@@ -1,8 +1,8 @@
-"""Segmentation: training by iterations, exact evaluation, and label maps of images."""
+"""Segmentation: the loss of a batch, exact evaluation, and label maps of images."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -31,18 +31,12 @@ from util.measure.visualize import to_picture
 from util.measure.windows import multi_scale, resize, slide, whole
 from util.progress import say
 from util.train.dist import Processes
-from util.train.logger import StepReport, prepare_folder
-from util.train.step import OptimizerStep, Stopwatch, steps_of
+from util.train.logger import prepare_folder
 
 Stats = Sequence[float]
 Size = tuple[int, int]
-LOSS_MEANS = ("all", "valid")
 CLASSES_AT_ONCE = 16
 EVAL_SEED = 0
-# How a segmenter sees an image, where neither flags nor its checkpoint say: as in MAE's ADE20K run.
-LOOKS_BY_DEFAULT: dict[str, Any] = {
-    "resize": [2048, 512], "inference": "slide", "window": (512, 512), "stride": (341, 341),
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -105,65 +99,45 @@ def prepare(batch: dict[str, Any], mean: Stats, std: Stats, device: torch.device
     return images * (inside[0][:, None, :, None] & inside[1][:, None, None, :])
 
 
-def train_iterations(
-    model: nn.Module,
-    loader: Iterable[dict[str, Any]],
-    optimizer_step: OptimizerStep,
-    loss: PixelLoss,
-    schedule: Callable[[int], float],
-    *,
-    mean: Stats,
-    std: Stats,
-    seed: int,
-    rank: int,
-    world_size: int,
-    sum_over_ranks: Callable[[Tensor], Tensor],
-    first_step: int,
-    after_step: Callable[[StepReport], bool],
-) -> int:
-    """Train on what the loader yields, one optimiser step after another.
+@dataclass
+class SegmentLoss:
+    """The loss of a micro-batch, for `engine_train.train_steps`; with what comes before a step.
 
-    Args:
-        model: possibly wrapped for several processes.
-        loader: batches of `SegmentationSamples`; `accum_iter` of them are one step.
-        loss: of a micro-batch.
-        schedule: optimiser step, counted from 0 over the run, to learning rate.
+    Attributes:
+        loss: of the pixels.
         mean, std: per channel, in 0..1 units.
+        device: where the model is.
         seed, rank: with step and micro-step they decide drop path and dropout.
         world_size: processes.
         sum_over_ranks: adds a tensor over all processes, on their devices.
-        first_step: optimiser steps done before.
-        after_step: takes in each step; where it returns True, training is left there.
-
-    Returns:
-        optimiser steps done after.
+        pixels: what the loss of a micro-batch of this step is divided by, see `before_step`.
     """
-    model.train()
-    device = optimizer_step.device
-    step = first_step
-    shares = world_size * optimizer_step.accum_iter
-    pixels = torch.zeros((), device=device)
 
-    def forward(numbered: tuple[int, dict[str, Any]]) -> Tensor:
-        number, batch = numbered
-        label = batch["label"].to(device, non_blocking=True)
-        with seeded(seed_of(seed, "model", step, number, rank), device):
-            return loss(model(prepare(batch, mean, std, device)), label, pixels)
+    loss: PixelLoss
+    mean: Stats
+    std: Stats
+    device: torch.device
+    seed: int
+    rank: int
+    world_size: int
+    sum_over_ranks: Callable[[Tensor], Tensor]
+    pixels: Tensor = field(init=False)
 
-    waiting = Stopwatch()
-    for micro_batches in steps_of(waiting.around(loader), optimizer_step.accum_iter):
-        lr = schedule(step)
-        # The step averages over processes and micro-steps: each divides by its share of all pixels.
-        counts = torch.stack([loss.pixels(batch["label"]) for batch in micro_batches]).sum()
-        total = sum_over_ranks(counts.float().to(device, non_blocking=True))
-        pixels = (total / shares).clamp(min=1)
-        result = optimizer_step(forward, enumerate(micro_batches), lr)
-        step += 1
-        indices = [batch["index"] for batch in micro_batches]
-        bad = [i for batch in micro_batches for i in batch["bad"].flatten().tolist() if i >= 0]
-        if after_step(StepReport(step, result, lr, waiting.lap(), indices, bad)):
-            break
-    return step
+    def before_step(self, micro_batches: list[dict[str, Any]]) -> None:
+        """Count the pixels that a step's loss is the mean over. A collective.
+
+        The step averages over processes and micro-steps: each divides by its share of all pixels.
+        """
+        counts = torch.stack([self.loss.pixels(batch["label"]) for batch in micro_batches]).sum()
+        total = self.sum_over_ranks(counts.float().to(self.device, non_blocking=True))
+        self.pixels = (total / (self.world_size * len(micro_batches))).clamp(min=1)
+
+    def __call__(self, model: nn.Module, batch: dict[str, Any], step: int, number: int) -> Tensor:
+        """Of a batch of `SegmentationSamples`, a scalar."""
+        label = batch["label"].to(self.device, non_blocking=True)
+        with seeded(seed_of(self.seed, "model", step, number, self.rank), self.device):
+            images = prepare(batch, self.mean, self.std, self.device)
+            return self.loss(model(images), label, self.pixels)
 
 
 @dataclass(frozen=True)

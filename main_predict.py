@@ -23,7 +23,7 @@ from typing import Any
 import models_segmenters
 import models_zoo
 from engine_finetune import classify
-from engine_segment import LOOKS_BY_DEFAULT, Inference, write_label_maps
+from engine_segment import Inference, write_label_maps
 from util.config.flag_parser import load_plugins
 from util.config.flags import (
     FlagParser,
@@ -34,6 +34,7 @@ from util.config.flags import (
     number,
     size_pair,
 )
+from util.config.segment_flags import LOOKS_BY_DEFAULT
 from util.console import counted
 from util.data.loading import say_conversions
 from util.data.randomness import EvalSampler

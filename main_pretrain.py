@@ -24,13 +24,14 @@ import models_zoo
 from engine_pretrain import (
     OWN,
     Masker,
+    PretrainLoss,
     evaluate,
     flat,
     lines_of,
     masker_of,
     reconstruct,
-    train_one_epoch,
 )
+from engine_train import train_steps
 from util.config.flag_parser import early_values, load_plugins
 from util.config.flags import (
     FlagParser,
@@ -42,22 +43,20 @@ from util.config.flags import (
     add_shard_flag,
     add_split_flags,
     add_view_flags,
-    arithmetic_of,
     compiles,
     number,
-    run_options,
-    settings_of,
 )
 from util.config.method_flags import (
     add_mask_flags,
     add_method_flag,
 )
+from util.config.session_flags import session_settings
 from util.console import counted, print_text
 from util.data.datasets import DATASETS, build_dataset
 from util.data.images import ImageSource, Subset
 from util.data.loading import say_conversions
-from util.data.randomness import EpochSampler, EvalSampler, evenly
-from util.data.samples import PretrainSamples, build_loader, default_workers
+from util.data.randomness import EvalSampler, evenly
+from util.data.samples import PretrainSamples, build_loader
 from util.data.splits import hold_out_of
 from util.data.transforms import EvalTransform, normalize, pretrain_transform
 from util.dry_run.cost import autoencoder_layers, cost_of
@@ -77,26 +76,21 @@ from util.flag_types import MOST_CHANNELS
 from util.mask.strategies import STANDARD
 from util.measure.visualize import panels, picture_grid
 from util.progress import say, say_once
-from util.train import checkpoint as ckpt
 from util.train.advice import (
     Published,
     check_settings,
-    say_warnings,
-    warn_of_course,
     warn_of_flags,
     warn_of_shards,
 )
-from util.train.dist import Processes, choose_device, distribute, processes
+from util.train.dist import Processes, choose_device, processes
 from util.train.lease import Lease, hold_folder
 from util.train.logger import RunLogger
 from util.train.memory import create_in_memory
-from util.train.optim import create_adamw, load_moments, parameter_groups
-from util.train.resume import go_on
-from util.train.run import Run, due
-from util.train.schedule import CosineSchedule, scaled_lr
-from util.train.shard import Placed
+from util.train.optim import create_adamw, parameter_groups
+from util.train.run import due
+from util.train.schedule import scaled_lr
+from util.train.session import Session, Start
 from util.train.step import OptimizerStep
-from util.train.timeline import Timeline
 
 TASK = "pretrain"
 # Held-out images are measured under masks that no flag changes (STANDARD), so that runs compare;
@@ -401,12 +395,11 @@ def pretrain(
     args: argparse.Namespace, procs: Processes, lease: Lease | None, warnings: Sequence[str]
 ) -> None:
     """The run, from top to bottom."""
-    # ------------------------------------------------------------------ run and processes
-    device, folder = procs.device, Path(args.output_dir)
-    torch.manual_seed(args.seed)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
+    # -------------------------------------------------------------------------------- start
     if args.eval_every:
         needs("skimage.metrics", "scikit-image")  # now, not after the first epochs
+    args.compile = compiles(args, procs.device)
+    start = Start(TASK, session_settings(args, HOUSEKEEPING), procs, lease)
 
     # ------------------------------------------------------------------------------- data
     # One process lists a folder or fetches a set; the others find what it left on the disk.
@@ -427,143 +420,58 @@ def pretrain(
     samples = PretrainSamples(
         source, transform, masker.strategy, masker.cells.grid, args.seed, model.draws
     )
-    sampler = EpochSampler(
-        len(source),
-        args.batch_size,
-        accum_iter=args.accum_iter,
-        world_size=procs.world_size,
-        rank=procs.rank,
-        seed=args.seed,
-        crops_per_image=args.crops_per_decode,
-    )
-    workers = default_workers(procs.local_size) if args.num_workers is None else args.num_workers
-    pin_memory = args.pin_mem and device.type == "cuda"
-    loader = build_loader(
-        samples,
-        sampler,
-        num_workers=workers,
-        pin_memory=pin_memory,
-        prefetch_factor=args.prefetch_factor,
-    )
-
     parts = []  # under the standard masks, and under the run's own where these are others
     if val_source is not None:
         standard, size = masker_of(STANDARD, model), (args.eval_images, args.batch_size, procs)
         maskers = [standard, masker] if masker.differs_from(standard) else [standard]
         parts = [held_out_set(val_source, model, m, *size) for m in maskers]
 
-    # ------------------------------------------------------------------------------ model
-    model.set_grad_checkpointing(args.grad_checkpointing)
-    placed = Placed(model, procs, shard=args.shard)
-    args.compile = compiles(args, device)
-    trained = distribute(model, procs, compiled=args.compile)
-
-    # ------------------------------------------------------------- optimiser and schedule
-    steps_per_epoch = sampler.steps_per_epoch
-    lr = peak_lr(args, model, masker.num_visible, sampler.global_batch)
-    schedule = CosineSchedule(
-        lr, args.min_lr, args.warmup_epochs * steps_per_epoch, args.epochs * steps_per_epoch
-    )
-    course = warn_of_course(
-        PUBLISHED,
-        global_batch=sampler.global_batch,
-        images=len(source),
-        length=args.epochs,
-        warmup=args.warmup_epochs,
-        unit="epochs",
+    # ---------------------------------------------- loader, placement, optimiser, checkpoint
+    lr = peak_lr(args, model, masker.num_visible, start.global_batch)
+    session = Session(
+        start,
+        source=source,
+        samples=samples,
+        model=model,
+        model_name=args.model,
+        model_args=model_args,
+        optimizer=lambda: create_adamw(
+            parameter_groups(model, args.weight_decay), lr, betas=(0.9, 0.95)
+        ),
         lr=lr,
-        min_lr=args.min_lr,
-    )
-    timeline = Timeline(steps_per_epoch, epochs=args.epochs)
-    optimizer = create_adamw(parameter_groups(model, args.weight_decay), lr, betas=(0.9, 0.95))
-    optimizer_step = OptimizerStep(
-        trained,
-        optimizer,
-        device=device,
-        precision=args.precision,
-        accum_iter=args.accum_iter,
-        clip_grad=args.clip_grad,
-    )
-
-    # ----------------------------------------------------------------------------- resume
-    settings = settings_of(args)
-    arithmetic = arithmetic_of(settings, HOUSEKEEPING) | {
-        "model_args": model_args,
-        "global_batch": sampler.global_batch,
-        "images": len(source),
-        "stored": source.stored,
-    }
-    path, notes = ckpt.start_of(folder, TASK, args.resume, procs.gather)
-    state = None
-    if path is not None:
-        state = ckpt.load_task(path, TASK)
-        timeline = go_on(
-            timeline, state, path, arithmetic, schedule, notes, allow_changes=args.allow_changes
-        )
-        ckpt.load_weights(model, placed.parts(state["model"]), "the checkpoint")
-        load_moments(optimizer, state["optimizer"])
-        optimizer_step.load_scale(state["scaler"])
-    else:
-        fit_model(args, model, source, samples, workers, procs)
-
-    def snapshot() -> dict[str, Any]:
-        return {
-            "model_name": args.model,
-            "model_args": model_args,
-            "model": placed.full(model.state_dict()),
-            "optimizer": placed.full(optimizer.state_dict()),
-            "scaler": optimizer_step.scaler.state_dict(),
+        published=PUBLISHED,
+        warnings=warnings,
+        fit=lambda: fit_model(args, model, source, samples, start.workers, procs),
+        snapshot=lambda: {
             "data": {
                 "dataset": args.dataset,
                 "mean": source.mean,
                 "std": source.std,
                 "eval_margin": source.eval_margin,
             },
-        }
-
-    run = Run(
-        folder,
-        procs,
-        lease=lease,
-        task=TASK,
-        source=source,
-        settings=settings,
-        arithmetic=arithmetic,
-        snapshot=snapshot,
-        state=state,
-        notes=notes,
-        timeline=timeline,
-        global_batch=sampler.global_batch,
-        **run_options(args),
+        },
     )
-    if procs.main:
-        say(
-            f"{args.model} ({args.method}), {sum(p.numel() for p in model.parameters()):,} "
-            f"parameters; {counted(len(source), 'image')} of {args.dataset}; global batch "
-            f"{sampler.global_batch} = {args.batch_size} x "
-            f"{counted(procs.world_size, 'process')} x "
-            f"{args.accum_iter}; lr {lr:.3g}; {args.precision} on {device}, {placed}"
-        )
+    session.say(
+        f"{args.model} ({args.method}), {sum(p.numel() for p in model.parameters()):,} "
+        f"parameters; {counted(len(source), 'image')} of {args.dataset}"
+    )
 
     # ----------------------------------------------------------------------------- epochs
-    step = run.step
-    with run:
-        if procs.main:
-            say_warnings([*course, *warnings, *warn_of_shards(args.shard, procs.world_size)])
+    draws = tuple(model.draws)
+    loss = PretrainLoss(masker, source.mean, source.std, procs.device, draws)
+    step, folder = session.run.step, Path(args.output_dir)
+    with session.running() as run:
         for epoch in range(run.first_epoch, args.epochs):
             measuring = bool(parts) and due(args.eval_every, epoch, args.epochs)
             drawing = bool(parts) and due(args.picture_every, epoch, args.epochs)
             if not (run.stage == "measuring" and epoch == run.first_epoch):
-                sampler.start(epoch, step - timeline.begin(epoch))
-                step = train_one_epoch(
-                    trained,
-                    loader,
-                    optimizer_step,
-                    masker,
-                    lambda step: schedule(timeline.scheduled(step)),
-                    mean=source.mean,
-                    std=source.std,
-                    draws=model.draws,
+                session.start_epoch(epoch, step)
+                step = train_steps(
+                    session.trained,
+                    session.loader,
+                    session.optimizer_step,
+                    loss,
+                    session.rate,
                     first_step=step,
                     after_step=run.after_step,
                 )
@@ -571,7 +479,7 @@ def pretrain(
                 numbered = epoch if due(args.save_every, epoch, args.epochs) else None
                 run.save(step, "measuring" if measuring or drawing else "done", numbered)
             if measuring or drawing:
-                with placed.whole() as whole:
+                with session.placed.whole() as whole:
                     if measuring:
                         tables = [
                             evaluate(
@@ -580,7 +488,7 @@ def pretrain(
                                 part.masker,
                                 mean=source.mean,
                                 std=source.std,
-                                device=device,
+                                device=procs.device,
                                 sum_over_ranks=procs.sum,
                             )
                             for part in parts
@@ -592,7 +500,7 @@ def pretrain(
                         shown = "training" if val_source is source else "held-out"
                         after = counted(epoch + 1, "epoch")
                         title = f"{args.model} ({args.method}) after {after}, {shown} images"
-                        picture = draw_pictures(whole, parts[-1], device, title)
+                        picture = draw_pictures(whole, parts[-1], procs.device, title)
                         save_png(folder / "pictures" / f"epoch-{epoch}.png", picture)
                         run.logger.picture("reconstruction", step, np.asarray(picture))
                 run.save(step, "done")

@@ -3,7 +3,6 @@
 import difflib
 import importlib
 import json
-from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +21,9 @@ from every_flag import (
     rows_of,
 )
 
+import eval_segment
 from util.data.randomness import Key
+from util.train import session
 from util.train.checkpoint import LAST, load_file
 from util.train.dist import Processes
 
@@ -32,11 +33,9 @@ class Runner(Command):
     """Runs a training main, a tiny one.
 
     Attributes:
-        loop: its engine's function, as the main's module has it.
         metrics: name of the file of records.
     """
 
-    loop: str = "train_one_epoch"
     metrics: str = "metrics.jsonl"
 
     def check(self, row: Row) -> tuple[Trace, Trace]:
@@ -72,18 +71,19 @@ class Runner(Command):
     def watch(self, patch: pytest.MonkeyPatch, trace: Trace) -> None:
         """The loop's arguments, its batches, masks and rates, and what is saved."""
         module = importlib.import_module(self.name)
-        loop = getattr(module, self.loop)
+        loop = module.train_steps
         lists: dict[str, list[Any]] = {name: [] for name in ("images", "which", "masks", "rates")}
 
         def batch(given: dict[str, Any]) -> None:
             lists["which"].append(given["index"].tolist())
             lists["images"].append(digest([given["image"], given["label"], given.get("extent")]))
 
-        def watched(model: Any, loader: Any, step: Any, third: Any, *rest: Any, **more: Any) -> Any:
+        def watched(model: Any, loader: Any, step: Any, loss: Any, *rest: Any, **more: Any) -> Any:
             if "start" not in trace:
-                trace.update(at_start(model, loader, step, more))
-            if self.loop == "train_one_epoch" and hasattr(third, "num_visible"):
-                third = Watched(third, lambda mask: lists["masks"].append(digest(mask)))
+                trace.update(at_start(model, loader, step, loss))
+            if hasattr(loss, "masker"):
+                masker = Watched(loss.masker, lambda mask: lists["masks"].append(digest(mask)))
+                loss = replace(loss, masker=masker)
             after = more["after_step"]
 
             def after_step(report: Any) -> bool:
@@ -92,7 +92,7 @@ class Runner(Command):
 
             more["after_step"] = after_step
             try:
-                return loop(model, Watched(loader, batch), step, third, *rest, **more)
+                return loop(model, Watched(loader, batch), step, loss, *rest, **more)
             finally:
                 trace.update({name: list(found) for name, found in lists.items()})
 
@@ -100,24 +100,24 @@ class Runner(Command):
             trace.setdefault("saves", []).append((state["step"], state["stage"], epoch))
             return save(folder, state, epoch, keep)
 
-        patch.setattr(module, self.loop, watched)
+        patch.setattr(module, "train_steps", watched)
         run = importlib.import_module("util.train.run")
         save = run.ckpt.save_checkpoint
         patch.setattr(run.ckpt, "save_checkpoint", saved)
         for name, word in (("distribute", "compiled"), ("Placed", "shard")):
-            if hasattr(module, name):
-                patch.setattr(module, name, switched_off(getattr(module, name), word, trace))
+            patch.setattr(session, name, switched_off(getattr(session, name), word, trace))
         held = trace["held"] = []  # what is measured or shown, in this order
 
         def noted(loader: Any) -> None:
             held.append(names_of(loader))
 
+        measures = eval_segment if self.name == "main_segment" else module
         for name, note in (
             ("eval_loader", noted),
             ("held_out_set", lambda part: noted(part.loader)),
         ):
-            if hasattr(module, name):
-                patch.setattr(module, name, Watched(getattr(module, name), note))
+            if hasattr(measures, name):
+                patch.setattr(measures, name, Watched(getattr(measures, name), note))
 
 
 def names_of(loader: Any) -> list[str]:
@@ -187,7 +187,7 @@ def switched_off(whole: Any, word: str, trace: Trace) -> Any:
     return called
 
 
-def at_start(model: Any, loader: Any, step: Any, more: Mapping[str, Any]) -> Trace:
+def at_start(model: Any, loader: Any, step: Any, loss: Any) -> Trace:
     """What there is before the first step."""
     groups = [
         (g["weight_decay"], g.get("lr_scale", 1.0), g.get("betas"))
@@ -198,7 +198,7 @@ def at_start(model: Any, loader: Any, step: Any, more: Mapping[str, Any]) -> Tra
     ]
     return {
         "source": names_of(loader),
-        "draws": more.get("seed"),
+        "draws": getattr(loss, "seed", None),
         # Of one key whatever the order, so that it follows the seed of the samples alone.
         "view": digest(loader.dataset.samples[Key(0, 0, 0)]),
         "start": digest(model.state_dict()),
@@ -208,7 +208,7 @@ def at_start(model: Any, loader: Any, step: Any, more: Mapping[str, Any]) -> Tra
         "loader": (loader.num_workers, loader.prefetch_factor, loader.pin_memory),
         "recomputes": any(checkpointing),
         "tf32": tf32(),
-        "statistics": (tuple(more["mean"]), tuple(more["std"])),
+        "statistics": (tuple(loss.mean), tuple(loss.std)),
     }
 
 

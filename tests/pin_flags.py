@@ -125,13 +125,13 @@ def defaults_in_python() -> dict[str, dict[str, Any]]:
 
 def collect() -> dict[str, Any]:
     """All that is pinned, in plain types."""
+    import build_finetune
+    import build_segment
+    import eval_segment
     import lab.bench.command as lab_bench
-    import main_finetune
     import main_pretrain
-    import main_segment
     import models_zoo
-    from engine_segment import LOOKS_BY_DEFAULT
-    from util.config import finetune_flags, method_flags
+    from util.config import finetune_flags, method_flags, segment_flags
     from util.data import transforms
     from util.mask.strategies import STANDARD
     from util.slurm import add_job_flags
@@ -149,14 +149,14 @@ def collect() -> dict[str, Any]:
         },
         "held to the published recipe": {
             "pretrain": vars(main_pretrain.PUBLISHED),
-            "finetune": {k: vars(v) for k, v in main_finetune.PUBLISHED.items()},
-            "segment": vars(main_segment.PUBLISHED),
+            "finetune": {k: vars(v) for k, v in build_finetune.PUBLISHED.items()},
+            "segment": vars(build_segment.PUBLISHED),
         },
         "presets": {
             "--method": method_flags.METHODS,
             "--tune": {"full": finetune_flags.FULL, "linear": finetune_flags.LINEAR},
-            "segment": {"lr": main_segment.LR, "scales": main_segment.SCALES},
-            "segment looks": LOOKS_BY_DEFAULT,
+            "segment": {"lr": segment_flags.LR, "scales": segment_flags.SCALES},
+            "segment looks": segment_flags.LOOKS_BY_DEFAULT,
             "standard masks": STANDARD,
             "patches of an image for a PCA": method_flags.PCA_PER_IMAGE,
             "crop jitter": transforms.JITTER,
@@ -173,8 +173,8 @@ def collect() -> dict[str, Any]:
             },
         },
         "measured by": {
-            "segment": main_segment.MEASURED_BY,
-            "segment, of the checkpoint": main_segment.LOOKS,
+            "segment": eval_segment.MEASURED_BY,
+            "segment, of the checkpoint": segment_flags.LOOKS,
         },
         "models": {
             name: {"class": create.__name__, **arguments}

@@ -50,20 +50,33 @@ PLACES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("root", "mask", "train", "weights", "pieces", "encoders", "models"),
     ),
     "engines": (("engine_*.py",), ("root", "mask", "data", "train", "measure", "pieces")),
+    # What of a command a reader of its epoch loop can do without: what it is made of, what it
+    # would cost, and the use of what it trained.
+    "parts": (
+        ("build_*.py",),
+        ("root", "mask", "data", "train", "measure", "weights", "config", "pieces", "encoders",
+         "models", "zoo", "engines"),
+    ),
+    "uses": (
+        ("plan_*.py", "eval_*.py"),
+        ("root", "mask", "data", "train", "measure", "weights", "dry run", "config", "pieces",
+         "encoders", "models", "zoo", "engines", "parts"),
+    ),
     "mains": (
         ("main_*.py",),
         ("root", "mask", "data", "train", "measure", "weights", "dry run", "config", "runs",
-         "pieces", "encoders", "models", "zoo", "engines"),
+         "pieces", "encoders", "models", "zoo", "engines", "parts", "uses"),
     ),
     "jobs": (("submitit_*.py",), ("root", "slurm", "mains")),
     "lab": (
         ("lab/*.py", "lab/*/*.py"),
         ("root", "mask", "data", "train", "measure", "weights", "dry run", "config", "runs",
-         "slurm", "pieces", "encoders", "models", "zoo", "engines", "mains", "jobs"),
+         "slurm", "pieces", "encoders", "models", "zoo", "engines", "parts", "uses", "mains",
+         "jobs"),
     ),
 }  # fmt: skip
 # Places whose files import none of their own kind: a command is read without the others.
-ALONE = ("mains", "jobs", "engines", "encoders", "models")
+ALONE = ("mains", "jobs", "parts", "uses", "engines", "encoders", "models")
 EXTENDS: dict[str, str] = {}  # a method file: the one that it is a preset of
 # Folders of modules: a name of theirs goes on after the dot.
 PACKAGES = {
@@ -263,11 +276,14 @@ def bound_names(tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 
 def args_stops_at_main(sources: Sources) -> list[str]:
-    """Below the commands functions take named parameters; util/config/flags.py makes the flags."""
+    """Below the commands functions take named parameters; util/config/flags.py makes the flags.
+
+    A command is its main and the files beside it that are its own.
+    """
     return [
         f"{path}:{line}: args; take named parameters"
         for path, text in sources.items()
-        if not path.startswith(("main_", "submitit_"))
+        if not path.startswith(("main_", "submitit_", "build_", "plan_", "eval_"))
         and path not in ("util/config/flags.py", "lab/bench/command.py", "lab/study/command.py")
         for line, name in bound_names(ast.parse(text, path))
         if name == "args"
@@ -358,6 +374,11 @@ FAULTS = [
     ("imports_fit", "main_a.py", "import submitit_pretrain", "submitit_pretrain"),
     ("imports_fit", "main_a.py", "from lab.bench.limits import x", "lab.bench.limits"),
     ("imports_fit", "submitit_a.py", "import submitit_b", "submitit_b"),
+    ("imports_fit", "plan_a.py", "import main_a", "main_a"),
+    ("imports_fit", "plan_finetune.py", "import eval_finetune", "eval_finetune"),
+    ("imports_fit", "build_a.py", "from util.dry_run.report import x", "util.dry_run.report"),
+    ("imports_fit", "build_a.py", "from build_finetune import x", "build_finetune"),
+    ("imports_fit", "engine_a.py", "from build_finetune import x", "build_finetune"),
     ("imports_fit", "engine_a.py", "from models_vit import x", "models_vit"),
     ("imports_fit", "engine_a.py", "import engine_b", "engine_b"),
     ("imports_fit", "engine_a.py", "from main_pretrain import main", "main_pretrain"),

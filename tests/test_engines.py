@@ -8,13 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from test_every_draw import FLAGS, STILL, TRAIN, AlikePairs, Knobs, command, pretended
+from test_every_draw import FLAGS, STILL, AlikePairs, Knobs, command, pretended
 from torch import Tensor, nn
 
 import engine_finetune
+import eval_segment
 import main_segment
-from engine_segment import Inference, PixelLoss, train_iterations
+from engine_segment import Inference, PixelLoss, SegmentLoss
+from engine_train import train_steps
 from util.measure.confusion import Segmentation
+from util.train import checkpoint
 from util.train.checkpoint import LAST, load_file
 from util.train.logger import StepReport
 from util.train.optim import create_adamw, parameter_groups
@@ -56,10 +59,11 @@ def test_a_model_trains_in_training_mode_and_is_measured_in_the_other(
         return call
 
     with pretended(main, "ramp", 1, 0) as patch:
-        patch.setattr(main, TRAIN[name], during("train", getattr(main, TRAIN[name])))
-        engine = engine_finetune if name == "main_finetune" else main
+        patch.setattr(main, "train_steps", during("train", main.train_steps))
+        measuring = {"main_finetune": engine_finetune, "main_segment": eval_segment}
+        engine = measuring.get(name, main)
         patch.setattr(engine, "evaluate", during("measure", engine.evaluate))
-        patch.setattr(main.ckpt, "keep_best", lambda *rest: None)  # nothing is saved
+        patch.setattr(checkpoint, "keep_best", lambda *rest: None)  # nothing is saved
         main.main([*command(name, Knobs(batch=6), tmp_path, ()), *MEASURING[name]])
     assert set(seen) == {("train", True), ("measure", False)}
     phases = [what for i, (what, _) in enumerate(seen) if i == 0 or seen[i - 1][0] != what]
@@ -82,11 +86,11 @@ def test_segmentation_trains_with_the_loss_of_its_flags(
     found = []
 
     def train(*args: Any, **more: Any) -> None:
-        found.extend(arg for arg in args if isinstance(arg, PixelLoss))
+        found.extend(arg.loss for arg in args if isinstance(arg, SegmentLoss))
         raise KeyboardInterrupt
 
     with pretended(main_segment, "flat", 1, 0) as patch, pytest.raises(SystemExit):
-        patch.setattr(main_segment, "train_iterations", train)
+        patch.setattr(main_segment, "train_steps", train)
         main_segment.main([*command("main_segment", Knobs(), tmp_path, ()), *flags])
     assert found == [LOSSES[flags]]
 
@@ -113,8 +117,8 @@ def test_segmentation_is_measured_as_its_flags_say(flags: tuple[str, ...], tmp_p
         raise KeyboardInterrupt
 
     with pretended(main_segment, "flat", 1, 0) as patch, pytest.raises(SystemExit):
-        patch.setattr(main_segment, "evaluate", evaluate)
-        patch.setattr(main_segment, "train_iterations", lambda *rest, **more: 1)
+        patch.setattr(eval_segment, "evaluate", evaluate)
+        patch.setattr(main_segment, "train_steps", lambda *rest, **more: 1)
         more = ["--eval_every=1", "--iterations=1", "--resize", "80", "40", *flags]
         main_segment.main([*command("main_segment", Knobs(), tmp_path, ()), *more])
     ((inference, classes, shapes, mean, std),) = found
@@ -141,8 +145,8 @@ def test_the_first_best_measurement_is_kept_over_a_stop(tmp_path: Path) -> None:
     for iterations in (4, 6):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(main_segment, "open_set", lambda a, split, *_: AlikePairs("flat", split))
-            patch.setattr(main_segment, "train_iterations", train)
-            patch.setattr(main_segment, "evaluate", evaluate)
+            patch.setattr(main_segment, "train_steps", train)
+            patch.setattr(eval_segment, "evaluate", evaluate)
             own = [f"--iterations={iterations}", "--eval_every=1", "--allow_changes"]
             main_segment.main([*command("main_segment", Knobs(), tmp_path, ()), *own])
         assert load_file(tmp_path / BEST)["step"] == 2
@@ -202,9 +206,10 @@ def trained(
         reports.append(report)
         return report.step == leave_at
 
-    train_iterations(
-        model, data, step, loss, lambda step: 1e-3 * (step + 1), mean=(0.5,) * 3, std=(0.25,) * 3,
-        seed=0, rank=0, world_size=1, sum_over_ranks=torch.clone, first_step=0, after_step=after,
+    whole = SegmentLoss(loss, (0.5,) * 3, (0.25,) * 3, step.device, 0, 0, 1, torch.clone)
+    train_steps(
+        model, data, step, whole, lambda step: 1e-3 * (step + 1), first_step=0, after_step=after,
+        before_step=whole.before_step,
     )  # fmt: skip
     return model, reports, gradients
 

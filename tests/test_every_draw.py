@@ -26,6 +26,7 @@ from timm.data.random_erasing import RandomErasing
 from timm.layers import DropPath
 from torch import Tensor, nn
 
+import eval_segment
 from engine_pretrain import fit_pca
 from models_mmae import MaskedAutoencoderViT
 from util.data.images import BadImage, ImageSource
@@ -35,6 +36,7 @@ from util.data.segmentation_sets import SegmentationSource
 from util.mask.patches import patch_averages
 from util.mask.strategies import create_strategy
 from util.measure.metrics import FILLS
+from util.train import session
 from util.train.agreement import Agreement, Wish
 from util.train.dist import Processes
 from util.train.run import Run
@@ -144,8 +146,8 @@ class Found:
     states: list[tuple[Any, Any]] = field(default_factory=list)
 
 
-TRAIN = {"main_pretrain": "train_one_epoch", "main_finetune": "train_one_epoch",
-         "main_segment": "train_iterations"}  # fmt: skip
+# Where a main's model is made, if not in its own file.
+BUILDERS = {"main_finetune": "build_finetune", "main_segment": "build_segment"}
 SIZES = ["--num_workers=0", "--device=cpu", "--log_every=100", "--save_every=0"]
 FLAGS = {
     "main_pretrain": [
@@ -182,10 +184,11 @@ def pretended(main: Any, kind: str, world: int, rank: int) -> Iterator[pytest.Mo
         patch.setattr(main, "open_set", lambda args, split, *rest: source(kind, split))
         patch.setattr(main, "processes", lambda *rest: nullcontext(procs))
         patch.setattr(main, "hold_folder", lambda *rest: nullcontext(None))
-        patch.setattr(main, "distribute", lambda model, *rest, **more: model)
+        patch.setattr(session, "distribute", lambda model, *rest, **more: model)
         patch.setattr(Agreement, "after_step", lambda self: Wish())
         # Nothing is saved, and no room is looked for, to be quick.
-        patch.setattr(main, "create_in_memory", lambda make: make())
+        builder = importlib.import_module(BUILDERS.get(main.__name__, main.__name__))
+        patch.setattr(builder, "create_in_memory", lambda make: make())
         patch.setattr(Run, "save", lambda *rest: None)
         patch.setattr(Run, "say_results", lambda self: None)
         yield patch
@@ -227,7 +230,7 @@ def look(name: str, kind: str, flags: tuple[str, ...], knobs: Knobs, folder: Pat
             return first_step + len(batches) // knobs.accum
 
         with pretended(main, kind, knobs.world, rank) as patch:
-            patch.setattr(main, TRAIN[name], train)
+            patch.setattr(main, "train_steps", train)
             with seeded(knobs.disturbed):
                 main.main(command(name, knobs, folder / f"rank{rank}", flags))
         assert len(seen) == EPOCHS * per_epoch
@@ -566,7 +569,7 @@ def watch(patch: pytest.MonkeyPatch, main: Any, found: Found, knobs: Knobs, rank
     around(Mixup, "__call__", lambda self, before, result: note("mixed", result[0][:, 0].tolist()))
     around(RandomErasing, "__call__", lambda self, before, after: note(
         "erasing", (before != after).any(1).tolist()))  # fmt: skip
-    train = getattr(main, TRAIN[main.__name__])
+    train = main.train_steps
 
     def trained(model: nn.Module, *args: Any, **more: Any) -> int:
         if more["first_step"] == 0:
@@ -576,7 +579,7 @@ def watch(patch: pytest.MonkeyPatch, main: Any, found: Found, knobs: Knobs, rank
         found.states.append((before, global_states()))
         return step
 
-    patch.setattr(main, TRAIN[main.__name__], trained)
+    patch.setattr(main, "train_steps", trained)
 
 
 MIXED = ("--mixup=0.8", "--cutmix=1", "--smoothing=0", "--drop_path=0.5", "--reprob=0.9")
@@ -737,9 +740,9 @@ def measured(main: Any, folder: Path, *flags: str, **changes: int) -> dict[Any, 
             elif name == "main_finetune":
                 patch.setattr(main, "measurement", measurement)
             else:
-                patch.setattr(main, "evaluate", segmented)
+                patch.setattr(eval_segment, "evaluate", segmented)
             train = lambda *rest, first_step, **more: first_step + 1  # noqa: E731
-            patch.setattr(main, TRAIN[name], train)
+            patch.setattr(main, "train_steps", train)
             own = [*command(name, knobs, folder / f"{len(list(folder.iterdir()))}", ()), *flags]
             with nullcontext() if name == "main_pretrain" else pytest.raises(SystemExit):
                 main.main(own)
@@ -814,8 +817,8 @@ FROM_GLOBAL = {
     "models_mmae.py": "first weights", "models_upernet.py": "first weights",
     "models_vit.py": "first weights",
     "util/data/segmentation_transforms.py": "seeded by SegmentationSamples",
-    "main_pretrain.py": "a rate beforehand", "main_finetune.py": "a rate beforehand",
-    "main_segment.py": "a rate beforehand", "lab/bench/step_speed.py": "a measurement of speed",
+    "main_pretrain.py": "a rate beforehand", "plan_finetune.py": "a rate beforehand",
+    "plan_segment.py": "a rate beforehand", "lab/bench/step_speed.py": "a measurement of speed",
     "lab/bench/limits.py": "a measurement of the machine",
 }  # fmt: skip
 GLOBAL_DRAWS = {

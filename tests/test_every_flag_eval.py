@@ -10,8 +10,8 @@ from every_flag import Command, Row, Table, Trace, add_small_models, call, cases
 from every_flag_files import write_all, write_pairs, write_tuned
 from every_flag_training import names_of
 
-import main_finetune
-import main_segment
+import eval_finetune
+import eval_segment
 from util.train.checkpoint import LAST
 
 pytestmark = pytest.mark.smoke
@@ -60,7 +60,7 @@ class Classifier(Command):
     def watch(self, patch: pytest.MonkeyPatch, trace: Trace) -> None:
         """The models and the loader."""
         trace["asked"] = True
-        measurement = main_finetune.measurement
+        measurement = eval_finetune.measurement
 
         def watched(loader: Any, source: Any, *rest: Any) -> Any:
             trace.update(seen(loader, source.mean, source.std))
@@ -73,7 +73,7 @@ class Classifier(Command):
 
             return measured
 
-        patch.setattr(main_finetune, "measurement", watched)
+        patch.setattr(eval_finetune, "measurement", watched)
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +130,7 @@ class Segmenter(Command):
     def watch(self, patch: pytest.MonkeyPatch, trace: Trace) -> None:
         """What is measured and written."""
         trace["asked"] = True
-        evaluate = main_segment.evaluate
+        evaluate = eval_segment.evaluate
 
         def measured(model: Any, loader: Any, count: int, inference: Any, **more: Any) -> Any:
             trace.update(seen(loader, more["mean"], more["std"]))
@@ -146,8 +146,8 @@ class Segmenter(Command):
             trace["statistics"] = more["mean"], more["std"]
             trace["loader"], trace["most"] = more["num_workers"], more["max_pixels"]
 
-        patch.setattr(main_segment, "evaluate", measured)
-        patch.setattr(main_segment, "write_label_maps", write)
+        patch.setattr(eval_segment, "evaluate", measured)
+        patch.setattr(eval_segment, "write_label_maps", write)
 
 
 @pytest.fixture(scope="module")

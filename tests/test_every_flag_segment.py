@@ -94,6 +94,7 @@ TABLE: Table = {
     ],
     "--aux_weight": Row("--aux_weight=0.1", "weights"),
     "--loss_mean": Row("--loss_mean=valid", "weights"),
+    "--shard": Row("--shard", "shard"),
     # ---- The run
     "--output_dir": Row("--output_dir={root}/there", "files"),
     "--log_dir": Row("--log_dir={root}/events", "files"),
@@ -158,6 +159,7 @@ PLANNED = """
     --precision: activations half-precision memory
     --relative_bias: biases parameters relative
     --save_every: disk
+    --shard: warning
     --train_images: data in steps warning
     --val_fraction: data steps
     --warmup_iterations: lr
@@ -175,7 +177,7 @@ def runner(tmp_path_factory: pytest.TempPathFactory) -> Runner:
     places |= write_encoders(root, "deep")
     base = [*BASE, f"--data_path={places['data']}"]
     metrics = "metrics-segment.jsonl"
-    return Runner("main_segment", base, places, root, loop="train_iterations", metrics=metrics)
+    return Runner("main_segment", base, places, root, metrics=metrics)
 
 
 class TestTraining(alike.TrainingFlags):

@@ -28,7 +28,8 @@ from torchvision import transforms as v1
 
 import engine_finetune
 import main_finetune
-from engine_finetune import BatchAugmentation, train_one_epoch
+from engine_finetune import BatchAugmentation, FinetuneLoss
+from engine_train import train_steps
 from main_finetune import build_augmentation, build_parser, resolve_tune
 from models_zoo import CLASSIFIERS, MODELS, create_model
 from util.config.flags import settings_of
@@ -38,6 +39,7 @@ from util.data.transforms import FinetuneTransform, normalize
 from util.errors import EXIT_INTERRUPTED, EXIT_STOPPED, BadInput
 from util.mask.pos_embed import sincos_2d
 from util.measure.accuracy import Accuracy
+from util.train import session
 from util.train.agreement import Agreement, Wish
 from util.train.checkpoint import BEST, LAST, load_file, save_checkpoint
 from util.train.optim import create_adamw, layer_decay_groups
@@ -652,9 +654,10 @@ def epoch_of(batches: int, **settings: Any) -> tuple[list[tuple[Tensor, Tensor]]
         reports.append(report)
         return report.step == stop_at
 
-    done = train_one_epoch(
-        model, loader[first * accum_iter :], step, augmentation, lambda s: 0.01 * s, mean=MEAN,
-        std=STD, first_step=first, after_step=after_step, **({"seed": 0, "rank": 0} | settings),
+    loss = FinetuneLoss(augmentation, MEAN, STD, step.device, **({"seed": 0, "rank": 0} | settings))
+    done = train_steps(
+        model, loader[first * accum_iter :], step, loss, lambda s: 0.01 * s, first_step=first,
+        after_step=after_step,
     )  # fmt: skip
     assert done == first + len(reports)
     if augmentation == BatchAugmentation():
@@ -711,7 +714,7 @@ def test_averaged_weights_are_those_averaged_by_hand(
         def copy(self) -> None:
             seen.append({k: v.double().clone() for k, v in self.model.state_dict().items()})
 
-    monkeypatch.setattr(main_finetune, "OptimizerStep", Spy)
+    monkeypatch.setattr(session, "OptimizerStep", Spy)
     finetune(tmp_path, pretrained, f"--tune={tune}", "--ema_decay=0.7", "--blr=0.5", *RANDOM[:4])
     assert len(seen) == 9
     state = load_file(tmp_path / LAST)
@@ -748,9 +751,9 @@ def test_averages_follow_each_step_of_an_epoch() -> None:
         assert not torch.equal(model.patch_embed.proj.weight, before)
         order.append("update")
 
-    train_one_epoch(
-        model, [batch] * 3, step, BatchAugmentation(), lambda s: 0.1, mean=MEAN, std=STD, seed=0,
-        rank=0, first_step=0, after_update=after_update,
+    train_steps(
+        model, [batch] * 3, step, FinetuneLoss(BatchAugmentation(), MEAN, STD, step.device, 0, 0),
+        lambda s: 0.1, first_step=0, after_update=after_update,
         after_step=lambda report: order.append("step") or False,
     )  # fmt: skip
     assert order == ["update", "step"] * 3

@@ -14,6 +14,8 @@ from util.config.flags import FlagParser, add_dry_run_flags, run_options
 from util.mask.strategies import STANDARD
 from util.slurm import add_job_flags
 
+# The files beside a main that are its own, but for its plan.
+PARTS = ("build", "eval")
 # What only a dry run calls: a flag that is read there alone does nothing in a run.
 PLANS = ("plan_run", "planned_model", "rate_here")
 # Flags that are for the parser, and those that are accepted and say that they do nothing.
@@ -25,30 +27,6 @@ class Everything:
 
     def __getattr__(self, name: str) -> Any:
         return None
-
-
-# Flags that a source reads by a list of their names: the words that do so, and the names.
-READ_TOGETHER = {
-    "run_options(args)": set(run_options(Everything())),  # type: ignore[arg-type]
-    "masker_of(vars(args), ": set(STANDARD),
-    "hold_out_of(vars(args))": {"val_fraction", "val_seed"},
-    "getattr(args, name) for name in STANDARD": set(STANDARD),
-}
-
-
-def names_of(add: Any) -> set[str]:
-    """The flags that a function adds to a parser."""
-    parser = argparse.ArgumentParser(add_help=False)
-    add(parser)
-    return {action.dest for action in parser._actions}
-
-
-def nodes(tree: ast.AST, without: tuple[str, ...]) -> Iterator[ast.AST]:
-    """All nodes but those inside some functions."""
-    for child in ast.iter_child_nodes(tree):
-        if not (isinstance(child, ast.FunctionDef) and child.name in without):
-            yield child
-            yield from nodes(child, without)
 
 
 def read_names(source: str, settings: str = "args", without: tuple[str, ...] = ()) -> set[str]:
@@ -71,6 +49,31 @@ def read_names(source: str, settings: str = "args", without: tuple[str, ...] = (
     return found
 
 
+def nodes(tree: ast.AST, without: tuple[str, ...]) -> Iterator[ast.AST]:
+    """All nodes but those inside some functions."""
+    for child in ast.iter_child_nodes(tree):
+        if not (isinstance(child, ast.FunctionDef) and child.name in without):
+            yield child
+            yield from nodes(child, without)
+
+
+# Flags that a source reads by a list of their names: the words that do so, and the names.
+SESSION = (ROOT / "util/config/session_flags.py").read_text()
+READ_TOGETHER = {
+    "session_settings(args, ": read_names(SESSION, "settings") | set(run_options(Everything())),
+    "masker_of(vars(args), ": set(STANDARD),
+    "hold_out_of(vars(args))": {"val_fraction", "val_seed"},
+    "getattr(args, name) for name in STANDARD": set(STANDARD),
+}
+
+
+def names_of(add: Any) -> set[str]:
+    """The flags that a function adds to a parser."""
+    parser = argparse.ArgumentParser(add_help=False)
+    add(parser)
+    return {action.dest for action in parser._actions}
+
+
 def flags_without_effect(parser: argparse.ArgumentParser, source: str) -> set[str]:
     """The flags of a command that its source does not read where it runs."""
     read = read_names(source, without=PLANS)
@@ -84,7 +87,8 @@ def flags_without_effect(parser: argparse.ArgumentParser, source: str) -> set[st
 @pytest.mark.parametrize("main", COMMANDS)
 def test_every_flag_is_read(main: str) -> None:
     module = importlib.import_module(main)
-    source = (ROOT / f"{main.replace('.', '/')}.py").read_text()
+    own = [f"{main.replace('.', '/')}.py", *(main.replace("main", part) + ".py" for part in PARTS)]
+    source = "\n".join((ROOT / name).read_text() for name in own if (ROOT / name).exists())
     assert flags_without_effect(module.build_parser(), source) == set()
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_every_draw import FLAGS, TRAIN, Knobs, command, pretended
+from test_every_draw import FLAGS, Knobs, command, pretended
 from timm.layers import DropPath
 from timm.models.vision_transformer import Block, LayerScale
 from torch import Tensor, nn
@@ -444,7 +444,7 @@ def trained_model(name: str, folder: Path, *flags: str) -> Any:
 
     torch.set_default_dtype(torch.float32)
     with pretended(main, "flat", 1, 0) as patch, pytest.raises(SystemExit):
-        patch.setattr(main, TRAIN[name], train)
+        patch.setattr(main, "train_steps", train)
         main.main([*command(name, Knobs(), folder, ()), *flags])
     return found[0]
 

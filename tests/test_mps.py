@@ -9,7 +9,8 @@ from torch import nn
 
 import engine_pretrain
 import models_zoo
-from engine_pretrain import evaluate, masker_of, reconstruct, train_one_epoch
+from engine_pretrain import PretrainLoss, evaluate, masker_of, reconstruct
+from engine_train import train_steps
 from util.data.conversions import Tally
 from util.errors import BadInput
 from util.float64 import float64_home, to_float64, widest
@@ -135,10 +136,10 @@ def test_pretraining_there_is_pretraining_here(
         assert optimizer.defaults["fused"] == (device.type == "cpu")
         losses = []
         data = batches(model, masker.strategy, 3)
-        train_one_epoch(
-            model, data, OptimizerStep(model, optimizer, device=device), masker, lambda _: 1e-3,
-            mean=MEAN, std=STD, jitter=pos_offset == "jitter", first_step=0,
-            after_step=lambda report: losses.append(float(report.result.loss)),
+        loss = PretrainLoss(masker, MEAN, STD, device, jitter=pos_offset == "jitter")
+        train_steps(
+            model, data, OptimizerStep(model, optimizer, device=device), loss, lambda _: 1e-3,
+            first_step=0, after_step=lambda report: losses.append(float(report.result.loss)),
         )  # fmt: skip
         with torch.no_grad():  # a pretended tensor cannot be one of inference mode
             table = evaluate.__wrapped__(

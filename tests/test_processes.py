@@ -326,7 +326,7 @@ def test_agreement_of_one_is_immediate() -> None:
 def test_a_step_on_a_gpu_never_waits(tmp_path: Path) -> None:
     if not torch.cuda.is_available():
         pytest.skip("gpu: none here")
-    original = engine_pretrain.train_one_epoch
+    original = main_pretrain.train_steps
 
     def watched(*args, **kwargs) -> int:
         torch.cuda.set_sync_debug_mode("error")
@@ -335,6 +335,6 @@ def test_a_step_on_a_gpu_never_waits(tmp_path: Path) -> None:
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    main_pretrain.train_one_epoch = watched
+    main_pretrain.train_steps = watched
     flags = ["--device=cuda", "--log_every=1000", "--num_workers=2", "--precision=bf16"]
     main_pretrain.main([*TINY, *flags, f"--output_dir={tmp_path}"])

@@ -20,6 +20,7 @@ import main_pretrain
 import main_segment
 from util.config.flags import FlagParser, settings_of
 from util.config.recipes import read_layers, read_recipe, write_recipe
+from util.config.segment_flags import SCALES
 from util.data.datasets import build_dataset
 from util.dry_run.report import machine_warnings, warnings_of
 from util.errors import BadInput
@@ -27,6 +28,7 @@ from util.runs.cell_runs import READERS
 from util.runs.paper_tables import differences
 from util.runs.plan import read_plan
 from util.train.advice import warn_of_flags
+from util.train.schedule import PolySchedule
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / "recipes"
@@ -207,8 +209,8 @@ ADE20K = {
 def test_ade20k_is_the_published_run() -> None:
     found = vars(resolved("ade20k.yaml", "--model=vit_base_patch16"))
     assert {k: found[k] for k in ADE20K} == ADE20K
-    assert main_segment.SCALES == (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
-    schedule = main_segment.PolySchedule(1e-4, 1500, 160_000, found["min_lr"])
+    assert SCALES == (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
+    schedule = PolySchedule(1e-4, 1500, 160_000, found["min_lr"])
     assert schedule(0) == pytest.approx(1e-10) and schedule(80_750) == pytest.approx(5e-5)
     with torch.device("meta"):
         args = argparse.Namespace(**found)

@@ -20,11 +20,13 @@ from torch.utils.data import DataLoader
 from trained import Trained
 
 import engine_segment
+import eval_segment
 import main_segment
 from engine_segment import Inference, PixelLoss, evaluate, prepare, resized_argmax
 from main_segment import is_due, next_stop
 from models_segmenters import load_segmenter
 from models_zoo import create_model, create_segmenter
+from util.config import segment_flags
 from util.data.images import IMAGENET_MEAN, IMAGENET_STD
 from util.errors import EXIT_INTERRUPTED, EXIT_STOPPED, RunFailed
 from util.train.agreement import Agreement, Wish
@@ -273,7 +275,7 @@ def test_ended_while_measuring(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(main_segment, "evaluate", evaluate)
+        patch.setattr(eval_segment, "evaluate", evaluate)
         with pytest.raises(SystemExit, match=str(EXIT_INTERRUPTED)):
             segment(tmp_path, data)
     assert load_file(tmp_path / LAST)["step"] == 3
@@ -291,7 +293,7 @@ def test_prefetch_factor_reaches_the_loader(
         found.append(loader.prefetch_factor)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(main_segment, "train_iterations", train)
+    monkeypatch.setattr(main_segment, "train_steps", train)
     with pytest.raises(SystemExit, match=str(EXIT_INTERRUPTED)):
         segment(tmp_path, data, "--num_workers=1", "--prefetch_factor=7")
     assert found == [7]
@@ -560,7 +562,7 @@ def test_recipes_hold_flags_that_the_command_takes() -> None:
             assert changed == {
                 "config", "relative_bias", "lscale_init", "precision", "output_dir", "lr",
             }  # fmt: skip
-            assert args.lr == main_segment.LR and plain.lr is None
+            assert args.lr == segment_flags.LR and plain.lr is None
 
 
 def test_the_job_runs_this_command(tmp_path: Path, run_main) -> None:

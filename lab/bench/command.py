@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 import models_zoo
-from engine_pretrain import Masker, train_one_epoch
+from engine_pretrain import Masker, PretrainLoss
+from engine_train import train_steps
 from lab.bench.children import Answer
 from lab.bench.contenders import Arm, name_of, parse_arms, strategy_of
 from lab.bench.data_speed import (
@@ -439,17 +440,21 @@ def open_training(args: argparse.Namespace, arm: Arm, data: Data, total_steps: i
     lr = scaled_lr(BLR, arm.batch)
     optimizer = create_adamw(parameter_groups(model, 0.05), lr, betas=(0.9, 0.95))
     step = OptimizerStep(trained, optimizer, device=device, precision=arm.precision)
+    loss = PretrainLoss(
+        data.masker,
+        data.source.mean,
+        data.source.std,
+        device,
+        draws=tuple(model.draws),
+    )
 
     def train(loader: Any, after_step: Callable[[StepReport], bool]) -> int:
-        return train_one_epoch(
+        return train_steps(
             trained,
             loader,
             step,
-            data.masker,
+            loss,
             CosineSchedule(lr, 0.0, total_steps / 10, total_steps),
-            mean=data.source.mean,
-            std=data.source.std,
-            draws=model.draws,
             first_step=0,
             after_step=after_step,
         )

@@ -1,15 +1,23 @@
-"""Flags of main_finetune.py alone: the model, augmentation, and what --tune presets."""
+"""Flags of main_finetune.py: those of its own, and what --tune presets."""
 
 import argparse
 from typing import Any
 
 from util.config.flags import (
     FlagParser,
+    add_checkpoint_flags,
+    add_data_flags,
+    add_dry_run_flags,
     add_heads_flag,
+    add_optimisation_flags,
+    add_run_flags,
+    add_shard_flag,
+    add_split_flags,
     add_weights_key_flag,
     number,
     size_pair,
 )
+from util.data.datasets import DATASETS
 from util.flag_types import (
     LEAST_CROP,
     MOST_CHANNELS,
@@ -49,6 +57,67 @@ LINEAR: dict[str, Any] = {
     "smoothing": 0.0,
     "reprob": 0.0,
 }
+
+
+def build_parser() -> FlagParser:
+    """The flags; MAE's keep their names and meaning."""
+    parser = FlagParser(
+        description="Train a classifier on a pretrained encoder: all of it, its last blocks, or a "
+        "linear probe.",
+        example="python main_finetune.py --finetune CHECKPOINT --data_path DATA \\\n"
+        "  --epochs 100 --blr 5e-4 --output_dir runs/finetuned",
+        first=(
+            "data_path", "dataset", "finetune", "model", "tune", "input_size", "epochs",
+            "batch_size", "blr", "output_dir", "resume", "eval", "device",
+        ),
+        presets=("tune", {"full": FULL, "linear": LINEAR}),
+    )  # fmt: skip
+    parser.add_argument(
+        "--tune",
+        default="full",
+        help="what is trained: full, partial:K or linear; K: the last blocks, 0.5 the last MLP, 0 "
+        "as linear",
+    )
+    add_data_flags(parser, list(DATASETS))
+    add_split_flags(parser)
+    for name, what in (("train_images", "learn from"), ("val_images", "measure on")):
+        parser.add_argument(
+            f"--{name}", type=number(int, 1), help=f"{what} so many, evenly spaced; default: all"
+        )
+    add_model_flags(parser)
+    add_augmentation_flags(parser)
+    add_optimisation_flags(
+        parser, unset=("epochs", "warmup_epochs", "blr", "min_lr", "weight_decay")
+    )
+    group = parser.add_argument_group("optimisation, fine-tuning")
+    group.add_argument(
+        "--layer_decay",
+        type=number(float, 0, 1, open_low=True),
+        help="factor on the learning rate from one block to the one before it",
+        **UNSET,
+    )
+    group.add_argument(
+        "--betas",
+        type=number(float, 0, 1, open_high=True),
+        nargs=2,
+        default=[0.9, 0.999],
+        metavar=("BETA1", "BETA2"),
+        help="of AdamW; a linear probe has LARS and no betas",
+    )
+    add_shard_flag(parser)
+    add_run_flags(parser)
+    group = add_checkpoint_flags(parser)
+    group.add_argument(
+        "--eval_every", type=number(int, 0), default=1, help="epochs between measurements"
+    )
+    group.add_argument(
+        "--eval", action="store_true", help="measure --resume or --finetune; no training"
+    )
+    group.add_argument(
+        "--dist_eval", action="store_true", help="accepted; evaluation is exact on any processes"
+    )
+    add_dry_run_flags(parser)
+    return parser
 
 
 def add_model_flags(parser: FlagParser) -> None:

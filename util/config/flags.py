@@ -248,15 +248,19 @@ def add_shard_flag(parser: FlagParser) -> None:
     )
 
 
-def compiles(args: argparse.Namespace, device: torch.device) -> bool:
+def compiles(args: argparse.Namespace, device: torch.device, *, unasked: bool = True) -> bool:
     """Whether to train through torch.compile: as the flags say, else on a GPU; not in shards.
+
+    Args:
+        unasked: also where no flag says it.
 
     Raises:
         BadInput: `--compile` and `--shard`, which gathers weights in the middle of the graph.
     """
     if args.shard and args.compile:
         raise BadInput("--shard does not go with --compile; leave one of them out")
-    return device.type == "cuda" and not args.shard if args.compile is None else args.compile
+    by_itself = unasked and device.type == "cuda" and not args.shard
+    return by_itself if args.compile is None else args.compile
 
 
 def add_checkpoint_flags(parser: FlagParser, lengths: str = "epochs") -> Any:

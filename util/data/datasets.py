@@ -1,7 +1,7 @@
 """Data sets by name: each builder gives an `ImageSource`, which decodes one image at a time.
 
-A new data set is one builder under `@DATASETS.register("name")`. Keep long listings in numpy arrays (see
-`util.data.listing.Names`) and let the source pickle small: each worker may get a copy.
+A new data set is one builder under `@DATASETS.register("name")`. Keep long listings in numpy arrays
+(see `util.data.listing.Names`) and let the source pickle small: each worker may get a copy.
 """
 
 import difflib

@@ -20,8 +20,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from util.train.dist import Processes
 
-# Where models keep their transformer blocks.
-BLOCKS = ("blocks", "decoder_blocks")
+# Where models keep their transformer blocks; a segmenter's are its encoder's.
+BLOCKS = ("blocks", "decoder_blocks", "encoder.blocks")
 
 
 class Placed:
@@ -53,8 +53,9 @@ class Placed:
         world = dist.group.WORLD
         assert world is not None
         mesh = DeviceMesh.from_group(world, procs.device.type)
+        modules: dict[str, Any] = dict(model.named_modules())
         for name in BLOCKS:
-            for block in getattr(model, name, ()):
+            for block in modules.get(name, ()):
                 fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
 

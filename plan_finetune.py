@@ -1,0 +1,140 @@
+"""`main_finetune.py --dry_run`: what the run would do and cost."""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+import models_zoo
+from build_finetune import (
+    TASK,
+    build_optimizer,
+    check_batch,
+    new_model,
+    open_set,
+    published_for,
+    said_of,
+)
+from engine_finetune import BatchAugmentation
+from models_protocols import blocks_of
+from util.data.splits import hold_out_of
+from util.dry_run.cost import classifier_layers, cost_of
+from util.dry_run.training import (
+    Data,
+    DryRun,
+    limited,
+    look_at_data,
+    measure_rate,
+    parameters_by_part,
+    rate_of,
+    start_of_plan,
+)
+from util.progress import say
+from util.train.advice import warn_of_shards, warn_of_start
+from util.train.dist import choose_device
+from util.train.schedule import scaled_lr
+from util.train.step import OptimizerStep
+from util.weights.files import load_state
+
+
+def plan_run(args: argparse.Namespace, count: int, warnings: Sequence[str] = ()) -> DryRun:
+    """What the run would do and cost on `count` processes, see `util.dry_run.training`."""
+    check_batch(args, count)
+    everything = argparse.Namespace(**vars(args) | {"train_images": None})
+    data = look_at_data(
+        args.dataset,
+        args.data_path,
+        args.dry_run_images,
+        lambda: open_set(everything, "train", args.in_chans),
+        hold_out_of(vars(args)),
+    )
+    data = limited(data, args.train_images)
+    model, arguments, start = planned_model(args, data)
+    tuned = model.freeze_to(args.tune)
+    blocks = blocks_of(args.tune, len(model.blocks))
+    (h, w), (ph, pw) = model.img_size, model.patch_size
+    global_batch = args.batch_size * count * args.accum_iter
+    rate, rate_note = rate_of(
+        args.images_per_second,
+        (lambda: rate_here(args, arguments)) if args.dry_run_measure else None,
+        count,
+    )
+    warnings = [
+        *warn_of_start(args.finetune, args.tune, args.layer_decay),
+        *warnings,
+        *warn_of_shards(args.shard, count),
+    ]
+    return DryRun(
+        task=TASK,
+        what=f"{args.model or 'the model'} {start}, tune {args.tune} ({len(tuned)} tensors), "
+        f"{model.in_chans} x {h} x {w}, patches {ph} x {pw}, {model.num_classes} classes",
+        data=data,
+        dataset=args.dataset,
+        batch_size=args.batch_size,
+        processes=count,
+        accum_iter=args.accum_iter,
+        epochs=args.epochs,
+        warmup_epochs=args.warmup_epochs,
+        lr=scaled_lr(args.blr, global_batch) if args.lr is None else args.lr,
+        min_lr=args.min_lr,
+        published=published_for(args),
+        warnings=warnings,
+        parameters=parameters_by_part(model),
+        cost=cost_of(
+            classifier_layers(arguments, blocks),
+            precision=args.precision,
+            grad_checkpointing=args.grad_checkpointing,
+        ),
+        counted="matrix products, 2 a multiply-add; backward of what learns and of what is after "
+        "it; evaluation is not counted",
+        precision=args.precision,
+        grad_checkpointing=args.grad_checkpointing,
+        optimizer="lars" if args.tune == "linear" else "adamw",
+        averages=args.ema_decay is not None,
+        image_values=model.in_chans * h * w,
+        save_every=args.save_every,
+        keep=args.keep,
+        output_dir=args.output_dir,
+        images_per_second=rate,
+        rate_note=rate_note,
+    )
+
+
+def planned_model(args: argparse.Namespace, data: Data) -> tuple[Any, dict[str, Any], str]:
+    """The model of a plan, its arguments, and where it starts; see `start_of_plan`."""
+    num_classes = args.nb_classes or data.classes
+    there, start = start_of_plan(args.finetune, args.model)
+    if there:
+        origin = load_state(args.finetune, args.weights_key)
+        model, arguments = new_model(args, origin, data.channels, num_classes)
+        for line in said_of(args, origin, args.finetune):
+            say(line)
+        return model, arguments, start
+    args = argparse.Namespace(
+        **vars(args) | {"finetune": None, "num_heads": None, "weights_key": None}
+    )
+    with torch.device("meta"):  # no memory and no time, whatever the size
+        model, arguments = new_model(args, None, args.in_chans or data.channels, num_classes)
+    return model, arguments, start
+
+
+def rate_here(args: argparse.Namespace, arguments: dict[str, Any]) -> float:
+    """Images/s of this process on drawn images: forward, backward, update; no loading."""
+    device = choose_device(args.device, 0)
+    check_batch(args, 1)  # the other processes are not there
+    model = models_zoo.VisionTransformer(**arguments)
+    model.freeze_to(args.tune)
+    model.to(device).train()
+    model.set_grad_checkpointing(args.grad_checkpointing)
+    images = torch.randn(args.batch_size, model.in_chans, *model.img_size, device=device)
+    labels = torch.zeros(args.batch_size, dtype=torch.long, device=device)
+    optimizer = build_optimizer(args, model, 0.0)
+    step = OptimizerStep(model, optimizer, device=device, precision=args.precision)
+    augmentation = BatchAugmentation()
+    return measure_rate(
+        lambda: step(lambda x: augmentation.loss(model(x), labels), [images], 0.0),
+        args.batch_size,
+        args.dry_run_measure,
+        device,
+    )

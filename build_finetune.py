@@ -116,10 +116,18 @@ def new_model(
         raise BadInput(
             f"{args.model} is no classifier; choose from {', '.join(models_zoo.CLASSIFIERS)}"
         )
-    arguments |= {"in_chans": in_chans, "lscale_init": args.lscale_init}
-    arguments["img_size"] = list(args.input_size or (arguments["img_size"],) * 2)
-    if args.patch_size is not None:
-        arguments["patch_size"] = list(args.patch_size)
+    arguments["in_chans"] = in_chans
+    for name in ("lscale_init", "patch_size"):
+        value = getattr(args, name)
+        if models_zoo.CLASSIFIERS[args.model][0] is models_zoo.VisionTransformer:
+            if name == "lscale_init" or value is not None:
+                arguments[name] = list(value) if isinstance(value, tuple) else value
+        elif value is not None:
+            raise BadInput(f"--{name} with --model {args.model}, which is no vision transformer")
+    if args.input_size is not None:
+        arguments["img_size"] = list(args.input_size)
+    elif isinstance(arguments.get("img_size"), int):
+        arguments["img_size"] = [arguments["img_size"]] * 2
     model = create_in_memory(lambda: models_zoo.create_model(args.model, **arguments))
     return model, arguments
 

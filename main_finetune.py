@@ -55,7 +55,6 @@ from util.train.lease import Lease, hold_folder
 from util.train.run import due
 from util.train.schedule import scaled_lr
 from util.train.session import Session, Start
-from util.weights.convert import read_encoder
 from util.weights.files import load_state
 
 # Beside those of every main: what is only measured.
@@ -105,8 +104,7 @@ def finetune(
             channels = saved["model_args"]["in_chans"]
         elif args.finetune:
             origin = load_state(args.finetune, args.weights_key)
-            stored = read_encoder(origin, args.finetune, args.input_size)
-            channels = stored.arguments["in_chans"]
+            channels = models_zoo.count_channels(origin, args.finetune, args.input_size)
         source = open_set(args, "train", channels)
         val_source = open_set(args, "val", source.channels) if args.eval_every else None
     if val_source is not None:
@@ -121,7 +119,7 @@ def finetune(
     # ------------------------------------------------------------------------------ model
     if saved:
         model_args = saved["model_args"]
-        model = models_zoo.VisionTransformer(**model_args)
+        model = models_zoo.ENCODER_KINDS.find(saved.get("encoder_kind", "vit"))(**model_args)
         check_classes(source.classes, saved["classes"], model_args["num_classes"])
     else:
         model, model_args = new_model(args, origin, source.channels, num_classes)
@@ -148,6 +146,7 @@ def finetune(
 
     def snapshot() -> dict[str, Any]:
         return {
+            **models_zoo.describe_kind(model),
             "classes": list(source.classes),
             "tune": args.tune,
             "best": best,

@@ -103,9 +103,10 @@ def register_encoder(kind: str, encoder: type[Encoder], **names: Mapping[str, An
         CLASSIFIERS.add(name, (encoder, dict(arguments)))
 
 
-def kind_of(encoder: type[Any]) -> str:
-    """The kind of a class of encoders."""
-    return next(kind for kind, known in ENCODER_KINDS.items() if known is encoder)
+def describe_kind(model: Any) -> dict[str, str]:
+    """What a checkpoint holds of an encoder's kind: nothing of a vision transformer's."""
+    kind = next(kind for kind, known in ENCODER_KINDS.items() if known is type(model))
+    return {} if kind == "vit" else {"encoder_kind": kind}
 
 
 def register_model(name: str, model: type[PretrainModel], **arguments: Any) -> None:

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-import models_zoo
 from build_finetune import (
     TASK,
     build_optimizer,
@@ -57,7 +56,7 @@ def plan_run(args: argparse.Namespace, count: int, warnings: Sequence[str] = ())
     global_batch = args.batch_size * count * args.accum_iter
     rate, rate_note = rate_of(
         args.images_per_second,
-        (lambda: rate_here(args, arguments)) if args.dry_run_measure else None,
+        (lambda: rate_here(args, type(model), arguments)) if args.dry_run_measure else None,
         count,
     )
     warnings = [
@@ -119,11 +118,11 @@ def planned_model(args: argparse.Namespace, data: Data) -> tuple[Any, dict[str, 
     return model, arguments, start
 
 
-def rate_here(args: argparse.Namespace, arguments: dict[str, Any]) -> float:
+def rate_here(args: argparse.Namespace, kind: type[Any], arguments: dict[str, Any]) -> float:
     """Images/s of this process on drawn images: forward, backward, update; no loading."""
     device = choose_device(args.device, 0)
     check_batch(args, 1)  # the other processes are not there
-    model = models_zoo.VisionTransformer(**arguments)
+    model = kind(**arguments)
     model.freeze_to(args.tune)
     model.to(device).train()
     model.set_grad_checkpointing(args.grad_checkpointing)

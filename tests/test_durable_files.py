@@ -41,7 +41,7 @@ BENCH = "pictures and made images of benchmarks and studies, which are made agai
 # File, function: how.
 WRITERS = {
     "engine_segment.py:write_label_maps": WHOLE,
-    "main_export.py:to_folder": BUILT,
+    "util/weights/export_transformers.py:to_transformers_folder": BUILT,
     "main_knn.py:FeatureFiles.__init__": "synced in close",
     "main_knn.py:FeatureFiles._create": "synced in close",
     "main_knn.py:FeatureFiles.write": "synced in close",

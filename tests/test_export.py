@@ -32,7 +32,6 @@ from test_classifier import (
 )
 from torch import Tensor, nn
 
-import main_export
 import util.train.checkpoint
 from models_mmae import MaskedAutoencoderViT
 from models_vit import VisionTransformer
@@ -45,6 +44,7 @@ from models_zoo import (
 )
 from util.errors import BadInput
 from util.train.checkpoint import load_file, write_signed
+from util.weights import export_model
 from util.weights.export import appearing, fold_lscale, fold_probe
 
 Export = Callable[..., tuple[int, str, str]]
@@ -683,7 +683,7 @@ def test_a_file_that_differs_is_not_written(
         folded["blocks.3.mlp.fc2.bias"] = weights["blocks.3.mlp.fc2.bias"]
         return folded
 
-    monkeypatch.setattr(main_export, "fold_lscale", wrong)
+    monkeypatch.setattr(export_model, "fold_lscale", wrong)
     before = left(tmp_path)
     code, _, err = export(checkpoint, to, tmp_path / f"new{SUFFIX.get(to, '.pth')}")
     assert code == 2 and "not written" in err and "other logits" in err

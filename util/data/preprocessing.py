@@ -58,6 +58,18 @@ class Preprocessing:
             "image_std": list(self.std),
         }
 
+    def describe(self, said: bool) -> str:
+        """The same for a reader who does it by hand.
+
+        Args:
+            said: whether mean and deviation are the file's own.
+        """
+        whose = "" if said else " (ImageNet's, for the file says none)"
+        return (
+            f"scaled (bicubic) to cover {self.size[0]} x {self.size[1]} / {self.share:g}, centre "
+            f"crop; 0..1, then less mean {self.mean}, over deviation {self.std}{whose}"
+        )
+
 
 def preprocessing_of(
     data: Mapping[str, Any], size: Sequence[int], channels: int

@@ -60,6 +60,20 @@ def load_state(
     return dict(in_our_names(state, path if "://" in path else str(place), key))
 
 
+def take_averaged(state: dict[str, Any], path: str) -> None:
+    """Put a fine-tuning's averaged weights in the place of the others, as `--ema` asks for.
+
+    Args:
+        state: what `load_state` gave; changed in place. path: the file, for the message.
+
+    Raises:
+        BadInput: there are none.
+    """
+    if "ema" not in state:
+        raise BadInput(f"{path} holds no averaged weights; leave --ema out")
+    state["model"] = state["ema"]
+
+
 def weights_file(path: str) -> Path:
     """The place of weights: a file, downloaded if it is an address, or a folder of transformers.
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from util.spec import Pair
+from util.weights.assumed import assumptions
 from util.weights.convert import PLACE
 
 # Where in a file's contents, once a model took its weights, the lines about that stand.
@@ -110,3 +111,15 @@ def group_of(name: str) -> str:
         return "decoder_*"
     first, dot, _ = name.partition(".")
     return f"{first}.*" if dot else name
+
+
+def describe_reading(
+    state: Mapping[str, Any], source: str, statistics: str | None = None
+) -> list[str]:
+    """What was taken from a file, and what was assumed of its model: lines for the reader.
+
+    Args:
+        state: what else the file holds, as the functions that load it return it.
+        source: the file. statistics: see `util.weights.assumed.assumptions`.
+    """
+    return [*state[LOADED], *assumptions(state, source, statistics)]

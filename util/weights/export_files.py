@@ -1,0 +1,73 @@
+"""Export to files that differ in names and layout alone: official MAE, mmsegmentation, ours."""
+
+from pathlib import Path
+
+from util.errors import BadInput
+from util.weights.convert_names import EPS, to_mmseg
+from util.weights.export_model import (
+    NO_DECODER,
+    LoadedModel,
+    Target,
+    metadata,
+    write_and_compare,
+)
+
+OFFICIAL_SIZES = {(768, 12, 16): "base", (1024, 24, 16): "large", (1280, 32, 14): "huge"}
+
+
+def to_official(source: LoadedModel, path: Path) -> list[str]:
+    """The layout of the official MAE code: `{"model": ...}`, a probe with its BatchNorm."""
+    kept = source.arguments
+    sides = (*kept["img_size"], *kept["patch_size"])
+    if sides[0] != sides[1] or sides[2] != sides[3] or source.eps != EPS:
+        raise BadInput(
+            f"the official MAE code has square images and patches and an epsilon of {EPS}, this "
+            f"model {kept['img_size']}, {kept['patch_size']} and {source.eps}; use --to timm"
+        )
+    weights = source.plain_weights(keep_probe=True)
+    # The official code takes `model` and passes over what we need to read it again.
+    line = write_and_compare(source, path, {"model": weights, **metadata(source, ours=False)})
+    name = OFFICIAL_SIZES.get((kept["embed_dim"], kept["depth"], sides[2]))
+    prefix = "mae_vit" if source.part == "decoder" else "vit"
+    called = f"{prefix}_{name}_patch{sides[2]}" if name else "none of its models has this size"
+    return [line, f"the official code's --model: {called}, --input_size {sides[0]}"]
+
+
+def to_mmsegmentation(source: LoadedModel, path: Path) -> list[str]:
+    """mmsegmentation's names, and the backbone that they are of."""
+    kept = source.arguments
+    (ph, pw), ratio = kept["patch_size"], kept["mlp_ratio"]
+    if ph != pw or ratio != int(ratio):
+        raise BadInput(
+            f"mmsegmentation takes square patches and a whole mlp_ratio, not {(ph, pw)} and "
+            f"{ratio}; use --to timm"
+        )
+    named = to_mmseg(source.plain_weights(keep_lscale=True))
+    line = write_and_compare(source, path, {"state_dict": named, **metadata(source, ours=False)})
+    backbone = (
+        f"backbone=dict(type='MAE', img_size={kept['img_size']}, patch_size={ph}, "
+        f"in_channels={kept['in_chans']}, embed_dims={kept['embed_dim']}, "
+        f"num_layers={kept['depth']}, num_heads={kept['num_heads']}, mlp_ratio={int(ratio)}, "
+        f"init_values=1.0, norm_cfg=dict(type='LN', eps={source.eps}), "
+        f"init_cfg=dict(type='Pretrained', checkpoint={str(path)!r}))"
+    )
+    return [line, backbone]
+
+
+def to_mmae(source: LoadedModel, path: Path) -> list[str]:
+    """A file of ours: every tensor as it was."""
+    state = {"task": "export", "step": 0, **metadata(source), "model": source.model.state_dict()}
+    return [write_and_compare(source, path, state)]
+
+
+OFFICIAL = Target(to_official)
+MMSEG = Target(
+    to_mmsegmentation,
+    refused={
+        **NO_DECODER,
+        "head": "takes no head: segmentors have their own; use --part encoder",
+    },
+    takes_segmenter=True,
+    keeps_lscale=True,
+)
+MMAE = Target(to_mmae, like_mae=False, takes_segmenter=True)

@@ -1,0 +1,157 @@
+"""The programs that `main_export.py` writes weights for, and what of a file goes to each."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from util.errors import BadInput, needs
+from util.train.checkpoint import local_file, peek
+from util.weights.export import check_same, has_lscale, run_onnx
+from util.weights.export_files import MMAE, MMSEG, OFFICIAL
+from util.weights.export_model import BAKED, LOOSE, LoadedModel, Target, compute_outputs
+from util.weights.export_onnx import ONNX
+from util.weights.export_timm import TIMM
+from util.weights.export_transformers import TRANSFORMERS, compute_transformers
+from util.weights.files import CONFIG, read_json, weights_file
+
+# By the name that --to takes.
+TARGETS: dict[str, Target] = {
+    "timm": TIMM,
+    "transformers": TRANSFORMERS,
+    "mmseg": MMSEG,
+    "official": OFFICIAL,
+    "onnx": ONNX,
+    "mmae": MMAE,
+}
+PARTS = ("auto", "decoder", "head", "encoder", "segmenter")
+# To the other targets goes a segmenter's encoder.
+SEGMENTER_TARGETS = [name for name, target in TARGETS.items() if target.takes_segmenter]
+
+
+def check_request(to: str, path: Path, checkpoint: str, keep_lscale: bool) -> None:
+    """See that a target can be written to a path.
+
+    Args:
+        to: one of `TARGETS`. path: the new file or folder. checkpoint: what is read.
+        keep_lscale: whether scales are to stay as they are.
+
+    Raises:
+        BadInput: it cannot.
+    """
+    target = TARGETS[to]
+    if path.suffix not in target.suffixes and not target.makes_folder:
+        known = [suffix or "nothing (a folder)" for suffix in target.suffixes]
+        raise BadInput(f"--output {path} must end in {' or '.join(known)} for --to {to}")
+    if keep_lscale and not target.keeps_lscale:
+        raise BadInput(f"--keep_lscale is for timm; --to {to} folds LScale or always keeps it")
+    if not path.name:
+        raise BadInput(f"--output {path} is no name of a file or of a new folder")
+    if path.exists() and path.resolve() == weights_file(checkpoint).resolve():
+        raise BadInput(f"--output {path} is the --checkpoint itself; choose another name")
+    if path.is_file() and path.name.startswith("checkpoint-") and peek(path) is not None:
+        raise BadInput(f"--output {path} is a checkpoint of a run; choose another name")
+
+
+def choose_part(asked: str, to: str, weights: Mapping[str, Tensor]) -> str:
+    """Which part of a model is exported: decoder | head | encoder.
+
+    Args:
+        asked: one of these, or auto: all that there is and that the target takes.
+        to: one of `TARGETS`. weights: of the file.
+
+    Raises:
+        BadInput: the target does not take what was asked for.
+    """
+    refused = TARGETS[to].refused
+    if asked in refused:
+        raise BadInput(f"--to {to} {refused[asked]}")
+    if asked != "auto":
+        return asked
+    for part, prefix in (("decoder", "decoder_"), ("head", "head.")):
+        if part not in refused and any(key.startswith(prefix) for key in weights):
+            return part
+    return "encoder"
+
+
+def list_losses(state: Mapping[str, Any], part: str, other: str) -> list[str]:
+    """What of a file's contents is not exported, whatever the target.
+
+    Args:
+        other: which weights stay behind, where the file has averaged ones.
+    """
+    weights, lost = state["model"], list(state["notes"])
+    decoder, head = (any(k.startswith(p) for k in weights) for p in ("decoder_", "head."))
+    if decoder and part != "decoder":
+        lost.append("the decoder is left out")
+        if "pos_phase" in weights:
+            lost.append(BAKED)
+    if head and part == "encoder":
+        lost.append("the head is left out")
+    if "norm.weight" not in weights and "fc_norm.weight" not in weights:
+        lost.append("the file has no final norm; the new one has a fresh one")
+    if "ema" in state:
+        lost.append(f"the {other} weights are left out")
+    if "optimizer" in state:
+        lost.append("the optimiser's state, and all else that a resume needs, is left out")
+    return lost
+
+
+def unlike_mae(model: Any) -> str | None:
+    """What no other program's masked autoencoder has room for; None: nothing."""
+    if model.decoder != "full":
+        return f"decoder {model.decoder!r} (CrossMAE's)"
+    if model.encoder_mask_tokens:
+        return "its mask token in the encoder"
+    return None if model.pca_components is None else "PCA coefficients as its target"
+
+
+def autoencoder_arguments(model: Any) -> dict[str, Any]:
+    """The arguments of `MaskedAutoencoderViT` that make a model of the same shape."""
+    first, decoder = model.blocks[0], model.decoder_blocks[0]
+    return {
+        "img_size": model.img_size,
+        "patch_size": model.patch_size,
+        "in_chans": model.in_chans,
+        "embed_dim": model.embed_dim,
+        "depth": len(model.blocks),
+        "num_heads": first.attn.num_heads,
+        "mlp_ratio": first.mlp.fc1.out_features / model.embed_dim,
+        "decoder_embed_dim": model.decoder_norm.weight.shape[0],
+        "decoder_depth": len(model.decoder_blocks),
+        "decoder_num_heads": decoder.attn.num_heads,
+        "norm_pix_loss": model.norm_pix_loss,
+        "lscale_init": 1.0 if has_lscale(model.state_dict()) else None,
+        "pos_offset": model.pos_offset,
+        "decoder": model.decoder,
+        "predict_ratio": model.predict_ratio,
+        "encoder_mask_tokens": model.encoder_mask_tokens,
+        "pca_components": model.pca_components,
+    }
+
+
+def check_reading(source: LoadedModel, path: str) -> str | None:
+    """Compare what was read with what its own program computes, where that can be asked.
+
+    Returns:
+        a line that says how equal they are, or None: official and mmsegmentation files say nothing
+        of their code, and timm's encoder is ours.
+
+    Raises:
+        BadInput: the outputs differ.
+    """
+    place = local_file(path)
+    expected = compute_outputs(source.model, source)
+    if place.suffix == ".onnx":
+        names = list(expected)
+        found = run_onnx(place, source.images(), names)
+        return check_same(expected, found, LOOSE, "the ONNX file")
+    folder = place if place.is_dir() else place.parent
+    if source.state["style"] != "transformers" or not (folder / CONFIG).is_file():
+        return None
+    library = needs("transformers", "transformers")
+    kind = read_json(folder / CONFIG).get("architectures", ["ViTModel"])[0]
+    theirs = getattr(library, kind).from_pretrained(folder).eval()
+    found = compute_transformers(theirs, source)
+    return check_same({name: expected[name] for name in found}, found, LOOSE, "transformers")

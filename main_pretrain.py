@@ -292,7 +292,7 @@ def peak_lr(args: argparse.Namespace, model: Any, num_visible: int, global_batch
     """The learning rate after the warm-up."""
     if args.lr is not None:
         return args.lr
-    return scaled_lr(args.blr, global_batch) * model.lr_factor(num_visible)
+    return model.adjust_lr(scaled_lr(args.blr, global_batch), num_visible)
 
 
 def plan_run(args: argparse.Namespace, count: int, warnings: Sequence[str] = ()) -> DryRun:

@@ -235,9 +235,10 @@ class MaskedAutoencoderViT(PretrainModel):
         """Masked patches of an image that are predicted while training, at least one."""
         return self.decoding.num_predicted(self, self.num_patches - num_visible)
 
-    def lr_factor(self, num_visible: int) -> float:
+    def adjust_lr(self, lr: float, num_visible: int) -> float:
         """CrossMAE's rule: fewer predictions, smaller steps."""
-        return self.num_predicted(num_visible) / (self.num_patches - num_visible)
+        # In this order: a run's learning rate keeps its last digit.
+        return lr * self.num_predicted(num_visible) / (self.num_patches - num_visible)
 
     def describe(self, num_visible: int) -> str:
         """See `PretrainModel.describe`."""

@@ -111,9 +111,9 @@ class PretrainModel(nn.Module):
         """
         return count_visible(places, ratio)
 
-    def lr_factor(self, num_visible: int) -> float:
-        """Factor on the peak learning rate that `--blr` gives."""
-        return 1.0
+    def adjust_lr(self, lr: float, num_visible: int) -> float:
+        """The peak learning rate, of the one that `--blr` gives."""
+        return lr
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that are never decayed, beside biases and those of one axis."""

@@ -131,7 +131,9 @@ def collect() -> dict[str, Any]:
     import lab.bench.command as lab_bench
     import main_pretrain
     import models_zoo
-    from util.config import finetune_flags, method_flags, segment_flags
+    from models_mmae import METHODS
+    from models_targets import PCA_PER_IMAGE
+    from util.config import finetune_flags, segment_flags
     from util.data import transforms
     from util.mask.strategies import STANDARD
     from util.slurm import add_job_flags
@@ -153,12 +155,12 @@ def collect() -> dict[str, Any]:
             "segment": vars(build_segment.PUBLISHED),
         },
         "presets": {
-            "--method": method_flags.METHODS,
+            "--method": METHODS,
             "--tune": {"full": finetune_flags.FULL, "linear": finetune_flags.LINEAR},
             "segment": {"lr": segment_flags.LR, "scales": segment_flags.SCALES},
             "segment looks": segment_flags.LOOKS_BY_DEFAULT,
             "standard masks": STANDARD,
-            "patches of an image for a PCA": method_flags.PCA_PER_IMAGE,
+            "patches of an image for a PCA": PCA_PER_IMAGE,
             "crop jitter": transforms.JITTER,
             "evaluation": {
                 "crop share": transforms.CROP_SHARE,

@@ -201,7 +201,7 @@ class Watch:
             engine.normalize, main.distribute = normalize, distribute
 
         # A prediction is made float32 before it is turned into pixels.
-        from models_layers import PatchPCA
+        from models_targets import PatchPCA
 
         inverse = PatchPCA.inverse
         PatchPCA.inverse = lambda pca, x: inverse(pca, x.to(pca.basis))  # type: ignore

@@ -94,8 +94,8 @@ def test_help_all_shows_presets_sizes_and_lists(run_main) -> None:
         return " ".join(run_main(name, ["--help_all"])[1].split())
 
     text = said("main_pretrain")
-    assert "(default by --method: mae random, mmae mixed)" in text
-    assert "(default by --method: mae none, mmae 0.1)" in text
+    assert "(default by --method: mmae mixed, mae random)" in text
+    assert "(default by --method: mmae 0.1, mae none)" in text
     assert "(default: 0.2 1.0)" in text and "(default: 400)" in text
     text = said("main_finetune")
     assert "(default by --tune: full 50, linear 90)" in text

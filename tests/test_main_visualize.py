@@ -15,10 +15,12 @@ from runs import records
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from trained import Trained
 
-from engine_pretrain import fills_of, reconstruct
+from engine_pretrain import fills_of, masker_of, reconstruct
 from models_zoo import create_model, load_pretrained
 from util.data.images import IMAGENET_MEAN, IMAGENET_STD
 from util.errors import EXIT_FAILED
+from util.mask.patches import masked_patches
+from util.mask.strategies import STANDARD
 from util.measure.metrics import masked_psnr
 from util.measure.visualize import panels, picture_grid
 from util.train.checkpoint import LAST, load_file, save_checkpoint
@@ -128,21 +130,15 @@ def test_perfect_predictions_restore_the_image() -> None:
         images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
         mask = torch.rand(2, 64).argsort(1) >= 16
 
-        class Oracle:
-            def __init__(self, model: torch.nn.Module) -> None:
-                self.model = model
-                self.norm_pix_loss, self.patch_size = model.norm_pix_loss, model.patch_size
-                self.pixels_of = model.pixels_of
+        def oracle(x, mask, num_visible, model=model):
+            return {"pred": model.target(masked_patches(x, mask, model.patch_size))}
 
-            def __call__(self, x, mask, num_visible):
-                from util.mask.patches import masked_patches
-
-                return {"pred": self.model.target(masked_patches(x, mask, self.patch_size))}
-
-        picture = reconstruct(Oracle(model), images, mask, 16, IMAGENET_MEAN, IMAGENET_STD)
+        model.forward = oracle
+        masker = masker_of(STANDARD, model)
+        picture = reconstruct(model, images, mask, masker, IMAGENET_MEAN, IMAGENET_STD)
         assert (picture - images).abs().max() < 1e-3
         psnr = masked_psnr(images, picture, mask, model.patch_size)
-        fills = fills_of(model, images, mask, IMAGENET_MEAN, IMAGENET_STD)
+        fills = fills_of(model, images, mask, masker, IMAGENET_MEAN, IMAGENET_STD)
         assert all(
             (psnr > masked_psnr(images, f, mask, model.patch_size)).all() for f in fills.values()
         )

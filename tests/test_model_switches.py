@@ -13,7 +13,7 @@ from timm.layers import DropPath
 from timm.models.vision_transformer import Block, LayerScale
 from torch import Tensor, nn
 
-from models_layers import CrossBlock
+from models_decoders import CrossBlock
 from models_mmae import DECODERS, MaskedAutoencoderViT
 from models_zoo import (
     create_model,
@@ -49,7 +49,7 @@ def autoencoder(name: str = "mae_vit_micro_patch4", seed: int = 0, **more: Any) 
     sizes = {"img_size": (2 * patch, 3 * patch), "depth": 3, "decoder_depth": 2}
     torch.manual_seed(seed)
     model = create_model(name, **sizes | more)
-    if model.pca is not None:
+    if model.target_name == "pca":
         values = len(model.pca.mean)
         basis = torch.linalg.qr(torch.randn(values, values)).Q[:, : model.pca_components]
         model.pca.set(torch.randn(values), basis)

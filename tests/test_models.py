@@ -20,8 +20,8 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTenso
 from torch.utils.flop_counter import FlopCounterMode
 
 import models_layers
+from models_decoders import DecoderTrunk
 from models_layers import (
-    DecoderTrunk,
     EncoderBlock,
     QueryBlock,
     attend,

@@ -136,7 +136,7 @@ def test_pretraining_there_is_pretraining_here(
         assert optimizer.defaults["fused"] == (device.type == "cpu")
         losses = []
         data = batches(model, masker.strategy, 3)
-        loss = PretrainLoss(masker, MEAN, STD, device, jitter=pos_offset == "jitter")
+        loss = PretrainLoss(masker, MEAN, STD, device, tuple(model.draws))
         train_steps(
             model, data, OptimizerStep(model, optimizer, device=device), loss, lambda _: 1e-3,
             first_step=0, after_step=lambda report: losses.append(float(report.result.loss)),

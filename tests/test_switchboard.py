@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision.transforms import InterpolationMode, v2
 
-from engine_pretrain import reconstruct
+from engine_pretrain import masker_of, reconstruct
 from lab.bench.step_speed import flop_counter
 from models_mmae import MaskedAutoencoderViT
 from models_zoo import load_encoder, load_pretrained, model_arguments
@@ -23,13 +23,13 @@ from util.data.transforms import AUGMENTS, EvalTransform, PretrainTransform, pre
 from util.errors import BadInput
 from util.mask.patches import patch_averages, patchify
 from util.mask.pca import PatchMoments
-from util.mask.strategies import create_strategy
+from util.mask.strategies import STANDARD, create_strategy
 from util.train.checkpoint import load_file
 
 
 def fitted(model: MaskedAutoencoderViT) -> MaskedAutoencoderViT:
     """With a PCA of random patches, where it has one."""
-    if model.pca is not None:
+    if model.target_name == "pca":
         values = len(model.pca.mean)
         moments = PatchMoments(values)
         moments.update(torch.randn(4 * values, values, generator=torch.Generator().manual_seed(3)))
@@ -127,7 +127,7 @@ def test_pca_is_scikit_learns() -> None:
     coefficients = model.target(torch.from_numpy(given)).reshape(8, 10)
     np.testing.assert_allclose(coefficients, expected, rtol=0, atol=1e-9)
     restored = theirs.inverse_transform(expected * np.sign(largest))
-    np.testing.assert_allclose(model.pixels_of(coefficients), restored, rtol=0, atol=1e-9)
+    np.testing.assert_allclose(model.pca.inverse(coefficients), restored, rtol=0, atol=1e-9)
 
 
 def test_pca_sums_add_over_processes() -> None:
@@ -169,15 +169,13 @@ def test_a_perfect_prediction_of_all_coefficients_is_the_image() -> None:
     images = torch.randint(0, 256, (2, 3, 8, 12), dtype=torch.uint8)
     mask = batch(model, 2)[1]
 
-    class Oracle:
-        norm_pix_loss, patch_size, pca_components = False, (4, 4), 48
-        pixels_of = staticmethod(model.pixels_of)
+    def oracle(x: Tensor, mask: Tensor, num_visible: int) -> dict[str, Tensor]:
+        hidden = patchify(x, (4, 4))[mask].reshape(2, 4, 48)
+        return {"pred": model.target(hidden)}
 
-        def __call__(self, x: Tensor, mask: Tensor, num_visible: int) -> dict[str, Tensor]:
-            hidden = patchify(x, (4, 4))[mask].reshape(2, 4, 48)
-            return {"pred": model.target(hidden)}
-
-    picture = reconstruct(Oracle(), images, mask, VISIBLE, (0.5,) * 3, (0.2,) * 3)
+    model.forward = oracle
+    masker = masker_of(STANDARD | {"mask_ratio": 1 - VISIBLE / model.num_patches}, model)
+    picture = reconstruct(model, images, mask, masker, (0.5,) * 3, (0.2,) * 3)
     assert (picture - images).abs().max() < 0.01  # gray levels
 
 

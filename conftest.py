@@ -75,7 +75,7 @@ def small_models() -> Iterator[None]:
 def few(monkeypatch: pytest.MonkeyPatch) -> int:
     """Pretraining and fine-tuning see that many images of their data set: runs of a few steps."""
     count = 60
-    for name in ("main_pretrain", "main_finetune"):
+    for name in ("main_pretrain", "main_finetune", "plan_finetune"):
         module = importlib.import_module(name)
         whole = module.open_set
 

@@ -76,7 +76,7 @@ def masker_of(settings: Mapping[str, Any], model: Any) -> Masker:
     Raises:
         BadInput: no such strategy, cells that do not fit, or nothing would be visible or masked.
     """
-    cells = cells_of(model.mask_grid, settings["mask_cell"])
+    cells = cells_of(model.mask_grid, settings.get("mask_cell", (1,)))
     count = math.prod(cells.grid)
     visible = model.num_visible(count, settings["mask_ratio"])
     words = f"{1 - visible / count:.0%} {settings['mask']}"

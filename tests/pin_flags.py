@@ -180,7 +180,7 @@ def collect() -> dict[str, Any]:
         },
         "models": {
             name: {"class": create.__name__, **arguments}
-            for name, (create, arguments) in (models_zoo.MODELS | models_zoo.CLASSIFIERS).items()
+            for name, (create, arguments) in {**models_zoo.MODELS, **models_zoo.CLASSIFIERS}.items()
         },
         "arguments": defaults_in_python(),
     }

@@ -331,14 +331,14 @@ def draws_of(main: str, prefix: str, kind: str, flags: tuple[str, ...], **reads:
 
 
 STILL = "--no_distortion"
-PLAIN = ("--mask=mixed", "--pos_offset=jitter")
+PLAIN = ("--mask=mixed", "--pos_offset=jitter", "--decoder=cross", "--predict_ratio=0.5")
 CROP = {"crop": ("augment", crop_of, False), "flip": ("augment", flip_of, True)}
 BY_SAMPLE: dict[str, Draw] = {
     **draws_of(
         "main_pretrain", "pretrain", "ramp", PLAIN, **CROP,
         mask=("mask", bytes_of("noise", slice(0, 1)), False),
         averages=("mask", bytes_of("noise", slice(1, 2)), False),
-        order=("predict", bytes_of("noise", slice(-1, None)), False),
+        order=("predict", bytes_of("order"), False),
         shift=("shift", bytes_of("shift"), False),
     ),
     **draws_of("main_pretrain", "pretrain by pil", "ramp", ("--decode=pil",), **CROP),
@@ -459,9 +459,10 @@ def test_no_two_streams_or_rows_are_alike(runs: Runs) -> None:
     found = runs(look, "main_pretrain", "ramp", PLAIN)
     for key, sample in found.samples.items():
         rows = [row for row in sample["noise"]]
-        assert len(rows) == 3
+        assert len(rows) == 2
         assert all((a != b).any() for i, a in enumerate(rows) for b in rows[:i])
-        starts = [row[:2] for row in rows] + [sample["shift"] + 0.5]
+        starts = [row[:2] for row in rows]
+        starts += [sample["shift"] + 0.5, sample["order"][:2] + 0.5]
         assert all(not torch.allclose(a, b) for i, a in enumerate(starts) for b in starts[:i]), key
 
 
@@ -621,16 +622,15 @@ def test_training_leaves_the_global_generators_alone(main: str, runs: Runs) -> N
 
 @pytest.mark.parametrize("partial", [True, False])
 def test_masks_order_and_shift_are_those_of_their_streams(partial: bool, tmp_path: Path) -> None:
-    """What reaches the model is drawn from (seed, stream, key), and is the last row of noise where
-    it orders a partial prediction."""
+    """What reaches the model is drawn from (seed, stream, key)."""
     import main_pretrain
 
     seen: list[tuple[Tensor, ...]] = []
     forward = MaskedAutoencoderViT.forward
 
-    def noted(self: Any, images: Tensor, mask: Tensor, visible: int, shift: Any, order: Any) -> Any:
-        result = forward(self, images, mask, visible, shift, order)
-        seen.append((mask, shift, order, result["pred"]))
+    def noted(self: Any, images: Tensor, mask: Tensor, visible: int, **drawn: Tensor) -> Any:
+        result = forward(self, images, mask, visible, **drawn)
+        seen.append((mask, drawn.get("shift"), drawn.get("order"), result["pred"]))
         return result
 
     # 4 x 4 patches of 4 pixels: of one colour, so that the averages decide nothing but by noise.
@@ -806,13 +806,13 @@ DRAWN_IN = {
 }
 # Where the stream is an argument of one's own, or another function is called `seeds_of`.
 HANDED_ON = (
-    "util/data/randomness.py", "util/data/samples.py", "lab/study/analysis.py", "util/runs/plan.py", "util/runs/arms.py",
-    "util/yaml_values.py",
+    "util/data/randomness.py", "util/data/samples.py", "lab/study/analysis.py",
+    "util/runs/plan.py", "util/runs/arms.py", "util/yaml_values.py",
 )  # fmt: skip
 # Who draws from global generators: a main's first weights and, seeded for each sample, transforms.
 FROM_GLOBAL = {
     "models_decoders.py": "the mix of a cross decoder at the start",
-    "models_protocols.py": "a head's first weights",
+    "models_layers.py": "first weights", "models_protocols.py": "a head's first weights",
     "models_mmae.py": "first weights", "models_upernet.py": "first weights",
     "models_vit.py": "first weights",
     "util/data/segmentation_transforms.py": "seeded by SegmentationSamples",

@@ -14,8 +14,8 @@ from util.config.flags import FlagParser, add_dry_run_flags, run_options
 from util.mask.strategies import STANDARD
 from util.slurm import add_job_flags
 
-# The files beside a main that are its own, but for its plan.
-PARTS = ("build", "eval")
+# The files beside a main that are its own.
+PARTS = ("build", "eval", "plan")
 # What only a dry run calls: a flag that is read there alone does nothing in a run.
 PLANS = ("plan_run", "planned_model", "rate_here")
 # Flags that are for the parser, and those that are accepted and say that they do nothing.

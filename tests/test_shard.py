@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,10 +13,11 @@ from launch import TINY, launch, start_group, wait, wait_for_step
 from runs import records
 from test_processes import NoHostSync, break_loss
 
-from models_zoo import create_model
+from models_zoo import create_model, create_segmenter
 from util.errors import EXIT_STOPPED
+from util.train import shard as sharding
 from util.train.checkpoint import LAST, load_file
-from util.train.dist import distribute, processes
+from util.train.dist import Processes, distribute, processes
 from util.train.optim import create_adamw, parameter_groups
 from util.train.shard import Placed, local, optimizer_parts
 from util.train.step import OptimizerStep
@@ -238,6 +240,70 @@ def test_finetuning(tune: str, tmp_path: Path) -> None:
     a, b = (json.loads(log[-1]) for log in lines)
     assert a["kind"] == "eval" and a["images"] == b["images"] > 0
     assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+
+
+SEGMENT = [
+    "--dataset=garments", "--model=vit_micro_patch8", "--input_size=32", "--window=32",
+    "--stride=24", "--scene_size=48", "--channels=8", "--aux_channels=8", "--train_images=24",
+    "--val_images=3", "--iterations=12", "--warmup_iterations=2", "--eval_every=6",
+    "--save_every=6", "--pictures=2", "--batch_size=2", "--accum_iter=2", "--lr=1e-3",
+    "--drop_path=0.3", "--dropout=0.1", "--relative_bias", "--lscale_init=1", "--clip_grad=0.5",
+    "--loss_mean=valid", "--num_workers=0", "--log_every=1", "--device=cpu",
+]  # fmt: skip
+
+
+@pytest.mark.dist
+def test_segmentation_with_and_without_shards(tmp_path: Path) -> None:
+    """BatchNorm over processes, biases outside of the blocks; stopped with, gone on without.
+
+    Three images are measured, by two processes, and two are drawn by one of them.
+    """
+
+    def run(folder: str, *flags: str, stop: int | None = None) -> Path:
+        started = [*SEGMENT, f"--output_dir={tmp_path / folder}", *flags]
+        children = launch(started, tmp_path / "out", 2, module="main_segment")
+        if stop is not None:
+            wait_for_step(tmp_path / folder, stop, children, "segment")
+            children[0].terminate()
+        codes = wait(children)
+        assert codes == [EXIT_STOPPED if stop else 0] * 2, (tmp_path / "out").read_text()
+        return tmp_path / folder
+
+    whole, shards = run("whole"), run("shards", "--shard")
+    assert "in 2 shards" in (tmp_path / "out").read_text()
+    both = [run("both", mode, stop=stop) for mode, stop in (("--shard", 7), ("--no-compile", None))]
+    for folder in (shards, both[0]):
+        # 12 steps in float32; BatchNorm's statistics are among what is compared.
+        assert distance(folder, whole) < WRONG / 6
+        lines = [(f / "metrics-segment.jsonl").read_text().splitlines() for f in (folder, whole)]
+        for a, b in zip(*[[json.loads(x) for x in log] for log in lines], strict=True):
+            keys = [k for k in ("kind", "step", "images") if k in a]
+            assert [a[k] for k in keys] == [b[k] for k in keys]
+            if a["kind"] == "train":
+                # The norm of a step is that of all shards.
+                expected = [b["loss"], b["grad_norm"]]
+                assert [a["loss"], a["grad_norm"]] == pytest.approx(expected, rel=1e-3)
+            elif a["kind"] == "eval":
+                assert a["pixel_accuracy"] == pytest.approx(b["pixel_accuracy"], abs=0.5)
+        pictures = {p.name for p in (folder / "pictures").iterdir()}
+        assert pictures == {"iteration-6.png", "iteration-12.png"}
+
+
+def test_each_block_is_a_unit_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also a segmenter's, in its encoder: else all of its weights were gathered at once."""
+    cut: list[torch.nn.Module] = []
+    monkeypatch.setattr(sharding, "fully_shard", lambda module, mesh: cut.append(module))
+    monkeypatch.setattr(sharding.dist, "broadcast", lambda *rest, **more: None)
+    monkeypatch.setattr(sharding.dist, "group", SimpleNamespace(WORLD=object()))
+    monkeypatch.setattr(sharding.DeviceMesh, "from_group", lambda *rest: None)
+    procs = Processes(0, 2, 0, 2, torch.device("cpu"))
+    for model, blocks in (
+        (create_model("mae_vit_micro_patch4", **ODD), ["blocks", "decoder_blocks"]),
+        (create_segmenter("vit_micro_patch8", 3, img_size=32, channels=8), ["encoder.blocks"]),
+    ):
+        cut.clear()
+        Placed(model, procs, shard=True)
+        assert cut == [*(b for name in blocks for b in model.get_submodule(name)), model]
 
 
 def test_one_process_has_nothing_to_share(tmp_path: Path, run_main) -> None:

@@ -43,7 +43,7 @@ from util.data.replace import fault_of
 from util.data.samples import LabelledSamples, build_loader, default_workers
 from util.data.splits import hold_out_of
 from util.data.transforms import EvalTransform, normalize
-from util.dry_run.cost import classifier_layers, cost_of
+from util.dry_run.cost import count_forward
 from util.dry_run.report import Features, describe_features
 from util.dry_run.training import look_at_data, processes_of
 from util.errors import BadInput, CannotWrite, command
@@ -442,15 +442,11 @@ def plan_run(args: argparse.Namespace, count: int) -> str:
         size = {} if args.input_size is None else {"img_size": args.input_size}
         with torch.device("meta"):
             model = models_zoo.create_model(args.model, num_classes=0, **size)
-    arguments = {
-        "img_size": model.img_size,
-        "patch_size": model.patch_size,
-        "in_chans": model.in_chans,
-        "embed_dim": model.num_features,
-        "depth": len(model.blocks),
-        "num_heads": model.blocks[0].attn.num_heads,
-        "num_classes": 0,
-    }
+
+    def drawn_features(encoder: Any, images: int) -> Any:
+        size = (images, encoder.in_chans, *encoder.img_size)
+        return encoder.features(torch.rand(size), args.features)
+
     return describe_features(
         Features(
             what=f"{args.model or args.checkpoint}, features {args.features}, k {args.k}",
@@ -459,7 +455,7 @@ def plan_run(args: argparse.Namespace, count: int) -> str:
             used=min(args.train_images or data.images, data.images),
             processes=count,
             parameters=sum(p.numel() for p in model.parameters()),
-            forward=cost_of(classifier_layers(arguments, 0)).forward,
+            forward=count_forward(model, drawn_features),
             width=width_of(model, args.features),
             images_per_second=args.images_per_second,
         )

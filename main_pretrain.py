@@ -14,6 +14,7 @@ import math
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ from util.data.randomness import EvalSampler, evenly
 from util.data.samples import PretrainSamples, build_loader
 from util.data.splits import hold_out_of
 from util.data.transforms import EvalTransform, normalize, pretrain_transform
-from util.dry_run.cost import autoencoder_layers, cost_of
+from util.dry_run.cost import COUNTED, count_step
 from util.dry_run.report import describe
 from util.dry_run.training import (
     DryRun,
@@ -307,12 +308,8 @@ def plan_run(args: argparse.Namespace, count: int, warnings: Sequence[str] = ())
     )
     data = limited(data, args.train_images)
     with torch.device("meta"):  # no memory and no time, whatever the size
-        model, arguments = build_model(args, args.in_chans or data.channels)
+        model, _ = build_model(args, args.in_chans or data.channels)
     masker = masker_of(vars(args), model)
-    counted: Any = model
-    layers = autoencoder_layers(
-        arguments, masker.num_visible, counted.num_predicted(masker.num_visible)
-    )
     lr = peak_lr(args, model, masker.num_visible, args.batch_size * count * args.accum_iter)
     rate, rate_note = rate_of(
         args.images_per_second,
@@ -335,8 +332,14 @@ def plan_run(args: argparse.Namespace, count: int, warnings: Sequence[str] = ())
         published=PUBLISHED,
         warnings=[*warnings, *warn_of_shards(args.shard, count)],
         parameters=parameters_by_part(model),
-        cost=cost_of(layers, precision=args.precision, grad_checkpointing=args.grad_checkpointing),
-        counted="matrix products of encoder and decoder, 2 a multiply-add, both passes",
+        cost=count_step(
+            model,
+            partial(drawn_loss, num_visible=masker.num_visible),
+            batch_size=args.batch_size,
+            precision=args.precision,
+            grad_checkpointing=args.grad_checkpointing,
+        ),
+        counted=f"{COUNTED}, both passes",
         precision=args.precision,
         grad_checkpointing=args.grad_checkpointing,
         optimizer="adamw",
@@ -348,6 +351,13 @@ def plan_run(args: argparse.Namespace, count: int, warnings: Sequence[str] = ())
         images_per_second=rate,
         rate_note=rate_note,
     )
+
+
+def drawn_loss(model: Any, batch_size: int, num_visible: int) -> torch.Tensor:
+    """The loss of so many drawn images, as a training step computes it."""
+    mask = torch.rand(batch_size, math.prod(model.mask_grid)).argsort(dim=1) >= num_visible
+    drawn = {name: torch.rand(batch_size, *shape) - 0.5 for name, shape in model.draws.items()}
+    return model(torch.rand(batch_size, *model.input.shape), mask, num_visible, **drawn)["loss"]
 
 
 def rate_here(args: argparse.Namespace, channels: int) -> float:

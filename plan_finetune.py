@@ -16,9 +16,8 @@ from build_finetune import (
     said_of,
 )
 from engine_finetune import BatchAugmentation
-from models_protocols import blocks_of
 from util.data.splits import hold_out_of
-from util.dry_run.cost import classifier_layers, cost_of
+from util.dry_run.cost import COUNTED, count_step
 from util.dry_run.training import (
     Data,
     DryRun,
@@ -51,8 +50,10 @@ def plan_run(args: argparse.Namespace, count: int, warnings: Sequence[str] = ())
     data = limited(data, args.train_images)
     model, arguments, start = planned_model(args, data)
     tuned = model.freeze_to(args.tune)
-    blocks = blocks_of(args.tune, len(model.blocks))
-    (h, w), (ph, pw) = model.img_size, model.patch_size
+    h, w = model.img_size
+    # Not every encoder has patches of one size.
+    patch_size = getattr(model, "patch_size", None)
+    patches = "" if patch_size is None else f", patches {patch_size[0]} x {patch_size[1]}"
     global_batch = args.batch_size * count * args.accum_iter
     rate, rate_note = rate_of(
         args.images_per_second,
@@ -67,7 +68,7 @@ def plan_run(args: argparse.Namespace, count: int, warnings: Sequence[str] = ())
     return DryRun(
         task=TASK,
         what=f"{args.model or 'the model'} {start}, tune {args.tune} ({len(tuned)} tensors), "
-        f"{model.in_chans} x {h} x {w}, patches {ph} x {pw}, {model.num_classes} classes",
+        f"{model.in_chans} x {h} x {w}{patches}, {model.num_classes} classes",
         data=data,
         dataset=args.dataset,
         batch_size=args.batch_size,
@@ -80,13 +81,15 @@ def plan_run(args: argparse.Namespace, count: int, warnings: Sequence[str] = ())
         published=published_for(args),
         warnings=warnings,
         parameters=parameters_by_part(model),
-        cost=cost_of(
-            classifier_layers(arguments, blocks),
+        cost=count_step(
+            model,
+            drawn_loss,
+            batch_size=args.batch_size,
             precision=args.precision,
             grad_checkpointing=args.grad_checkpointing,
         ),
-        counted="matrix products, 2 a multiply-add; backward of what learns and of what is after "
-        "it; evaluation is not counted",
+        counted=f"{COUNTED}; backward of what learns and of what is after it; evaluation is not "
+        "counted",
         precision=args.precision,
         grad_checkpointing=args.grad_checkpointing,
         optimizer="lars" if args.tune == "linear" else "adamw",
@@ -116,6 +119,12 @@ def planned_model(args: argparse.Namespace, data: Data) -> tuple[Any, dict[str, 
     with torch.device("meta"):  # no memory and no time, whatever the size
         model, arguments = new_model(args, None, args.in_chans or data.channels, num_classes)
     return model, arguments, start
+
+
+def drawn_loss(model: Any, batch_size: int) -> torch.Tensor:
+    """The loss of so many drawn images, as a training step computes it."""
+    images = torch.rand(batch_size, model.in_chans, *model.img_size)
+    return BatchAugmentation().loss(model(images), torch.zeros(batch_size, dtype=torch.long))
 
 
 def rate_here(args: argparse.Namespace, kind: type[Any], arguments: dict[str, Any]) -> float:

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,8 +11,7 @@ import models_zoo
 from build_segment import POOL, PUBLISHED, TASK, build_optimizer, new_model, open_set, peak_lr
 from engine_segment import PixelLoss
 from util.data.splits import hold_out_of
-from util.dry_run.cost import cost_of
-from util.dry_run.cost_upernet import segmenter_layers
+from util.dry_run.cost import COUNTED, count_step
 from util.dry_run.training import (
     Data,
     DryRun,
@@ -75,13 +75,14 @@ def plan_run(args: argparse.Namespace, count: int, warnings: Sequence[str] = ())
             *warn_of_shards(args.shard, count),
         ],
         parameters=parameters_by_part(model),
-        cost=cost_of(
-            segmenter_layers(arguments, model.neck.factors),
+        cost=count_step(
+            model,
+            partial(drawn_loss, size=(h, w), loss=PixelLoss(args.aux_weight, args.loss_mean)),
+            batch_size=args.batch_size,
             precision=args.precision,
             grad_checkpointing=args.grad_checkpointing,
         ),
-        counted="matrix products and convolutions of encoder, neck and both heads, 2 a "
-        "multiply-add, both passes; evaluation is not counted",
+        counted=f"{COUNTED}, both passes; evaluation is not counted",
         precision=args.precision,
         grad_checkpointing=args.grad_checkpointing,
         optimizer="adamw",
@@ -109,6 +110,13 @@ def planned_model(args: argparse.Namespace, data: Data) -> tuple[Any, str]:
     )
     with torch.device("meta"):  # no memory and no time, whatever the size
         return new_model(args, num_classes)[0], start
+
+
+def drawn_loss(model: Any, batch_size: int, size: tuple[int, int], loss: PixelLoss) -> torch.Tensor:
+    """The loss of so many drawn crops (height, width), as a training step computes it."""
+    label = torch.zeros(batch_size, *size, dtype=torch.uint8)
+    output = model(torch.rand(batch_size, model.in_chans, *size))
+    return loss(output, label, loss.pixels(label))
 
 
 def rate_here(args: argparse.Namespace, arguments: dict[str, Any]) -> float:

@@ -116,7 +116,7 @@ def test_plan_of_ade20k_on_8_gpus(run_main) -> None:
     assert sum(total for _, total in plan.parameters.values()) == plan.weights
     text = describe(plan)
     for part in ("16 = 2 x 8 processes", "160,000, 126.7 epochs of 1,263", "warm-up 1,500 steps",
-                 "linear to 0", "biases of attention"):  # fmt: skip
+                 "linear to 0", "shared by all images"):  # fmt: skip
         assert part in text
     assert not [w for w in warnings_of(plan) if not w.startswith("checkpoints need")]
 

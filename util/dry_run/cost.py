@@ -1,55 +1,25 @@
-"""What a model costs before it is built: products, activations and parameters, layer by layer.
+"""What a step costs: operations and bytes, counted on tensors without values; disk by arithmetic.
 
-Everything follows from the model's arguments by arithmetic. What is counted: the multiplications
-and additions of matrix products (2 a pair), as `torch.utils.flop_counter` counts them, attention's
-own products among them. What is not: norms, activation functions, softmax, additions, optimiser.
+What is counted: the multiplications and additions of matrix products, convolutions and attention
+(2 a pair), by the formulas of `torch.utils.flop_counter`. What is not: norms, activation functions,
+softmax, additions, optimiser. Attention is counted as its fused kernel computes it, wherever the
+plan is made: two products forward, and five backward, which computes the scores again.
 
-An activation is a tensor that the backward pass needs and that is no parameter: its size is known
-from the layer's formula, its width from the precision. Temporary tensors are not counted.
+An activation is a tensor that the backward pass needs and that is no parameter. Temporary tensors
+are not counted.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-FULL, HALF = 4, 2  # bytes of a float32, and of a bf16 or fp16
-# A fused backward pass of attention computes the scores again: five products for two.
-ATTENTION_BACKWARD = 2.5
+from torch import Tensor, nn
 
+from util.dry_run.counting import run_forward, run_step
 
-@dataclass(frozen=True)
-class Layer:
-    """One layer, for one image.
-
-    Attributes:
-        part: encoder | decoder | head.
-        products: operations of the products with weights, forward.
-        attention: operations of attention's products of two activations, forward.
-        full: numbers kept for the backward pass in float32 whatever the precision (what norms
-            read: the residual stream, and losses).
-        narrow: numbers kept in the precision of the products.
-        entry: numbers that a block is computed again from with activation checkpointing; 0: a layer
-            that is not computed again.
-        block: which block of its part it belongs to, for what is computed again together; None: no
-            block. A block's layer begins with a norm.
-        last: operations of a block's last product, which is not computed again: nothing keeps what
-            it gives.
-        weights: numbers in its product's weights, which autocast copies.
-        shared: numbers kept in the precision of the products, once for all images.
-        trains: its weights learn.
-    """
-
-    part: str
-    products: float = 0
-    attention: float = 0
-    full: float = 0
-    narrow: float = 0
-    entry: float = 0
-    block: int | None = None
-    last: float = 0
-    weights: float = 0
-    shared: float = 0
-    trains: bool = True
+FULL = 4  # bytes of a float32
+# What the operations hold, for the reader.
+COUNTED = "matrix products, convolutions and attention (its fused kernel), 2 a multiply-add"
 
 
 @dataclass(frozen=True)
@@ -58,10 +28,11 @@ class Cost:
 
     Attributes:
         forward, backward: operations.
-        attention: those of both that are attention's own.
+        attention: those of both that are fused attention's own.
         activations: bytes kept at the fullest moment.
         copies: bytes of the weights in half precision, once for all images; 0 in float32.
-        shared: bytes of what else is kept once for all images: biases of attention.
+        shared: bytes of what else is kept once for all images: biases of attention, weights that
+            were scaled.
     """
 
     forward: float
@@ -77,247 +48,66 @@ class Cost:
         return self.forward + self.backward
 
 
-def _pair(size: Any) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
-
-
-def grid_of(arguments: Mapping[str, Any]) -> tuple[int, int]:
-    """(gh, gw) patches of a model's arguments."""
-    (h, w), (ph, pw) = _pair(arguments["img_size"]), _pair(arguments["patch_size"])
-    return h // ph, w // pw
-
-
-def patch_values(arguments: Mapping[str, Any]) -> int:
-    """Numbers in a patch."""
-    ph, pw = _pair(arguments["patch_size"])
-    return int(ph * pw * arguments.get("in_chans", 3))
-
-
-def _product(tokens: float, fan_in: float, fan_out: float) -> float:
-    return 2 * tokens * fan_in * fan_out
-
-
-def block_layers(
-    part: str,
-    number: int,
-    dim: int,
-    heads: int,
-    mlp_ratio: float,
-    tokens: int,
+def count_step(
+    model: nn.Module,
+    loss_of: Callable[[Any, int], Tensor],
     *,
-    lscale: bool,
-    queries: int | None = None,
-) -> list[Layer]:
-    """A transformer block: its attention half and its MLP half.
-
-    Args:
-        tokens: of the sequence.
-        queries: those that the block computes; None: all of them.
-        lscale: a scale on both branches, which keeps what it scales.
-    """
-    N, hidden = tokens, int(dim * mlp_ratio)
-    M = tokens if queries is None else queries
-    # The slice of a batch's last tokens is copied for the product with the query's weights.
-    copied = 0 if queries is None else M * dim
-    attention = Layer(
-        part,
-        products=_product(M, dim, 2 * dim) + _product(N, dim, 2 * dim),
-        attention=2 * _product(M, N, dim),
-        full=N * dim + 2 * N + M * heads,  # the norm's input and statistics, the softmax's sums
-        # Normalised tokens; queries, keys, values; what attention gives; for a scale, its input.
-        narrow=N * dim + copied + M * dim + 2 * N * dim + M * dim + lscale * M * dim,
-        entry=N * dim,
-        block=number,
-        weights=4 * dim * dim,
-    )
-    mlp = Layer(
-        part,
-        products=_product(M, dim, 2 * hidden),
-        full=M * dim + 2 * M,
-        narrow=M * dim + 2 * M * hidden + lscale * M * dim,
-        block=number,
-        last=0 if lscale else _product(M, hidden, dim),
-        weights=2 * dim * hidden,
-    )
-    return [attention, mlp]
-
-
-def cross_block_layers(
-    number: int,
-    dim: int,
-    memory_dim: int,
-    heads: int,
-    mlp_ratio: float,
-    queries: int,
-    tokens: int,
-    *,
-    lscale: bool,
-) -> list[Layer]:
-    """A block of CrossMAE's decoder: `queries` tokens read `tokens` of the encoder's width."""
-    M, N, hidden = queries, tokens, int(dim * mlp_ratio)
-    attention = Layer(
-        "decoder",
-        products=_product(M, dim, 2 * dim) + _product(N, memory_dim, 2 * dim),
-        attention=2 * _product(M, N, dim),
-        full=M * dim + 2 * M + 2 * N + M * heads,
-        narrow=M * dim + N * memory_dim + 2 * M * dim + 2 * N * dim + lscale * M * dim,
-        entry=M * dim,
-        block=number,
-        weights=2 * dim * dim + 2 * memory_dim * dim,
-    )
-    mlp = Layer(
-        "decoder",
-        products=_product(M, dim, 2 * hidden),
-        full=M * dim + 2 * M,
-        narrow=M * dim + 2 * M * hidden + lscale * M * dim,
-        block=number,
-        last=0 if lscale else _product(M, hidden, dim),
-        weights=2 * dim * hidden,
-    )
-    return [attention, mlp]
-
-
-def autoencoder_layers(
-    arguments: Mapping[str, Any], num_visible: int, num_predicted: int | None = None
-) -> list[Layer]:
-    """The layers of `MaskedAutoencoderViT`, in order.
-
-    Args:
-        arguments: of the model, by name.
-        num_visible: patches that the encoder sees.
-        num_predicted: masked patches that are predicted; None: all of them.
-    """
-    gh, gw = grid_of(arguments)
-    values = patch_values(arguments)
-    L, K = gh * gw, num_visible
-    M = L - K if num_predicted is None else num_predicted
-    D, E = arguments["embed_dim"], arguments["decoder_embed_dim"]
-    ratio, lscale = arguments.get("mlp_ratio", 4.0), arguments.get("lscale_init") is not None
-    cross = arguments.get("decoder", "full") == "cross"
-    # With mask tokens in the encoder it sees every patch, the masked ones as that token.
-    tokens = 1 + (L if arguments.get("encoder_mask_tokens") else K)
-    outputs = num_output_values(arguments, values)
-    layers = [
-        Layer("encoder", _product(K, values, D), narrow=K * values, weights=values * D),
-        *(
-            layer
-            for i in range(arguments["depth"])
-            for layer in block_layers(
-                "encoder", i, D, arguments["num_heads"], ratio, tokens, lscale=lscale
-            )
-        ),
-        Layer("encoder", full=tokens * D + 2 * tokens),  # the final norm
-    ]
-    heads, depth = arguments["decoder_num_heads"], arguments["decoder_depth"]
-    if cross:
-        mixed = arguments["depth"] + 1
-        # The encoder's outputs side by side, and each block's own sum of them.
-        mixing = Layer(
-            "decoder",
-            _product(tokens * D, mixed, depth),
-            narrow=(mixed + depth) * tokens * D,
-        )
-        layers.append(mixing)
-        for i in range(depth):
-            layers += cross_block_layers(i, E, D, heads, ratio, M, tokens, lscale=lscale)
-    else:
-        embed = Layer("decoder", _product(tokens, D, E), narrow=tokens * D, weights=D * E)
-        layers.append(embed)
-        for i in range(depth):
-            queries = M if i == depth - 1 else None
-            layers += block_layers(
-                "decoder", i, E, heads, ratio, 1 + L, lscale=lscale, queries=queries
-            )
-    # The norm; the product; prediction and target, which the squared error keeps.
-    layers += [
-        Layer("decoder", full=M * E + 2 * M),
-        Layer("decoder", _product(M, E, outputs), narrow=M * E, weights=E * outputs),
-        Layer("decoder", full=2 * M * outputs),
-    ]
-    return layers
-
-
-def num_output_values(arguments: Mapping[str, Any], values: int) -> int:
-    """Numbers predicted of a patch: its pixel values, or so many principal components."""
-    return int(arguments.get("pca_components") or values)
-
-
-def classifier_layers(arguments: Mapping[str, Any], tune: float | None = None) -> list[Layer]:
-    """The layers of the classifier `VisionTransformer`, in order.
-
-    Args:
-        arguments: of the model, by name.
-        tune: how many of the last blocks learn, 0.5: the last MLP; None: everything.
-    """
-    gh, gw = grid_of(arguments)
-    values = patch_values(arguments)
-    L, N, D, depth = gh * gw, 1 + gh * gw, arguments["embed_dim"], arguments["depth"]
-    classes, probe = arguments["num_classes"], arguments.get("probe", False)
-    lscale = arguments.get("lscale_init") is not None
-    if tune == depth:
-        tune = None
-    layers = [Layer("encoder", _product(L, values, D), narrow=L * values, weights=values * D)]
-    layers[0] = replace(layers[0], trains=tune is None)
-    for i in range(depth):
-        attention, mlp = block_layers(
-            "encoder", i, D, arguments["num_heads"], arguments.get("mlp_ratio", 4.0), N,
-            lscale=lscale,
-        )  # fmt: skip
-        whole = tune is None or i >= depth - int(tune)
-        half = tune == 0.5 and i == depth - 1
-        layers += [replace(attention, trains=whole), replace(mlp, trains=whole or half)]
-    pooled = arguments.get("global_pool", "avg") == "avg"
-    layers += [
-        Layer("encoder", full=D + 2 if pooled else N * D + 2 * N, trains=tune != 0),
-        Layer("head", full=D if probe else 0, trains=False),
-        Layer("head", _product(1, D, classes), narrow=D, full=classes, weights=D * classes),
-    ]
-    return layers
-
-
-def _with_gradient(layers: Sequence[Layer]) -> Iterator[tuple[Layer, bool]]:
-    """Each layer, and whether what its product reads needs a gradient: something before learns."""
-    before = False
-    for layer in layers:
-        yield layer, before or (layer.trains and layer.block is not None)  # its own norm
-        before = before or layer.trains
-
-
-def cost_of(
-    layers: Sequence[Layer], *, precision: str = "fp32", grad_checkpointing: bool = False
+    batch_size: int,
+    precision: str = "fp32",
+    grad_checkpointing: bool = False,
 ) -> Cost:
-    """What one image costs in a training step.
+    """What one image costs in a training step of a model.
+
+    The step runs on fake tensors. The model is copied and not changed, no random state is, and
+    neither memory nor time grow with the sizes of tensors. What a model computes from its weights
+    alone is shared by all images: a second step, of twice the images, tells it from the rest.
 
     Args:
-        layers: in the order of the forward pass.
-        precision: fp32 | bf16 | fp16; autocast's rules: products in it, norms and loss in float32.
-        grad_checkpointing: blocks keep what they read and are computed again in the backward pass.
+        model: on any device, also on `meta`. What learns is what requires a gradient.
+        loss_of: the copy, in training mode, and a number of images to the loss of that many images,
+            which it draws on the CPU. Called within autocast.
+        batch_size: images of a micro-batch. One is counted as half of two: a BatchNorm may need
+            them.
+        precision: fp32 | bf16 | fp16, as `OptimizerStep` trains in it.
+        grad_checkpointing: handed to the model's `set_grad_checkpointing`.
+
+    Raises:
+        BadInput: the model asks for a tensor's values, or cannot checkpoint.
     """
-    narrow = FULL if precision == "fp32" else HALF
-    forward = backward = attention = kept = copies = shared = 0.0
-    again: dict[tuple[str, int], float] = {}
-    for layer, before in _with_gradient(layers):
-        forward += layer.products + layer.attention
-        attention += layer.attention
-        # A copy is kept where the gradient of what the product reads needs it.
-        copies += layer.weights * HALF * before if precision != "fp32" else 0
-        shared += layer.shared * narrow
-        if not (layer.trains or before):
-            continue
-        backward += layer.products * (layer.trains + before) + ATTENTION_BACKWARD * layer.attention
-        attention += ATTENTION_BACKWARD * layer.attention
-        saved = FULL * layer.full + narrow * layer.narrow
-        if grad_checkpointing and layer.block is not None:
-            key = (layer.part, layer.block)
-            again[key] = again.get(key, 0) + saved
-            kept += FULL * layer.entry
-            backward += layer.products - layer.last + layer.attention
-            attention += layer.attention
-        else:
-            kept += saved
-    # Computed again one block after another: the largest is the fullest moment.
-    kept += max(again.values(), default=0)
-    return Cost(forward, backward, attention, kept, copies, shared)
+    B = max(batch_size, 2)
+    one, two = (
+        run_step(
+            model,
+            loss_of,
+            batch_size=size,
+            precision=precision,
+            grad_checkpointing=grad_checkpointing,
+        )
+        for size in (B, 2 * B)
+    )
+    grown = (two.kept - two.copies) - (one.kept - one.copies)
+    shared = max(0, one.kept - one.copies - grown)
+    return Cost(
+        forward=one.forward / B,
+        backward=one.backward / B,
+        attention=one.attention / B,
+        activations=(one.kept - one.copies - shared) / B,
+        copies=one.copies,
+        shared=shared,
+    )
+
+
+def count_forward(model: nn.Module, output_of: Callable[[Any, int], Any]) -> int:
+    """Operations of one image in evaluation mode.
+
+    Args:
+        model: as `count_step`'s.
+        output_of: the copy and a number of images to anything.
+
+    Raises:
+        BadInput: the model asks for a tensor's values.
+    """
+    return run_forward(model, output_of)
 
 
 @dataclass(frozen=True)
@@ -327,7 +117,7 @@ class Memory:
     Attributes:
         weights: all parameters and buffers in float32.
         copies: half-precision copies of the weights that autocast makes.
-        biases: of attention, one of a block for all images.
+        shared: kept once for all images, see `Cost`.
         gradients: of what learns.
         optimizer: its state.
         averages: of the weights, where they are kept (EMA).
@@ -337,7 +127,7 @@ class Memory:
 
     weights: float
     copies: float
-    biases: float
+    shared: float
     gradients: float
     optimizer: float
     averages: float
@@ -377,7 +167,7 @@ def memory_of(
     return Memory(
         weights=FULL * parameters,
         copies=cost.copies,
-        biases=cost.shared,
+        shared=cost.shared,
         gradients=FULL * learning,
         optimizer=FULL * OPTIMIZER_STATE[optimizer] * learning,
         averages=FULL * parameters * averages,

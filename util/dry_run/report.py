@@ -110,7 +110,8 @@ def cost_rows(run: DryRun) -> list[tuple[str, str]]:
     parts = {
         "weights": memory.weights,
         "half-precision copies": memory.copies,
-        "biases of attention": memory.biases,
+        # Statistics of norms alone are not worth a line.
+        "shared by all images": memory.shared if memory.shared > GIGA / 1000 else 0,
         "gradients": memory.gradients,
         OPTIMIZER_NAMES[run.optimizer] + " state": memory.optimizer,
         "averaged weights": memory.averages,

@@ -175,6 +175,11 @@ def read_source(args: argparse.Namespace) -> LoadedModel:
     path, state = args.checkpoint, load_state(args.checkpoint, args.weights_key)
     if args.ema:
         take_averaged(state, path)
+    if (kind := state.get("encoder_kind", "vit")) != "vit":
+        raise BadInput(
+            f"{path} holds an encoder of kind {kind}: {args.to} has no such model, and ours takes "
+            "its checkpoint as it is"
+        )
     part = choose_part(args.part, args.to, state["model"])
     head = "own" if part == "head" else "none"
     if part == "decoder":

@@ -161,18 +161,20 @@ def gather_images(args: argparse.Namespace, model: Any) -> tuple[list[str], list
     if bool(args.images) == bool(args.dataset):
         raise BadInput("give either --images FILES, or --dataset NAME or --data_path DATA")
     if args.dataset:
-        source = open_set(args, model.in_chans)
+        source = open_set(args, model.input.channels)
         transform = EvalTransform(model.input.image_size, margin=source.eval_margin)
         indices = evenly(len(source), args.num_images)
         return [source.file_name(i) for i in indices], [transform(source[i][0]) for i in indices]
     paths = [path for name in args.images for path in image_files(Path(name), "--images")]
-    if model.in_chans not in (1, 3):
-        raise BadInput(f"image files are gray or RGB, the model takes {model.in_chans} channels")
+    if model.input.channels not in (1, 3):
+        raise BadInput(
+            f"image files are gray or RGB, the model takes {model.input.channels} channels"
+        )
     if len(paths) > args.num_images:
         print_text(f"{args.num_images} of {len(paths):,} images, evenly spaced (--num_images)")
     paths = [paths[i] for i in evenly(len(paths), args.num_images)]
     transform = EvalTransform(model.input.image_size, margin=False)  # show as much as fits
-    read = partial(read_image, channels=model.in_chans, max_pixels=args.max_pixels)
+    read = partial(read_image, channels=model.input.channels, max_pixels=args.max_pixels)
     return [str(p) for p in paths], [transform(read(p)) for p in paths]
 
 
@@ -210,7 +212,7 @@ def measure(
             "--measure takes held-out images of a set: --dataset NAME or --data_path DATA"
         )
     mean, std = stats
-    source = open_set(args, model.in_chans).with_stats(mean, std)
+    source = open_set(args, model.input.channels).with_stats(mean, std)
     transform = EvalTransform(model.input.image_size, margin=source.eval_margin)
     sampler = EvalSampler(evenly(len(source), args.num_images), MEASURED_AT_ONCE)
     masks = {name: identity[name] for name in ("mask", "mask_ratio")}
@@ -262,7 +264,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     data = state.get("data", {})
     mean, std = data.get("mean"), data.get("std")
     if mean is None:  # foreign weights do not say; MAE's were trained with ImageNet's
-        gray = model.in_chans == 1
+        gray = model.input.channels == 1
         mean = [sum(IMAGENET_MEAN) / 3] if gray else IMAGENET_MEAN
         std = [sum(IMAGENET_STD) / 3] if gray else IMAGENET_STD
     statistics = "ImageNet's mean and deviation"

@@ -238,7 +238,10 @@ class Encoder(PartlyTuned, nn.Module):
         """Give it `head`, a linear layer on pooled features, with a BatchNorm before a probe's."""
         self.num_classes, self.global_pool = num_classes, global_pool or self.pools[0]
         if self.global_pool not in self.pools:
-            raise BadInput(f"unknown global_pool {global_pool!r}, choose from {list(self.pools)}")
+            raise BadInput(
+                f"{type(self).__name__} cannot pool by {global_pool!r}, only by "
+                f"{', '.join(self.pools)}; --global_pool stands for avg, --cls_token for cls"
+            )
         head: nn.Module = nn.Identity()
         if num_classes:
             head = nn.Linear(self.num_features, num_classes)

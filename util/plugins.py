@@ -59,7 +59,7 @@ def load_plugin(path: Path) -> Plugin:
         )
     if name in LOADED and LOADED[name].path != path:
         raise BadInput(f"--plugin {path}: {LOADED[name].path} has that name already; rename one")
-    if name not in LOADED and (name in sys.modules or _is_installed(name)):
+    if name not in LOADED and (name in sys.modules or _is_installed(name, path)):
         raise BadInput(f"--plugin {path}: there is a module {name!r} already; rename the file")
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
@@ -81,11 +81,13 @@ def load_plugin(path: Path) -> Plugin:
     return plugin
 
 
-def _is_installed(name: str) -> bool:
+def _is_installed(name: str, path: Path) -> bool:
+    """Whether Python finds another module of that name."""
     try:
-        return importlib.util.find_spec(name) is not None
+        spec = importlib.util.find_spec(name)
     except (ImportError, ValueError):
         return True
+    return spec is not None and (spec.origin is None or Path(spec.origin).resolve() != path)
 
 
 def _line(error: BaseException, path: Path) -> str:

@@ -89,9 +89,15 @@ class PretrainTensorTransform:
     ) -> Tensor:
         """One augmented view: uint8 [C, h, w], channels innermost in memory.
 
+        All frames of a clip, uint8 [C, T, H, W], have the same crop and flip.
+
         Args:
             generator: on the CPU; None: torch's global one.
         """
+        if isinstance(image, Tensor) and image.ndim == 4:
+            C, T, *size = image.shape
+            frames = self(image.reshape(C * T, *size), generator)
+            return frames.unflatten(0, (C, T)).contiguous()
         height, width = image.shape[1:] if isinstance(image, Tensor) else image.size[::-1]
         top, left, h, w = crop_box(height, width, self.crop_scale, generator)
         flipped = self.flip and torch.rand(1, generator=generator).item() < 0.5

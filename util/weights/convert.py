@@ -183,6 +183,11 @@ def read_encoder(
     Raises:
         BadInput: no vision transformer of that naming, or one whose positions fit no grid.
     """
+    if (kind := state.get("encoder_kind", "vit")) != "vit":
+        raise BadInput(
+            f"{source} holds an encoder of kind {kind}; this takes vision transformers alone "
+            "(main_finetune.py and main_knn.py take every kind)"
+        )
     state = in_our_names(state, source)
     weights = dict(state["model"])
     projection, table = weights.get("patch_embed.proj.weight"), weights.pop("pos_embed", None)

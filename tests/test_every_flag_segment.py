@@ -10,6 +10,7 @@ from every_flag_files import write_encoders, write_pairs
 from every_flag_training import Runner
 from test_segment_data import write_ade20k
 
+import build_segment
 import main_segment
 
 pytestmark = pytest.mark.smoke
@@ -202,7 +203,7 @@ def test_scene_size(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
         asked.append(size)
         raise alike.Enough
 
-    monkeypatch.setattr(main_segment, "build_segmentation_set", build)
+    monkeypatch.setattr(build_segment, "build_segmentation_set", build)
     for flags in ("", "--scene_size=64"):
         with pytest.raises(alike.Enough):
             runner("--dataset=garments", flags)

@@ -184,22 +184,23 @@ class Watch:
         self._keep_norms_still()
 
     def _compute_in_float64(self) -> None:
+        from util.train import session
+
         for task in ("pretrain", "finetune", "segment"):
-            engine, main = (
-                importlib.import_module(f"{kind}_{task}") for kind in ("engine", "main")
-            )
+            engine = importlib.import_module(f"engine_{task}")
 
             def normalize(*args: Any, original: Callable = engine.normalize) -> Tensor:
                 images = original(*args)
                 return images.double() if self.precise else images
 
-            def distribute(
-                model: nn.Module, *rest: Any, original: Callable = main.distribute, **more: Any
-            ) -> nn.Module:
-                return original(model.double(), *rest, **more)
+            engine.normalize = normalize
 
-            engine.normalize, main.distribute = normalize, distribute
+        original = session.distribute
 
+        def distribute(model: nn.Module, *rest: Any, **more: Any) -> nn.Module:
+            return original(model.double(), *rest, **more)
+
+        session.distribute = distribute
         # A prediction is made float32 before it is turned into pixels.
         from models_targets import PatchPCA
 

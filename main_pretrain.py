@@ -332,7 +332,8 @@ def plan_run(args: argparse.Namespace, count: int, warnings: Sequence[str] = ())
         published=PUBLISHED,
         warnings=[*warnings, *warn_of_shards(args.shard, count)],
         parameters=parameters_by_part(model),
-        cost=count_step(
+        count_cost=partial(
+            count_step,
             model,
             partial(drawn_loss, num_visible=masker.num_visible),
             batch_size=args.batch_size,

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -81,7 +82,8 @@ def plan_run(args: argparse.Namespace, count: int, warnings: Sequence[str] = ())
         published=published_for(args),
         warnings=warnings,
         parameters=parameters_by_part(model),
-        cost=count_step(
+        count_cost=partial(
+            count_step,
             model,
             drawn_loss,
             batch_size=args.batch_size,

@@ -75,7 +75,8 @@ def plan_run(args: argparse.Namespace, count: int, warnings: Sequence[str] = ())
             *warn_of_shards(args.shard, count),
         ],
         parameters=parameters_by_part(model),
-        cost=count_step(
+        count_cost=partial(
+            count_step,
             model,
             partial(drawn_loss, size=(h, w), loss=PixelLoss(args.aux_weight, args.loss_mean)),
             batch_size=args.batch_size,

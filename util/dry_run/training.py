@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -142,7 +143,7 @@ class DryRun:
         min_lr: at the end.
         published: the recipe that it is held to.
         parameters: numbers by part of the model, what learns and in all.
-        cost: of an image.
+        count_cost: counts what an image costs, which takes seconds.
         counted: what the FLOPs hold, for the reader.
         precision, grad_checkpointing, optimizer, averages: as in `util.dry_run.cost`.
         image_values: numbers in an image.
@@ -168,7 +169,7 @@ class DryRun:
     min_lr: float
     published: Published
     parameters: Mapping[str, tuple[int, int]]
-    cost: Cost
+    count_cost: Callable[[], Cost]
     counted: str
     precision: str
     grad_checkpointing: bool
@@ -233,6 +234,11 @@ class DryRun:
     def weights(self) -> int:
         """All parameters."""
         return sum(total for _, total in self.parameters.values())
+
+    @cached_property
+    def cost(self) -> Cost:
+        """Of an image; counted when it is first asked for."""
+        return self.count_cost()
 
     @property
     def memory(self) -> Memory:

@@ -19,7 +19,7 @@ PARTS = ("build", "eval", "plan")
 # What only a dry run calls: a flag that is read there alone does nothing in a run.
 PLANS = ("plan_run", "planned_model", "rate_here")
 # Flags that are for the parser, and those that are accepted and say that they do nothing.
-READ_BY_THE_PARSER, SAID_TO_DO_NOTHING = {"help", "help_all", "config"}, {"dist_eval"}
+READ_BY_THE_PARSER, SAID_TO_DO_NOTHING = {"help", "help_all", "config", "plugin"}, {"dist_eval"}
 
 
 class Everything:
@@ -57,13 +57,26 @@ def nodes(tree: ast.AST, without: tuple[str, ...]) -> Iterator[ast.AST]:
             yield from nodes(child, without)
 
 
+def value_names(source: str) -> set[str]:
+    """Words in the functions of a source that are handed the values of all flags."""
+    functions = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.FunctionDef)]
+    handed = [f for f in functions if "values" in {argument.arg for argument in f.args.args}]
+    found = [node.value for f in handed for node in ast.walk(f) if isinstance(node, ast.Constant)]
+    return {value for value in found if isinstance(value, str)}
+
+
 # Flags that a source reads by a list of their names: the words that do so, and the names.
 SESSION = (ROOT / "util/config/session_flags.py").read_text()
 READ_TOGETHER = {
     "session_settings(args, ": read_names(SESSION, "settings") | set(run_options(Everything())),
     "masker_of(vars(args), ": set(STANDARD),
     "hold_out_of(vars(args))": {"val_fraction", "val_seed"},
-    "getattr(args, name) for name in STANDARD": set(STANDARD),
+    "all_mask_settings()": set(STANDARD),
+    "kind.from_args(vars(args))": {
+        word
+        for name in ("models_mmae.py", "models_targets.py")
+        for word in value_names((ROOT / name).read_text())
+    },
 }
 
 

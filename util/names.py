@@ -1,7 +1,7 @@
 """Things that are found by name; a wrong name, and the valid one that was probably meant."""
 
 import difflib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
@@ -10,7 +10,7 @@ from util.errors import BadInput
 T = TypeVar("T")
 
 
-class Registry(Mapping[str, T], Generic[T]):
+class Registry(MutableMapping[str, T], Generic[T]):
     """What is found by name, in the order in which it was registered.
 
     A plugin (`util.plugins`) adds names; the framework's own stay what they are.
@@ -32,6 +32,13 @@ class Registry(Mapping[str, T], Generic[T]):
 
     def __getitem__(self, name: str) -> T:
         return self.things[name]
+
+    def __setitem__(self, name: str, thing: T) -> None:
+        """Set it whatever is there; `add` refuses a name that is taken."""
+        self.things[name], self.owners[name] = thing, Registry.owner
+
+    def __delitem__(self, name: str) -> None:
+        del self.things[name], self.owners[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.things)

@@ -117,8 +117,7 @@ def new_model(
             f"{args.model} is no classifier; choose from {', '.join(models_zoo.CLASSIFIERS)}"
         )
     arguments["in_chans"] = in_chans
-    for name in ("lscale_init", "patch_size"):
-        value = getattr(args, name)
+    for name, value in (("lscale_init", args.lscale_init), ("patch_size", args.patch_size)):
         if models_zoo.CLASSIFIERS[args.model][0] is models_zoo.VisionTransformer:
             if name == "lscale_init" or value is not None:
                 arguments[name] = list(value) if isinstance(value, tuple) else value

@@ -24,7 +24,7 @@ from torch import Tensor
 Trace = dict[str, Any]
 # Flags that only the parser itself knows; tests/test_help.py and tests/test_config_files.py have
 # what they do, for every main.
-OF_THE_PARSER = {"--help", "--help_all", "--config"}
+OF_THE_PARSER = {"--help", "--help_all", "--config", "--plugin"}
 
 
 @dataclass(frozen=True)

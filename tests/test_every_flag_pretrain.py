@@ -70,6 +70,7 @@ TABLE: Table = {
     "--decoder_embed_dim": Row("--decoder_embed_dim=16", "start weights"),
     "--decoder_num_heads": Row("--decoder_num_heads=4", "weights"),
     "--mask_ratio": Row("--mask_ratio=0.5", "masks weights"),
+    "--mask_cell": Row("--mask_cell=2", "masks weights"),
     "--encoder_mask_tokens": Row("--encoder_mask_tokens", "start learns weights"),
     "--target": [
         Row("--target=norm_pixels", "weights"),
@@ -122,33 +123,34 @@ SIZES = (
 )
 PLANNED = """
     --accum_iter: batch lr steps
-    --batch_size: activations batch images lr memory steps time
+    --batch_size: activations batch images lr memory shared steps time
     --blr: lr
     --dataset: data warning
     --decoder: activations decoder memory parameters
     --decoder_depth: FLOPs activations decoder in memory parameters
-    --decoder_embed_dim: FLOPs activations decoder in memory parameters
+    --decoder_embed_dim: FLOPs activations decoder in parameters
     --dry_run_images: data in lr steps time
     --dry_run_processes: batch lr steps
-    --encoder_mask_tokens: FLOPs activations decoder encoder in memory parameters
+    --encoder_mask_tokens: FLOPs activations decoder encoder in memory parameters shared
     --epochs: disk in steps time warning
-    --grad_checkpointing: FLOPs activations in memory
+    --grad_checkpointing: FLOPs activations in memory shared
     --images_per_second: time
     --in_chans: FLOPs activations decoder encoder images parameters pretrain
-    --input_size: FLOPs activations decoder encoder in memory parameters pretrain
+    --input_size: FLOPs activations decoder encoder in memory parameters pretrain shared
     --keep: disk
     --lr: lr
     --mask: pretrain
-    --mask_ratio: FLOPs activations in memory pretrain
-    --method: activations decoder encoder memory parameters pretrain
+    --mask_ratio: FLOPs activations in memory pretrain shared
+    --method: activations decoder encoder parameters pretrain shared
     --min_lr: lr
     --model: AdamW FLOPs activations decoder disk encoder gradients in memory parameters
-      + pretrain weights
+      + pretrain shared weights
     --patch_size: AdamW FLOPs activations decoder disk encoder in memory parameters pretrain
+      + shared
     --pca_components: decoder parameters
     --pos_offset: decoder encoder parameters
-    --precision: activations half-precision memory
-    --predict_ratio: FLOPs activations lr memory pretrain
+    --precision: activations half-precision memory shared
+    --predict_ratio: FLOPs activations lr pretrain
     --save_every: disk
     --shard: warning
     --target: activations decoder parameters

@@ -188,6 +188,7 @@ VISUALIZE: Table = {
     "--num_images": Row("--num_images=2", f"files {SHOWN}"),
     "--mask": Row("--mask=block", HIDDEN),
     "--mask_ratio": Row("--mask_ratio=0.5", HIDDEN),
+    "--mask_cell": Row("--mask_cell=2", HIDDEN),
     "--avg_share": Row("--avg_share=0.9", HIDDEN, "--mask=mixed"),
     "--avg_order": Row("--avg_order=low", HIDDEN, "--mask=mixed"),
     "--avg_temperature": Row("--avg_temperature=0", HIDDEN, "--mask=mixed"),

@@ -67,11 +67,14 @@ def value_names(source: str) -> set[str]:
 
 # Flags that a source reads by a list of their names: the words that do so, and the names.
 SESSION = (ROOT / "util/config/session_flags.py").read_text()
+WEIGHTS = (ROOT / "util/config/weights_flags.py").read_text()
 READ_TOGETHER = {
     "session_settings(args, ": read_names(SESSION, "settings") | set(run_options(Everything())),
     "masker_of(vars(args), ": set(STANDARD),
     "hold_out_of(vars(args))": {"val_fraction", "val_seed"},
     "all_mask_settings()": set(STANDARD),
+    "encoder_options(args)": read_names(WEIGHTS, "settings"),
+    "autoencoder_options(args)": read_names(WEIGHTS, "settings"),
     "kind.from_args(vars(args))": {
         word
         for name in ("models_mmae.py", "models_targets.py")

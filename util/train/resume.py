@@ -89,6 +89,7 @@ CHANGES: tuple[Change, ...] = (
     Change(("pretrain", "finetune", "segment"), added=nothing_held_out),
     Change(("finetune", "segment"), added=lambda settings: {"weights_key": None}),
     Change(("pretrain", "finetune", "segment"), added=lambda settings: {"max_pixels": None}),
+    Change(("pretrain",), added=lambda settings: {"mask_cell": [1]}),
 )
 VERSION = len(CHANGES)
 
@@ -100,11 +101,11 @@ def bring_up_to_date(state: Mapping[str, Any]) -> tuple[Arithmetic, list[str]]:
         state: contents of a checkpoint. One without a version is older than all `CHANGES`.
     """
     settings, faults = dict(state["arithmetic"]), []
-    for number, change in enumerate(CHANGES):
+    # A newer file names all that its own method has: what another has is not to be added.
+    for change in CHANGES[state.get("resume_version", 0) :]:
         if state["task"] in change.tasks:
             settings = fill(settings, change.added(settings))
-            fault = change.fault(settings)
-            if fault and number >= state.get("resume_version", 0):
+            if fault := change.fault(settings):
                 faults.append(fault)
     return settings, faults
 

@@ -172,9 +172,7 @@ def test_a_mask_a_set_and_a_target(tmp_path: Path, run_main: Any) -> None:
     flags += ["--dataset=ramps", "--mask=stripes", "--target=contrast"]
     states = {}
     for name, more in (("a", []), ("b", ["--stripe_width=2"]), ("c", ["--contrast_by=3"])):
-        code, _, err = run_main(
-            "main_pretrain", [*flags, *more, f"--output_dir={tmp_path / name}"]
-        )
+        code, _, err = run_main("main_pretrain", [*flags, *more, f"--output_dir={tmp_path / name}"])
         assert code == 0, err
         states[name] = load_file(tmp_path / name / LAST)
     assert states["a"]["model_args"]["target_settings"] == {"contrast_by": 2.0}

@@ -105,7 +105,9 @@ def register_encoder(kind: str, encoder: type[Encoder], **names: Mapping[str, An
 
 def describe_kind(model: Any) -> dict[str, str]:
     """What a checkpoint holds of an encoder's kind: nothing of a vision transformer's."""
-    kind = next(kind for kind, known in ENCODER_KINDS.items() if known is type(model))
+    # A sharded model's class is a subclass that torch made.
+    kinds = {encoder: kind for kind, encoder in ENCODER_KINDS.items()}
+    kind = next(kinds[parent] for parent in type(model).__mro__ if parent in kinds)
     return {} if kind == "vit" else {"encoder_kind": kind}
 
 

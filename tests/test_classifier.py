@@ -27,7 +27,7 @@ from models_mmae import MaskedAutoencoderViT
 from models_vit import VisionTransformer
 from models_zoo import (
     CLASSIFIERS,
-    ENCODERS,
+    ENCODER_SIZES,
     create_model,
     load_classifier,
     load_encoder,
@@ -328,7 +328,9 @@ def test_official_pretrained_gives_its_encoder(
 
 
 @pytest.mark.filterwarnings("ignore:.*to a meta parameter")
-@pytest.mark.parametrize(("width", "depth", "heads"), [*ENCODERS.values(), (256, 2, 4), (32, 1, 1)])
+@pytest.mark.parametrize(
+    ("width", "depth", "heads"), [*ENCODER_SIZES.values(), (256, 2, 4), (32, 1, 1)]
+)
 def test_heads_of_files_that_do_not_say(
     width: int, depth: int, heads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

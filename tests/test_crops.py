@@ -55,12 +55,13 @@ def test_noise_and_shift_are_those_of_generators_of_their_own(mask, count):
     images = [(torch.zeros(3, 4, 4, dtype=torch.uint8), 0)] * 9
     strategy, grid = create_strategy(mask), (5, 7)
     draws = {"order": (35,), "shift": (2,), "another": (3, 2)}
+    streams = {"order": "predict", "shift": "shift", "another": "draw another"}
     samples = PretrainSamples(images, lambda image: image, strategy, grid, 3, draws)
     keys = [Key(2, index, index % 2) for index in range(count)]
     for key, sample in zip(keys, samples.__getitems__(keys), strict=True):
         rows = strategy.draw(grid, generator_of(3, "mask", *key))
         assert torch.equal(sample["noise"], rows)
-        for name, stream in (("order", "predict"), ("shift", "shift"), ("another", "another")):
+        for name, stream in streams.items():
             expected = torch.rand(*draws[name], generator=generator_of(3, stream, *key)) - 0.5
             assert torch.equal(sample[name], expected)
 

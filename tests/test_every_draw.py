@@ -814,9 +814,9 @@ FROM_GLOBAL = {
     "models_decoders.py": "the mix of a cross decoder at the start",
     "models_layers.py": "first weights", "models_protocols.py": "a head's first weights",
     "models_mmae.py": "first weights", "models_upernet.py": "first weights",
-    "models_vit.py": "first weights",
     "util/data/segmentation_transforms.py": "seeded by SegmentationSamples",
-    "main_pretrain.py": "a rate beforehand", "plan_finetune.py": "a rate beforehand",
+    "main_pretrain.py": "a rate beforehand", "main_knn.py": "images of a plan",
+    "plan_finetune.py": "a rate beforehand",
     "plan_segment.py": "a rate beforehand", "lab/bench/step_speed.py": "a measurement of speed",
     "lab/bench/limits.py": "a measurement of the machine",
 }  # fmt: skip

@@ -144,13 +144,13 @@ PLANNED = """
     --accum_iter: batch in lr steps
     --batch_size: activations batch images lr memory steps time
     --blr: lr
-    --cls_token: activations encoder head
+    --cls_token: activations encoder head memory
     --dataset: data warning
     --dry_run_images: data in lr steps time
     --dry_run_processes: batch lr steps
     --ema_decay: averaged disk memory
     --epochs: disk in steps time warning
-    --global_pool: activations encoder head
+    --global_pool: activations encoder head memory
     --grad_checkpointing: FLOPs activations in memory
     --images_per_second: time
     --in_chans: FLOPs activations encoder finetune images in memory parameters

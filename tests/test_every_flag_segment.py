@@ -158,7 +158,7 @@ PLANNED = """
       + segment weights
     --pos_resize: resized
     --precision: activations half-precision memory
-    --relative_bias: biases parameters relative
+    --relative_bias: parameters relative
     --save_every: disk
     --shard: warning
     --train_images: data in steps warning

@@ -76,7 +76,7 @@ def checkpoint(folder: Path, name: str, task: str, settings: dict[str, Any]) -> 
     model = create_model(name, **size)
     if task == "pretrain":
         torch.nn.init.normal_(model.pos_phase)
-    arguments = (MODELS | CLASSIFIERS)[name][1] | size
+    arguments = {**MODELS, **CLASSIFIERS}[name][1] | size
     folder.mkdir(exist_ok=True)
     state = {
         "task": task, "step": 1, "model": model.state_dict(), "model_args": arguments,

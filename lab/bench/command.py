@@ -350,7 +350,10 @@ def open_samples(args: argparse.Namespace, arm: Arm, source: ImageSource) -> Pre
         channels=source.channels,
         margin=source.eval_margin,
     )
-    draws = create_arm(arm, source.channels).draws if arm.method != "transformers" else {}
+    draws = {}
+    if arm.method != "transformers":
+        with torch.device("meta"):  # no weights, and no random numbers for them
+            draws = models_zoo.create_model(arm.model, **arguments).draws
     grid = (side // patch,) * 2
     return PretrainSamples(source, transform, strategy_of(arm), grid, args.seed, draws)
 

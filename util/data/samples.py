@@ -19,8 +19,8 @@ from util.mask.strategies import MaskStrategy
 from util.signals import STOP_SIGNALS
 from util.spec import Shape
 
-# Draws of models that came before streams were named as the draws are.
-STREAM_OF_DRAW = {"order": "predict"}
+# Draws that have a numbered stream; any other has one by its name, which meets no other purpose's.
+STREAM_OF_DRAW = {"order": "predict", "shift": "shift"}
 # Names in a sample that no draw of a model can have.
 TAKEN = {"image", "noise", "label", "index", "bad"}
 
@@ -63,7 +63,8 @@ class PretrainSamples(Dataset):
         if taken := sorted(TAKEN & self.draws.keys()):
             raise BadInput(f"a model cannot draw {', '.join(taken)}: samples use that name")
         # Each draw has a stream of its own.
-        self.streams = ["augment", "mask", *(STREAM_OF_DRAW.get(n, n) for n in self.draws)]
+        own = [STREAM_OF_DRAW.get(name, f"draw {name}") for name in self.draws]
+        self.streams = ["augment", "mask", *own]
 
     def __len__(self) -> int:
         return len(self.source)

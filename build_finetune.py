@@ -14,9 +14,9 @@ from util.config.finetune_flags import FULL, LINEAR
 from util.config.flag_parser import fill_unset
 from util.data.class_names import need_labels
 from util.data.datasets import DATASETS, build_dataset
-from util.data.images import ImageSource, Subset
 from util.data.randomness import evenly
-from util.data.samples import LabelledSamples
+from util.data.samples import Samples
+from util.data.source import Source, Subset
 from util.data.splits import hold_out_of
 from util.data.transforms import FinetuneTransform
 from util.errors import BadInput
@@ -57,7 +57,7 @@ def published_for(args: argparse.Namespace) -> Published:
     return PUBLISHED["scratch" if random else "full"]
 
 
-def open_set(args: argparse.Namespace, split: str, channels: int | None) -> ImageSource:
+def open_set(args: argparse.Namespace, split: str, channels: int | None) -> Source:
     """A labelled split of the data set that the flags name, or as much of it as they ask for."""
     source = build_dataset(
         args.dataset,
@@ -169,9 +169,7 @@ def build_optimizer(args: argparse.Namespace, model: Any, lr: float) -> torch.op
     return create_adamw(groups, lr, betas=(args.betas[0], args.betas[1]))
 
 
-def build_samples(
-    args: argparse.Namespace, source: ImageSource, size: tuple[int, int]
-) -> LabelledSamples:
+def build_samples(args: argparse.Namespace, source: Source, size: tuple[int, int]) -> Samples:
     """Training images as the flags augment them."""
     transform = FinetuneTransform(
         size,
@@ -181,4 +179,4 @@ def build_samples(
         flip=not args.no_flip,
         mean=source.mean,
     )
-    return LabelledSamples(source, transform, args.seed)
+    return Samples(source, transform, args.seed)

@@ -12,13 +12,10 @@ from engine_segment import Inference
 from util.config.segment_flags import LR, SCALES
 from util.console import counted, listed
 from util.data.randomness import evenly
-from util.data.segmentation_sets import (
-    SegmentationSource,
-    SegmentationSubset,
-    build_segmentation_set,
-    check_pairs,
-)
-from util.data.segmentation_transforms import SegmentationSamples, SegmentTransform
+from util.data.samples import Samples
+from util.data.segmentation_sets import build_segmentation_set, check_pairs
+from util.data.segmentation_transforms import SegmentTransform
+from util.data.source import Source, Subset
 from util.data.splits import hold_out_of
 from util.errors import BadInput
 from util.progress import say
@@ -46,9 +43,7 @@ def peak_lr(args: argparse.Namespace, global_batch: int) -> float:
     return LR if args.blr is None else scaled_lr(args.blr, global_batch)
 
 
-def open_set(
-    args: argparse.Namespace, split: str, classes: Sequence[str] | None = None
-) -> SegmentationSource:
+def open_set(args: argparse.Namespace, split: str, classes: Sequence[str] | None = None) -> Source:
     """A split of the data set that the flags name, or as much of it as they ask for.
 
     Args:
@@ -68,10 +63,10 @@ def open_set(
             max_pixels=args.max_pixels,
         ),
         split,
-        SegmentationSubset,
+        Subset,
     )
     limit = args.train_images if split == "train" else args.val_images
-    return source if limit is None else SegmentationSubset(source, evenly(len(source), limit))
+    return source if limit is None else Subset(source, evenly(len(source), limit))
 
 
 def new_model(args: argparse.Namespace, num_classes: int) -> tuple[Any, list[str]]:
@@ -137,7 +132,7 @@ def inference_of(args: argparse.Namespace) -> Inference:
     return Inference(sliding, args.window, args.stride, scales, args.flip, short_side)
 
 
-def check_data(sources: Sequence[SegmentationSource], procs: Processes) -> None:
+def check_data(sources: Sequence[Source], procs: Processes) -> None:
     """Read every pair once, each process its share; stop at the first that cannot be learnt from.
 
     Raises:
@@ -160,7 +155,7 @@ def check_data(sources: Sequence[SegmentationSource], procs: Processes) -> None:
                 say(f"note: no mask of {source.split} holds {listed(absent)}")
 
 
-def build_samples(args: argparse.Namespace, source: SegmentationSource) -> SegmentationSamples:
+def build_samples(args: argparse.Namespace, source: Source) -> Samples:
     """Training crops as the flags augment them."""
     transform = SegmentTransform(
         args.input_size,
@@ -170,4 +165,4 @@ def build_samples(args: argparse.Namespace, source: SegmentationSource) -> Segme
         flip=not args.no_flip,
         distortion=not args.no_distortion,
     )
-    return SegmentationSamples(source, transform, args.seed)
+    return Samples(source, transform, args.seed)

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from util.data.source import Subset
+
 # Read by processes that tests start, torchrun's among them: several share two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Threads that wait by spinning starve whoever shares the two cores: steps took 10 times as long.
@@ -21,8 +23,6 @@ import torch  # noqa: E402  # after the environment that it reads
 from runs import signals_kept  # noqa: E402
 from tiny import add_small_models  # noqa: E402
 from trained import Trained  # noqa: E402
-
-from util.data.images import Subset  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -75,7 +75,7 @@ def small_models() -> Iterator[None]:
 def few(monkeypatch: pytest.MonkeyPatch) -> int:
     """Pretraining and fine-tuning see that many images of their data set: runs of a few steps."""
     count = 60
-    for name in ("main_pretrain", "main_finetune", "plan_finetune"):
+    for name in ("main_pretrain", "plan_pretrain", "main_finetune", "plan_finetune"):
         module = importlib.import_module(name)
         whole = module.open_set
 

@@ -11,11 +11,11 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from util.data.images import ImageSource
 from util.data.loading import say_conversions
 from util.data.randomness import EvalSampler, seed_of, seeded
 from util.data.replace import refuse_bad
-from util.data.samples import LabelledSamples, build_loader
+from util.data.samples import Samples, build_loader
+from util.data.source import Source
 from util.data.transforms import EvalTransform, normalize
 from util.errors import RunFailed
 from util.measure.accuracy import Accuracy, AccuracyMeter
@@ -74,9 +74,9 @@ class FinetuneLoss:
     rank: int
 
     def __call__(self, model: nn.Module, batch: dict[str, Any], step: int, number: int) -> Tensor:
-        """Of a batch of `LabelledSamples`, a scalar."""
-        images = batch["image"].to(self.device, non_blocking=True)
-        labels = batch["label"].to(self.device, non_blocking=True)
+        """Of a batch of `Samples`, a scalar."""
+        images = batch["x"].to(self.device, non_blocking=True)
+        labels = batch["y"].to(self.device, non_blocking=True)
         with seeded(seed_of(self.seed, "model", step, number, self.rank), self.device):
             # Normalisation in float32, outside autocast's reach: it only touches matrix products.
             x, target = self.augmentation(normalize(images, self.mean, self.std), labels)
@@ -99,7 +99,7 @@ def evaluate(
 
     Args:
         model: not wrapped.
-        loader: batches of `LabelledSamples`, the whole set over all ranks.
+        loader: batches of `Samples`, the whole set over all ranks.
         num_classes: outputs of the model.
         sum_over_ranks: adds a tensor over all processes.
         gather: a thing of every process, for all of them.
@@ -112,8 +112,8 @@ def evaluate(
     meter = AccuracyMeter(num_classes, device)
     bad: list[int] = []
     for batch in loader:
-        images = batch["image"].to(device, non_blocking=True)
-        labels = batch["label"].to(device, non_blocking=True)
+        images = batch["x"].to(device, non_blocking=True)
+        labels = batch["y"].to(device, non_blocking=True)
         meter.update(model(normalize(images, mean, std)), labels)
         bad += batch["bad"].flatten().tolist()
     refuse_bad(bad, gather)
@@ -143,7 +143,7 @@ def classify(
     """
     model.eval()
     for batch in loader:
-        images = batch["image"].to(device, non_blocking=True)
+        images = batch["x"].to(device, non_blocking=True)
         logits = model(normalize(images, mean, std)).float()
         shares, order = logits.softmax(dim=1).sort(dim=1, descending=True, stable=True)
         rows = zip(batch["index"].tolist(), batch["fault"], strict=True)
@@ -155,10 +155,10 @@ def classify(
 
 
 def eval_loader(
-    source: ImageSource, size: tuple[int, int], batch_size: int, workers: int, procs: Processes
+    source: Source, size: tuple[int, int], batch_size: int, workers: int, procs: Processes
 ) -> DataLoader:
     """Every image once, dealt out to the processes."""
-    samples = LabelledSamples(source, EvalTransform(size, margin=source.eval_margin), EVAL_SEED)
+    samples = Samples(source, EvalTransform(size, margin=source.eval_margin), EVAL_SEED)
     sampler = EvalSampler(
         range(len(source)), batch_size, world_size=procs.world_size, rank=procs.rank
     )
@@ -168,7 +168,7 @@ def eval_loader(
 
 
 def measurement(
-    loader: DataLoader, source: ImageSource, num_classes: int, procs: Processes
+    loader: DataLoader, source: Source, num_classes: int, procs: Processes
 ) -> Callable[[Any], Accuracy]:
     """A function that measures a model on the held-out set; a collective.
 

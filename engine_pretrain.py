@@ -120,9 +120,9 @@ class PretrainLoss:
     draws: Collection[str] = ()
 
     def __call__(self, model: nn.Module, batch: dict[str, Any], step: int, number: int) -> Tensor:
-        """Of a batch of `PretrainSamples`, a scalar; what is random in it is in the batch."""
+        """Of a batch of `Samples`, a scalar; what is random in it is in the batch."""
         # Channels may come innermost, which is how they are decoded; the model has its own order.
-        images = batch["image"].to(self.device, non_blocking=True).contiguous()
+        images = batch["x"].to(self.device, non_blocking=True).contiguous()
         mask = self.masker(images, batch["noise"].to(self.device, non_blocking=True))
         drawn = {name: batch[name].to(self.device, non_blocking=True) for name in self.draws}
         # Normalisation in float32, outside autocast's reach: it only touches matrix products.
@@ -203,7 +203,7 @@ def evaluate(
 
     Args:
         model: not wrapped.
-        loader: batches of `PretrainSamples`, the whole measured set over all ranks.
+        loader: batches of `Samples`, the whole measured set over all ranks.
         sum_over_ranks: adds a float64 tensor over all processes.
 
     Returns:
@@ -215,7 +215,7 @@ def evaluate(
     model.eval()
     meter = ReconstructionMeter(["model", *FILLS])
     for batch in loader:
-        images = batch["image"].to(device)
+        images = batch["x"].to(device)
         mask = masker(images, batch["noise"].to(device))
         original = at_home(images)[0].float()
         pictures = {"model": reconstruct(model, images, mask, masker, mean, std)}

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from util.data.images import BadImage
-from util.data.label_maps import IGNORE, overlay, save_label_map
+from util.data.label_maps import IGNORE, overlay, palette, save_label_map
 from util.data.loading import say_conversions
 from util.data.randomness import EvalSampler, seed_of, seeded
 from util.data.replace import refuse_bad
-from util.data.samples import build_loader, default_workers
-from util.data.segmentation_sets import SegmentationSource, UnlabelledSource
-from util.data.segmentation_transforms import SegmentationSamples, SegmentEvalTransform
+from util.data.samples import Samples, build_loader, default_workers
+from util.data.segmentation_sets import UnlabelledSource
+from util.data.segmentation_transforms import SegmentEvalTransform
+from util.data.source import Source
 from util.data.transforms import normalize
 from util.errors import BadInput, RunFailed
 from util.files import save_png, write_text
@@ -88,7 +89,7 @@ class PixelLoss:
 
 def prepare(batch: dict[str, Any], mean: Stats, std: Stats, device: torch.device) -> Tensor:
     """Normalised images, float32 [B, 3, h, w], with 0 in their padding."""
-    images = normalize(batch["image"].to(device, non_blocking=True), mean, std)
+    images = normalize(batch["x"].to(device, non_blocking=True), mean, std)
     if "extent" not in batch:
         return images
     extent = batch["extent"].to(device, non_blocking=True)
@@ -128,13 +129,13 @@ class SegmentLoss:
 
         The step averages over processes and micro-steps: each divides by its share of all pixels.
         """
-        counts = torch.stack([self.loss.pixels(batch["label"]) for batch in micro_batches]).sum()
+        counts = torch.stack([self.loss.pixels(batch["y"]) for batch in micro_batches]).sum()
         total = self.sum_over_ranks(counts.float().to(self.device, non_blocking=True))
         self.pixels = (total / (self.world_size * len(micro_batches))).clamp(min=1)
 
     def __call__(self, model: nn.Module, batch: dict[str, Any], step: int, number: int) -> Tensor:
-        """Of a batch of `SegmentationSamples`, a scalar."""
-        label = batch["label"].to(self.device, non_blocking=True)
+        """Of a batch of `Samples`, a scalar."""
+        label = batch["y"].to(self.device, non_blocking=True)
         with seeded(seed_of(self.seed, "model", step, number, self.rank), self.device):
             images = prepare(batch, self.mean, self.std, self.device)
             return self.loss(model(images), label, self.pixels)
@@ -228,18 +229,16 @@ def predict(
     """
     model.eval()
     for batch in loader:
-        shape = (batch["label"].shape[1], batch["label"].shape[2])
+        shape = (batch["y"].shape[1], batch["y"].shape[2])
         yield batch, inference(model, prepare(batch, mean, std, device), shape)
 
 
-def eval_loader(
-    source: SegmentationSource, scale: Sequence[int], workers: int, procs: Processes
-) -> DataLoader:
+def eval_loader(source: Source, scale: Sequence[int], workers: int, procs: Processes) -> DataLoader:
     """Every image once, alone in its batch, dealt out to the processes."""
     transform = SegmentEvalTransform((scale[0], scale[1]))
     sampler = EvalSampler(range(len(source)), 1, world_size=procs.world_size, rank=procs.rank)
     return build_loader(
-        SegmentationSamples(source, transform, EVAL_SEED),
+        Samples(source, transform, EVAL_SEED),
         sampler,
         num_workers=workers,
         pin_memory=procs.device.type == "cuda",
@@ -312,6 +311,7 @@ def write_label_maps(
     loader = eval_loader(source, scale, workers, procs)
     prepare_folder(folder)
     found = predict(model, loader, inference, mean=source.mean, std=source.std, device=procs.device)
+    colours = palette(len(source.classes))
     bad: list[tuple[int, str]] = []
     for batch, label in found:
         index = int(batch["index"])
@@ -321,8 +321,8 @@ def write_label_maps(
             bad.append((index, error.reason))
             continue
         label_map = label.cpu().numpy()
-        save_label_map(folder / "maps" / names[index], label_map, source.colours)
-        mixed = torch.from_numpy(overlay(image, label_map, source.colours)).permute(2, 0, 1)
+        save_label_map(folder / "maps" / names[index], label_map, colours)
+        mixed = torch.from_numpy(overlay(image, label_map, colours)).permute(2, 0, 1)
         save_png(folder / "overlays" / names[index], to_picture(mixed))
     say_conversions(loader, procs.gather)
     bad = sorted(one for part in procs.gather(bad) for one in part)
@@ -363,7 +363,7 @@ def evaluate(
     bad: list[int] = []
     broken = torch.zeros((), dtype=torch.int64, device=device)
     for batch, classes in predict(model, loader, inference, mean=mean, std=std, device=device):
-        label = batch["label"][0].to(device)
+        label = batch["y"][0].to(device)
         no_class = (classes == IGNORE) & (label != IGNORE)
         broken += no_class.sum()
         meter.update(classes.masked_fill(no_class, 0), label)

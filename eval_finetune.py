@@ -12,8 +12,8 @@ import models_zoo
 from build_finetune import TASK, open_set, said_of
 from engine_finetune import eval_loader, measurement, say_accuracy
 from util.data.class_names import as_trained
-from util.data.images import ImageSource
 from util.data.samples import default_workers
+from util.data.source import Source
 from util.data.splits import hold_out_of
 from util.errors import BadInput
 from util.measure.accuracy import EVAL_FILES, RUN_FILES, Accuracy, save_accuracy
@@ -125,7 +125,7 @@ def measured_settings(args: argparse.Namespace, model: Any) -> dict[str, Any]:
 
 
 def save_result(
-    args: argparse.Namespace, result: Accuracy, source: ImageSource, more: dict[str, Any]
+    args: argparse.Namespace, result: Accuracy, source: Source, more: dict[str, Any]
 ) -> None:
     """Write what the last epoch of a run measured.
 

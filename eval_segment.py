@@ -14,9 +14,10 @@ from engine_segment import eval_loader, evaluate, predict, write_label_maps
 from util.config.flags import settings_of
 from util.config.segment_flags import LOOKS
 from util.data.class_names import check_classes
+from util.data.label_maps import palette
 from util.data.randomness import evenly
 from util.data.samples import default_workers
-from util.data.segmentation_sets import SegmentationSource, SegmentationSubset
+from util.data.source import Source, Subset
 from util.data.splits import hold_out_of
 from util.errors import BadInput
 from util.files import save_png
@@ -127,7 +128,7 @@ def look_as_trained(
 
 
 def measurement(
-    args: argparse.Namespace, source: SegmentationSource, num_classes: int, procs: Processes
+    args: argparse.Namespace, source: Source, num_classes: int, procs: Processes
 ) -> Callable[[Any], Segmentation]:
     """A function that measures a model on the held-out set. A collective."""
     workers = default_workers(procs.local_size) if args.num_workers is None else args.num_workers
@@ -160,7 +161,7 @@ def say_result(name: str, result: Segmentation, images: int) -> None:
 def draw(
     args: argparse.Namespace,
     model: Any,
-    source: SegmentationSource,
+    source: Source,
     procs: Processes,
     title: str,
     path: Path,
@@ -168,7 +169,7 @@ def draw(
     """A sheet of held-out images with labels and predictions; the main process alone draws."""
     if not args.pictures:
         return None
-    shown = SegmentationSubset(source, evenly(len(source), args.pictures))
+    shown = Subset(source, evenly(len(source), args.pictures))
     alone = Processes(0, 1, 0, 1, procs.device)
     found = predict(
         model,
@@ -185,7 +186,7 @@ def draw(
         [label.cpu().numpy() for _, label in found],
         [shown.file_name(i) for i in range(len(shown))],
         source.classes,
-        source.colours,
+        palette(len(source.classes)),
         title,
     )
     save_png(path, picture)
@@ -195,7 +196,7 @@ def draw(
 def save_result(
     args: argparse.Namespace,
     result: Segmentation,
-    source: SegmentationSource,
+    source: Source,
     more: dict[str, Any],
 ) -> None:
     """Write what a run measured last.

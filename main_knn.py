@@ -36,11 +36,11 @@ from util.config.flags import (
 from util.console import counted, print_text, visible_line
 from util.data.class_names import check_splits
 from util.data.datasets import DATASETS, SPLITS, build_dataset
-from util.data.images import ImageSource, Subset
 from util.data.loading import say_conversions
 from util.data.randomness import EvalSampler, evenly
 from util.data.replace import fault_of
-from util.data.samples import LabelledSamples, build_loader, default_workers
+from util.data.samples import Samples, build_loader, default_workers
+from util.data.source import Source, Subset
 from util.data.splits import hold_out_of
 from util.data.transforms import EvalTransform, normalize
 from util.dry_run.cost import count_forward
@@ -152,7 +152,7 @@ def build_parser() -> FlagParser:
     return parser
 
 
-def open_sets(args: argparse.Namespace) -> tuple[dict[str, ImageSource], str | None]:
+def open_sets(args: argparse.Namespace) -> tuple[dict[str, Source], str | None]:
     """The splits, and why there can be no vote; None: there can.
 
     Features alone need no labels and no second split: with --save_features those of what is there
@@ -161,7 +161,7 @@ def open_sets(args: argparse.Namespace) -> tuple[dict[str, ImageSource], str | N
     Raises:
         BadInput: no split, or without --save_features a vote that cannot be.
     """
-    sources: dict[str, ImageSource] = {}
+    sources: dict[str, Source] = {}
     absent: list[BadInput] = []
     limits = dict(zip(SPLITS, (args.train_images, args.val_images), strict=True))
     for split in SPLITS:
@@ -191,7 +191,7 @@ def open_sets(args: argparse.Namespace) -> tuple[dict[str, ImageSource], str | N
     return sources, None
 
 
-def check_labels(sources: dict[str, ImageSource]) -> None:
+def check_labels(sources: dict[str, Source]) -> None:
     """See that both splits have labels, and the same classes, before hours of features.
 
     Raises:
@@ -214,7 +214,7 @@ def check_labels(sources: dict[str, ImageSource]) -> None:
         )
 
 
-def labels_of(source: ImageSource) -> np.ndarray | None:
+def labels_of(source: Source) -> np.ndarray | None:
     """All labels of a set that lists them, or is small: int [N]. None: only its images say."""
     if hasattr(source, "labels"):
         return np.asarray(source.labels)
@@ -304,14 +304,14 @@ class FeatureFiles:
 
 
 @torch.inference_mode()
-def features_of(model: Any, images: Tensor, kind: str, source: ImageSource) -> Tensor:
+def features_of(model: Any, images: Tensor, kind: str, source: Source) -> Tensor:
     """uint8 [B, C, H, W], on the model's device, to float32 [B, D] or [B, 2D] on the CPU."""
     return model.features(normalize(images, source.mean, source.std), kind).float().cpu()
 
 
 def extract(
     model: Any,
-    source: ImageSource,
+    source: Source,
     kind: str,
     procs: Processes,
     *,
@@ -343,7 +343,7 @@ def extract(
         range(len(source)), batch_size, world_size=procs.world_size, rank=procs.rank
     )
     loader = build_loader(
-        LabelledSamples(source, transform, seed=0),
+        Samples(source, transform, seed=0),
         sampler,
         num_workers=num_workers,
         pin_memory=pin_memory,
@@ -359,14 +359,14 @@ def extract(
     name = f"features of {source.split}"
     with Progress(len(sampler), show=procs.main, unit="batch", where=lambda _: name) as bar:
         for batch in loader:
-            images = batch["image"].to(procs.device, non_blocking=True)
+            images = batch["x"].to(procs.device, non_blocking=True)
             features = features_of(model, images, kind, source)
             finite = finite and bool(features.isfinite().all())
-            labelled = labelled and bool((batch["label"] >= 0).all())
+            labelled = labelled and bool((batch["y"] >= 0).all())
             # What stands in for an image that cannot be decoded has had, or gets, its own turn.
             good = batch["bad"][:, 0] < 0
             bad += batch["index"][~good].tolist()
-            features, index, label = (t[good] for t in (features, batch["index"], batch["label"]))
+            features, index, label = (t[good] for t in (features, batch["index"], batch["y"]))
             if files is not None:
                 # Of a set that is no set of classes, the numbers of its labels are nobody's.
                 known = label if source.labelled else torch.full_like(label, -1)

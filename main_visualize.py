@@ -48,10 +48,11 @@ from util.console import print_text
 from util.data.conversions import describe, take
 from util.data.datasets import DATASETS, DEFAULT, build_dataset
 from util.data.folders import image_files
-from util.data.images import IMAGENET_MEAN, IMAGENET_STD, ImageSource, read_image
+from util.data.images import IMAGENET_MEAN, IMAGENET_STD, read_image
 from util.data.loading import say_conversions
 from util.data.randomness import EvalSampler, evenly, generator_of
-from util.data.samples import PretrainSamples, build_loader
+from util.data.samples import Drawn, Samples, build_loader
+from util.data.source import Source
 from util.data.splits import hold_out_of
 from util.data.transforms import EvalTransform
 from util.errors import BadInput, RunFailed, command
@@ -144,7 +145,7 @@ def build_parser() -> FlagParser:
     return parser
 
 
-def open_set(args: argparse.Namespace, channels: int) -> ImageSource:
+def open_set(args: argparse.Namespace, channels: int) -> Source:
     """The held-out images of the data set that the flags name."""
     return build_dataset(
         args.dataset,
@@ -219,7 +220,7 @@ def measure(
     result = {"checkpoint": args.checkpoint, "dataset": args.dataset, **masks}
     result |= {"images": sampler.total, **where}
     for prefix, masker in zip(("", OWN), maskers, strict=False):
-        samples = PretrainSamples(source, transform, masker.strategy, masker.cells.grid, args.seed)
+        samples = Samples(source, transform, args.seed, Drawn(masker.strategy, masker.cells.grid))
         loader = build_loader(samples, sampler, num_workers=0, pin_memory=False)
         table = evaluate(
             model, loader, masker, mean=mean, std=std, device=device, sum_over_ranks=torch.clone

@@ -76,7 +76,7 @@ class Runner(Command):
 
         def batch(given: dict[str, Any]) -> None:
             lists["which"].append(given["index"].tolist())
-            lists["images"].append(digest([given["image"], given["label"], given.get("extent")]))
+            lists["images"].append(digest([given["x"], given["y"], given.get("extent")]))
 
         def watched(model: Any, loader: Any, step: Any, loss: Any, *rest: Any, **more: Any) -> Any:
             if "start" not in trace:

@@ -126,10 +126,11 @@ def defaults_in_python() -> dict[str, dict[str, Any]]:
 def collect() -> dict[str, Any]:
     """All that is pinned, in plain types."""
     import build_finetune
+    import build_pretrain
     import build_segment
+    import eval_pretrain
     import eval_segment
     import lab.bench.command as lab_bench
-    import main_pretrain
     import models_zoo
     from models_mmae import METHODS
     from models_targets import PCA_PER_IMAGE
@@ -150,7 +151,7 @@ def collect() -> dict[str, Any]:
             name: free_on_resume(importlib.import_module(name)) for name in TRAINING
         },
         "held to the published recipe": {
-            "pretrain": vars(main_pretrain.PUBLISHED),
+            "pretrain": vars(build_pretrain.PUBLISHED),
             "finetune": {k: vars(v) for k, v in build_finetune.PUBLISHED.items()},
             "segment": vars(build_segment.PUBLISHED),
         },
@@ -165,8 +166,8 @@ def collect() -> dict[str, Any]:
             "evaluation": {
                 "crop share": transforms.CROP_SHARE,
                 "largest with margin": transforms.LARGEST_WITH_MARGIN,
-                "seed of masks": main_pretrain.EVAL_SEED,
-                "pictures": main_pretrain.PICTURES,
+                "seed of masks": eval_pretrain.EVAL_SEED,
+                "pictures": eval_pretrain.PICTURES,
             },
             "benchmark": {
                 "arms": lab_bench.DEFAULT_ARMS,

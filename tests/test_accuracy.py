@@ -15,9 +15,10 @@ from torch import Tensor
 from engine_finetune import evaluate
 from models_zoo import CLASSIFIERS, create_model
 from util.data.datasets import build_dataset
-from util.data.images import BadImage, ImageSource, Subset
+from util.data.images import BadImage
 from util.data.randomness import EvalSampler
-from util.data.samples import LabelledSamples, build_loader
+from util.data.samples import Samples, build_loader
+from util.data.source import Source, Subset
 from util.data.transforms import EvalTransform, normalize
 from util.errors import BadInput
 from util.measure.accuracy import Accuracy, AccuracyMeter, save_accuracy
@@ -192,14 +193,14 @@ def classifier(classes: int = 7) -> torch.nn.Module:
     return model
 
 
-def held_out(images: int) -> ImageSource:
+def held_out(images: int) -> Source:
     return Subset(build_dataset("synthetic", "val"), range(images))
 
 
 def evaluated(
-    model: torch.nn.Module, source: ImageSource, batch_size: int, **others: object
+    model: torch.nn.Module, source: Source, batch_size: int, **others: object
 ) -> Accuracy:
-    samples = LabelledSamples(source, EvalTransform((16, 16), margin=source.eval_margin), 0)
+    samples = Samples(source, EvalTransform((16, 16), margin=source.eval_margin), 0)
     sampler = EvalSampler(range(len(source)), batch_size)
     loader = build_loader(samples, sampler, num_workers=0, pin_memory=False)
     settings = {"device": CPU, "sum_over_ranks": lambda x: x, "gather": lambda x: [x], **others}
@@ -231,7 +232,7 @@ def test_batches_of_any_size_measure_the_same() -> None:
         assert result.loss == pytest.approx(loss, abs=1e-6)
 
 
-class Broken(ImageSource):
+class Broken(Source):
     """Some of its images cannot be decoded."""
 
     def __init__(self, bad: Sequence[int]) -> None:

@@ -12,6 +12,7 @@ import torch
 import main_finetune
 import main_pretrain
 import plan_finetune
+import plan_pretrain
 import plan_segment
 from engine_segment import PixelLoss
 from lab.bench.step_speed import flop_counter
@@ -30,7 +31,7 @@ CROSS = {"decoder": "cross", "predict_ratio": 0.34}
 
 
 def pretrain_loss(num_visible: int) -> Callable[[Any, int], torch.Tensor]:
-    return partial(main_pretrain.drawn_loss, num_visible=num_visible)
+    return partial(plan_pretrain.drawn_loss, num_visible=num_visible)
 
 
 def segment_loss(model: Any) -> Callable[[Any, int], torch.Tensor]:
@@ -323,7 +324,7 @@ def test_disk_is_what_a_run_leaves(tmp_path: Path, few) -> None:
     flags = [*TINY, "--model=mae_vit_micro_patch4", "--picture_every=0", f"--output_dir={tmp_path}"]
     flags += ["--save_every=2", "--keep=2"]
     main_pretrain.main(flags)
-    plan = main_pretrain.plan_run(parsed(flags), 1)
+    plan = plan_pretrain.plan_run(parsed(flags), 1)
     files = {path.stat().st_ino: path.stat().st_size for path in tmp_path.glob("*.pth")}
     assert len(files) == numbered_checkpoints(5, 2, 2) == 2
     for size in files.values():  # names, settings and checksums come on top of the numbers

@@ -11,7 +11,7 @@ from runs import different, records, weights
 
 from util.data.images import BadImage
 from util.data.randomness import STREAMS, EpochSampler, Key, generator_of, seed_of, seeds_of
-from util.data.samples import PretrainSamples, build_loader
+from util.data.samples import Drawn, Samples, build_loader
 from util.data.transforms import PretrainTensorTransform, PretrainTransform
 from util.errors import EXIT_STOPPED, BadInput
 from util.mask.strategies import create_strategy
@@ -56,7 +56,7 @@ def test_noise_and_shift_are_those_of_generators_of_their_own(mask, count):
     strategy, grid = create_strategy(mask), (5, 7)
     draws = {"order": (35,), "shift": (2,), "another": (3, 2)}
     streams = {"order": "predict", "shift": "shift", "another": "draw another"}
-    samples = PretrainSamples(images, lambda image: image, strategy, grid, 3, draws)
+    samples = Samples(images, lambda image: image, 3, Drawn(strategy, grid, draws))
     keys = [Key(2, index, index % 2) for index in range(count)]
     for key, sample in zip(keys, samples.__getitems__(keys), strict=True):
         rows = strategy.draw(grid, generator_of(3, "mask", *key))
@@ -148,8 +148,8 @@ class Counting:
         return torch.from_numpy(pixels), index
 
 
-def samples(transform=PretrainTensorTransform) -> PretrainSamples:
-    return PretrainSamples(Counting(), transform((16, 12)), create_strategy("mixed"), (4, 3), 3)
+def samples(transform=PretrainTensorTransform) -> Samples:
+    return Samples(Counting(), transform((16, 12)), 3, Drawn(create_strategy("mixed"), (4, 3)))
 
 
 @pytest.mark.parametrize("transform", [PretrainTensorTransform, PretrainTransform])
@@ -165,7 +165,7 @@ def test_a_batch_decodes_each_image_once_and_gives_the_samples_one_by_one(transf
         assert sample.keys() == alone.keys()
         for name, value in sample.items():
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(alone[name])), (key, name)
-    views = {tuple(sample["image"].flatten().tolist()) for sample in batch}
+    views = {tuple(sample["x"].flatten().tolist()) for sample in batch}
     assert len(views) == len(keys)  # another crop, another view
     assert [s["bad"][0].item() for s in batch if s["index"] == 3] == [3] * 4
 

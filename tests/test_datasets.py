@@ -18,8 +18,9 @@ from torchvision.datasets.mnist import read_sn3_pascalvincent_tensor
 import util.data.datasets as datasets
 import util.data.sets.stl10
 from util.data.datasets import DATASETS, SyntheticSource, build_dataset, read_idx
-from util.data.images import BadImage, ImageSource
+from util.data.images import BadImage
 from util.data.sets.photos import PHOTOS, photo_crop
+from util.data.source import Source
 from util.errors import BadInput
 
 
@@ -162,7 +163,7 @@ def pixels(image: Image.Image | torch.Tensor) -> np.ndarray:
     return np.asarray(image)
 
 
-def some(source: ImageSource) -> list[int]:
+def some(source: Source) -> list[int]:
     return sorted({0, 1, len(source) // 2, len(source) - 1})
 
 

@@ -254,19 +254,17 @@ def test_a_batch_is_its_samples_in_either_memory_order(channels, inner):
     samples = []
     for i, image in enumerate(images):
         room[i].copy_(image)
-        samples.append({"image": room[i], "index": i})
-    assert torch.equal(samples[1]["image"], images[1])
+        samples.append({"x": room[i], "index": i})
+    assert torch.equal(samples[1]["x"], images[1])
     batch = collate(samples)
-    assert torch.equal(batch["image"], torch.stack(images)) and batch["index"].tolist() == [
-        *range(4)
-    ]
-    assert batch["image"].data_ptr() == room.data_ptr()  # not copied
+    assert torch.equal(batch["x"], torch.stack(images)) and batch["index"].tolist() == [*range(4)]
+    assert batch["x"].data_ptr() == room.data_ptr()  # not copied
     # Another order, another count and images from elsewhere are stacked.
     for order in ([2, 0, 1, 3], [0, 1], [3]):
         chosen = collate([samples[i] for i in order])
-        assert torch.equal(chosen["image"], torch.stack([images[i] for i in order]))
-    mixed = collate([{"image": image} for image in (images[0], room[1])])
-    assert torch.equal(mixed["image"], torch.stack(images[:2]))
+        assert torch.equal(chosen["x"], torch.stack([images[i] for i in order]))
+    mixed = collate([{"x": image} for image in (images[0], room[1])])
+    assert torch.equal(mixed["x"], torch.stack(images[:2]))
 
 
 # --- The flag ---

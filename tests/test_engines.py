@@ -112,7 +112,7 @@ def test_segmentation_is_measured_as_its_flags_say(flags: tuple[str, ...], tmp_p
     found: list[Any] = []
 
     def evaluate(model: Any, loader: Any, classes: int, inference: Inference, **more: Any) -> None:
-        shapes = {tuple(batch["image"].shape) for batch in loader}
+        shapes = {tuple(batch["x"].shape) for batch in loader}
         found.append((inference, classes, shapes, more["mean"], more["std"]))
         raise KeyboardInterrupt
 
@@ -181,7 +181,7 @@ def batches(count: int, ignored: float) -> list[dict[str, Tensor]]:
         image = torch.randint(0, 256, (2, 3, 8, 8), generator=generator, dtype=torch.uint8)
         bad = torch.tensor([[number, -1, -1, -1], [-1] * 4])
         index = torch.tensor([2 * number, 2 * number + 1])
-        found.append({"image": image, "label": label, "index": index, "bad": bad})
+        found.append({"x": image, "y": label, "index": index, "bad": bad})
     return found
 
 
@@ -247,6 +247,6 @@ def test_the_auxiliary_loss_weighs_as_it_is_told() -> None:
         torch.testing.assert_close(valid[name], 2 * gradient)
     shaken = [dict(b) for b in data]
     for b in shaken:
-        b["image"] = torch.where((b["label"] == 255)[:, None], 255 - b["image"], b["image"])
+        b["x"] = torch.where((b["y"] == 255)[:, None], 255 - b["x"], b["x"])
     for name, gradient in trained(PixelLoss(), shaken)[2].items():
         torch.testing.assert_close(gradient, by_weight[0.4][name])

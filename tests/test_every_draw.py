@@ -29,9 +29,11 @@ from torch import Tensor, nn
 import eval_segment
 from models_mmae import MaskedAutoencoderViT
 from models_zoo import create_model
-from util.data.images import BadImage, ImageSource
+from util.data.images import BadImage
 from util.data.randomness import STREAMS, Key, generator_of, seed_of, seeded
+from util.data.samples import Samples
 from util.data.segmentation_sets import SegmentationSource
+from util.data.source import Source
 from util.mask.patches import patch_averages
 from util.mask.strategies import create_strategy
 from util.measure.metrics import FILLS
@@ -61,7 +63,7 @@ def flat() -> np.ndarray:
 PICTURES = {"ramp": ramp, "flat": flat, "broken": flat}
 
 
-class Alike(ImageSource):
+class Alike(Source):
     """One picture for every index, which is its label; odd ones of "broken" cannot be decoded."""
 
     def __init__(self, kind: str, split: str) -> None:
@@ -146,7 +148,11 @@ class Found:
 
 
 # Where a main's model is made, if not in its own file.
-BUILDERS = {"main_finetune": "build_finetune", "main_segment": "build_segment"}
+BUILDERS = {
+    "main_pretrain": "build_pretrain",
+    "main_finetune": "build_finetune",
+    "main_segment": "build_segment",
+}
 SIZES = ["--num_workers=0", "--device=cpu", "--log_every=100", "--save_every=0"]
 FLAGS = {
     "main_pretrain": [
@@ -271,12 +277,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 def crop_of(sample: Mapping[str, Tensor]) -> Any:
     """Which part of the ramp a view shows, flipped or not."""
-    red, green = sample["image"][:2].int()
+    red, green = sample["x"][:2].int()
     return sorted([red[:, 0].tolist(), red[:, -1].tolist()]), green[:, 0].tolist()
 
 
 def flip_of(sample: Mapping[str, Tensor]) -> Any:
-    red = sample["image"][0].float()
+    red = sample["x"][0].float()
     return bool(red[:, 0].mean() > red[:, -1].mean())
 
 
@@ -285,21 +291,21 @@ def bytes_of(name: str, rows: slice = slice(None)) -> Callable[[Mapping[str, Ten
 
 
 def label_crop_of(sample: Mapping[str, Tensor]) -> Any:
-    label = sample["label"]
+    label = sample["y"]
     return sorted([label[:, 0].tolist(), label[:, -1].tolist()]), label[0].unique().tolist()
 
 
 def label_flip_of(sample: Mapping[str, Tensor]) -> Any:
-    return bool(sample["label"][0, 0] % 8 > sample["label"][0, -1] % 8)
+    return bool(sample["y"][0, 0] % 8 > sample["y"][0, -1] % 8)
 
 
 def shown(sample: Mapping[str, Tensor]) -> Any:
     """Which image stands in for one that is broken, None for one that is not."""
-    return int(sample["label"]) if sample["bad"][0] >= 0 else None
+    return int(sample["y"]) if sample["bad"][0] >= 0 else None
 
 
 def shown_pair(sample: Mapping[str, Tensor]) -> Any:
-    return int(sample["image"][2].max()) // 2 if sample["bad"][0] >= 0 else None
+    return int(sample["x"][2].max()) // 2 if sample["bad"][0] >= 0 else None
 
 
 @dataclass(frozen=True)
@@ -348,7 +354,7 @@ BY_SAMPLE: dict[str, Draw] = {
     ),
     **draws_of(
         "main_pretrain", "pretrain shaken", "flat", ("--augment=crop_jitter", "--mask=block"),
-        colour=("augment", bytes_of("image"), False),
+        colour=("augment", bytes_of("x"), False),
         mask=("mask", bytes_of("noise", slice(0, 1)), False),
     ),
     **draws_of(
@@ -358,11 +364,11 @@ BY_SAMPLE: dict[str, Draw] = {
     **draws_of("main_finetune", "finetune", "ramp", (), **CROP),
     **draws_of(
         "main_finetune", "finetune by policy", "ramp", ("--aa=rand-m9-mstd0.5-inc1",),
-        view=("augment", bytes_of("image"), False),
+        view=("augment", bytes_of("x"), False),
     ),
     **draws_of(
         "main_finetune", "finetune shaken", "flat", ("--color_jitter=0.4",),
-        colour=("augment", bytes_of("image"), False),
+        colour=("augment", bytes_of("x"), False),
     ),
     **draws_of(
         "main_finetune", "finetune broken", "broken", (), instead=("fallback", shown, True)
@@ -378,7 +384,7 @@ BY_SAMPLE: dict[str, Draw] = {
     ),
     **draws_of(
         "main_segment", "segment shaken", "flat", (),
-        colour=("augment", lambda sample: sample["image"][:, 0, 0].tolist(), True),
+        colour=("augment", lambda sample: sample["x"][:, 0, 0].tolist(), True),
     ),
     **draws_of(
         "main_segment", "segment broken", "broken", (STILL,), instead=("fallback", shown_pair, True)
@@ -640,13 +646,13 @@ def test_masks_order_and_shift_are_those_of_their_streams(partial: bool, tmp_pat
     keys: list[Key] = []
     with pretended(main_pretrain, "ramp", 1, 0) as patch:
         patch.setattr(MaskedAutoencoderViT, "forward", noted)
-        original = main_pretrain.PretrainSamples.__getitems__
+        original = Samples.__getitems__
 
         def getitems(self: Any, asked: list[Key]) -> Any:
             keys.extend(asked)
             return original(self, asked)
 
-        patch.setattr(main_pretrain.PretrainSamples, "__getitems__", getitems)
+        patch.setattr(Samples, "__getitems__", getitems)
         main_pretrain.main([*command("main_pretrain", Knobs(seed=3), tmp_path, ()), *flags])
     masks, shifts, orders, preds = zip(*seen, strict=True)
     assert len(keys) == EPOCHS * IMAGES == sum(map(len, masks))
@@ -667,7 +673,7 @@ def test_masks_order_and_shift_are_those_of_their_streams(partial: bool, tmp_pat
 def test_a_mask_is_made_of_its_own_rows_and_its_own_image(runs: Runs) -> None:
     found = runs(look, "main_pretrain", "ramp", PLAIN)
     strategy = create_strategy("mixed")
-    images = torch.stack([s["image"] for s in found.samples.values()])
+    images = torch.stack([s["x"] for s in found.samples.values()])
     noise = torch.stack([s["noise"] for s in found.samples.values()])
     averages = patch_averages(images, (8, 8))
     masks = strategy.mask(noise, averages, 1)
@@ -708,7 +714,7 @@ def measured(main: Any, folder: Path, *flags: str, **changes: int) -> dict[Any, 
 
     def see(part: str, loader: Any, masker: Any = None) -> None:
         for batch in loader:
-            kept = batch["image"] if masker is None else masker(batch["image"], batch["noise"])
+            kept = batch["x"] if masker is None else masker(batch["x"], batch["noise"])
             for index, value in zip(batch["index"].tolist(), kept, strict=True):
                 value = value.numpy().tobytes()
                 # The same whenever it is measured.
@@ -814,8 +820,8 @@ FROM_GLOBAL = {
     "models_decoders.py": "the mix of a cross decoder at the start",
     "models_layers.py": "first weights", "models_protocols.py": "a head's first weights",
     "models_mmae.py": "first weights", "models_upernet.py": "first weights",
-    "util/data/segmentation_transforms.py": "seeded by SegmentationSamples",
-    "main_pretrain.py": "a rate beforehand", "main_knn.py": "images of a plan",
+    "util/data/segmentation_transforms.py": "seeded by Samples",
+    "plan_pretrain.py": "a rate beforehand", "main_knn.py": "images of a plan",
     "plan_finetune.py": "a rate beforehand",
     "plan_segment.py": "a rate beforehand", "lab/bench/step_speed.py": "a measurement of speed",
     "lab/bench/limits.py": "a measurement of the machine",

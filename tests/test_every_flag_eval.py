@@ -20,8 +20,8 @@ pytestmark = pytest.mark.smoke
 def seen(loader: Any, mean: Any, std: Any) -> Trace:
     """What a model is shown."""
     return {
-        "images": digest([batch["image"] for batch in loader]),
-        "labels": digest([batch["label"] for batch in loader]),
+        "images": digest([batch["x"] for batch in loader]),
+        "labels": digest([batch["y"] for batch in loader]),
         "held": names_of(loader),
         "statistics": (tuple(mean), tuple(std)),
         "loader": (loader.num_workers, loader.batch_sampler.batch_size),

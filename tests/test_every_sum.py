@@ -337,7 +337,7 @@ def images_of(rank: int, world: int, what: str, size: int) -> list[dict[str, Any
         if key.index == 3 and what == "bad":
             bad[0, 0] = 3
         classes = torch.tensor([key.index % CLASSES])
-        found.append({"image": image, "label": label, "class": classes, "bad": bad})
+        found.append({"x": image, "y": label, "class": classes, "bad": bad})
     return found
 
 
@@ -365,7 +365,7 @@ def alone_checks(rank: int, world: int, root: Path) -> dict[str, Any]:
     engine_finetune.normalize = engine_segment.normalize = lambda x, *rest: x.float() / 255
     for what in ("whole", "broken", "bad"):
         batches = images_of(rank, world, what, 6)
-        classified = [{**b, "label": b["class"]} for b in batches]
+        classified = [{**b, "y": b["class"]} for b in batches]
 
         def classify(batches: list = classified) -> Any:
             result = engine_finetune.evaluate(Told(), batches, CLASSES, **options)

@@ -636,8 +636,8 @@ def epoch_of(batches: int, **settings: Any) -> tuple[list[tuple[Tensor, Tensor]]
     generator = torch.Generator().manual_seed(4)
     loader = [
         {
-            "image": torch.randint(256, (8, 3, 8, 8), generator=generator).to(torch.uint8),
-            "label": torch.arange(8),
+            "x": torch.randint(256, (8, 3, 8, 8), generator=generator).to(torch.uint8),
+            "y": torch.arange(8),
             "index": torch.arange(8) + 8 * i,
             "bad": torch.tensor([[-1] * 4] * 7 + [[i, 90, -1, -1]]),
         }
@@ -662,7 +662,7 @@ def epoch_of(batches: int, **settings: Any) -> tuple[list[tuple[Tensor, Tensor]]
     assert done == first + len(reports)
     if augmentation == BatchAugmentation():
         for batch, (images, _) in zip(loader, model.seen, strict=True):
-            assert torch.equal(images, normalize(batch["image"], MEAN, STD))
+            assert torch.equal(images, normalize(batch["x"], MEAN, STD))
     return model.seen, reports
 
 
@@ -743,7 +743,7 @@ def test_averages_follow_each_step_of_an_epoch() -> None:
     before = model.patch_embed.proj.weight.detach().clone()
     order: list[str] = []
     batch = {
-        "image": torch.full((4, 3, 8, 8), 7, dtype=torch.uint8), "label": torch.arange(4),
+        "x": torch.full((4, 3, 8, 8), 7, dtype=torch.uint8), "y": torch.arange(4),
         "index": torch.arange(4), "bad": torch.full((4, 4), -1),
     }  # fmt: skip
 

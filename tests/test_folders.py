@@ -142,7 +142,7 @@ def test_a_flat_folder_pretrains_and_has_pictures(decode, tmp_path, run_main, mo
     titles = []
     grid = __import__("main_pretrain").picture_grid
     monkeypatch.setattr(
-        "main_pretrain.picture_grid",
+        "eval_pretrain.picture_grid",
         lambda *rest, **more: titles.append(more["title"]) or grid(*rest, **more),
     )
     root, run = write(tmp_path / "photos", [*many("", 5), "more/x.png"]), tmp_path / "run"

@@ -45,7 +45,7 @@ class Failing(Dataset):
                 os.kill(os.getpid(), signal.SIGKILL)
             else:
                 raise self.fault
-        return {"image": torch.zeros(1, 2, 2), "index": index}
+        return {"x": torch.zeros(1, 2, 2), "index": index}
 
 
 @pytest.mark.parametrize("workers", [0, 2])

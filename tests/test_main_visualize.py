@@ -230,8 +230,8 @@ def test_training_draws_its_own_masks_and_says_both(
         headers.append(more["headers"][1])
         return picture_grid(*args, **more)
 
-    monkeypatch.setattr("main_pretrain.panels", spy)
-    monkeypatch.setattr("main_pretrain.picture_grid", grid)
+    monkeypatch.setattr("eval_pretrain.panels", spy)
+    monkeypatch.setattr("eval_pretrain.picture_grid", grid)
     flags = ["--dataset=digits", "--model=mae_vit_micro_patch4", "--batch_size=750", "--epochs=1",
              "--warmup_epochs=0", "--picture_every=1", "--eval_every=1", "--eval_images=20",
              "--num_workers=0", "--device=cpu"]  # fmt: skip

@@ -12,11 +12,12 @@ from test_segment_data import write_pairs
 
 import util.data.pixel_limits
 from util.data.datasets import build_dataset
-from util.data.images import BadImage, ImageSource, Subset, read_image
+from util.data.images import BadImage, read_image
 from util.data.jpeg import read_pixels
 from util.data.pixel_limits import MOST_PIXELS
 from util.data.replace import fault_of
 from util.data.segmentation_sets import build_segmentation_set
+from util.data.source import Source, Subset
 
 SMALL_SIDE, LARGE_SIDE = 30, 60
 BETWEEN = SMALL_SIDE * SMALL_SIDE
@@ -42,7 +43,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_folders(tmp_path_factory.mktemp("folders"))
 
 
-def faults(source: ImageSource) -> list[str]:
+def faults(source: Source) -> list[str]:
     """Why each image cannot be read, or nothing."""
     found = []
     for index in range(len(source)):

@@ -106,7 +106,7 @@ def batches(model: nn.Module, strategy, count: int) -> list[dict]:
     size = (4, 3, *model.img_size)
     return [
         {
-            "image": torch.randint(0, 256, size, dtype=torch.uint8, generator=generator),
+            "x": torch.randint(0, 256, size, dtype=torch.uint8, generator=generator),
             "noise": torch.stack([strategy.draw(model.grid, generator) for _ in range(4)]),
             "shift": torch.rand(4, 2, generator=generator) - 0.5,
             "index": torch.arange(4),
@@ -163,9 +163,9 @@ def test_masks_do_not_depend_on_the_device() -> None:
     for name in ("mixed", "average", "random", "block", "grid"):
         masker = masker_of(SETTINGS | {"mask": name}, model)
         batch = batches(model, masker.strategy, 1)[0]
-        here = masker(batch["image"], batch["noise"])
+        here = masker(batch["x"], batch["noise"])
         with PretendMps():
-            there = masker(batch["image"].to(MPS), batch["noise"].to(MPS))
+            there = masker(batch["x"].to(MPS), batch["noise"].to(MPS))
             assert isinstance(there, OnMps) and torch.equal(there.cpu(), here)
 
 

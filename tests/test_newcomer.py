@@ -10,7 +10,7 @@ from launch import ROOT, TINY
 from PIL import Image
 from runs import records
 
-import main_pretrain
+import eval_pretrain
 from util.console import counted
 
 
@@ -28,13 +28,13 @@ def test_three_epochs_are_called_three(
     tmp_path: Path, run_main, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     titles = []
-    draw = main_pretrain.draw_pictures
+    draw = eval_pretrain.draw_pictures
 
     def drawn(whole: object, part: object, device: object, title: str) -> object:
         titles.append(title)
         return draw(whole, part, device, title)
 
-    monkeypatch.setattr(main_pretrain, "draw_pictures", drawn)
+    monkeypatch.setattr(eval_pretrain, "draw_pictures", drawn)
     argv = [*TINY, "--picture_every=1", f"--output_dir={tmp_path}"]
     code, out, err = run_main("main_pretrain", argv)
     assert code == 0, err

@@ -20,7 +20,7 @@ from util.data.randomness import (
     seeded,
     stream_number,
 )
-from util.data.samples import PretrainSamples, build_loader, default_workers
+from util.data.samples import Drawn, Samples, build_loader, default_workers
 from util.data.transforms import PretrainTransform
 from util.errors import BadInput
 from util.mask.strategies import create_strategy
@@ -268,9 +268,9 @@ class Wasteful(AllGenerators):
 DRAWS = {"shift": (2,), "order": (12,), "mask": (), "colour of a user": (3, 4)}
 
 
-def samples(mask: str = "mixed", transform=None, seed: int = 3) -> PretrainSamples:
-    return PretrainSamples(
-        Pictures(), transform or AllGenerators(), create_strategy(mask), GRID, seed, DRAWS
+def samples(mask: str = "mixed", transform=None, seed: int = 3) -> Samples:
+    return Samples(
+        Pictures(), transform or AllGenerators(), seed, Drawn(create_strategy(mask), GRID, DRAWS)
     )
 
 
@@ -292,13 +292,13 @@ def collect(loader: DataLoader) -> list[dict]:
 @pytest.mark.parametrize(("mask", "rows"), [("random", 1), ("mixed", 2), ("block", 1), ("grid", 1)])
 def test_a_sample_holds_what_the_contract_says(mask, rows):
     sample = samples(mask)[Key(0, 7)]
-    assert sample.keys() == {"image", "noise", "label", "index", "bad", *DRAWS}
-    assert sample["image"].dtype == torch.uint8 and sample["image"].shape == (3, 16, 12)
+    assert sample.keys() == {"x", "noise", "y", "index", "bad", *DRAWS}
+    assert sample["x"].dtype == torch.uint8 and sample["x"].shape == (3, 16, 12)
     assert sample["noise"].dtype == torch.float32 and sample["noise"].shape == (rows, 12)
     for name, shape in DRAWS.items():
         assert sample[name].dtype == torch.float32 and sample[name].shape == shape, name
         assert sample[name].min() >= -0.5 and sample[name].max() < 0.5, name
-    assert (sample["label"], sample["index"]) == (1, 7)
+    assert (sample["y"], sample["index"]) == (1, 7)
     assert sample["bad"].tolist() == [-1] * 4
 
 
@@ -310,23 +310,23 @@ def test_a_sample_is_a_function_of_seed_and_key():
         again = samples()
         for key in reversed(keys):
             assert same(again[key], first[key]), key
-    for name in ("image", "noise", *DRAWS):
+    for name in ("x", "noise", *DRAWS):
         values = {tuple(sample[name].flatten().tolist()) for sample in first.values()}
         assert len(values) == len(keys), name
     other = samples(seed=4)[keys[0]]
-    for name in ("image", "noise", *DRAWS):
+    for name in ("x", "noise", *DRAWS):
         assert not torch.equal(other[name], first[keys[0]][name]), name
 
 
 def test_noise_and_shift_do_not_depend_on_the_augmentation_nor_it_on_the_mask():
     for key in (Key(0, 2), Key(5, 2, 1)):
         plain, wasteful = samples()[key], samples(transform=Wasteful())[key]
-        assert not torch.equal(plain["image"], wasteful["image"])
+        assert not torch.equal(plain["x"], wasteful["x"])
         assert torch.equal(plain["noise"], wasteful["noise"])
         assert all(torch.equal(plain[name], wasteful[name]) for name in DRAWS)
         for mask in ("random", "block", "grid", "average"):
             other = samples(mask)[key]
-            assert torch.equal(other["image"], plain["image"]), mask
+            assert torch.equal(other["x"], plain["x"]), mask
             assert all(torch.equal(other[name], plain[name]) for name in DRAWS), mask
     # What draws a mask outside of a loader gets the same one.
     drawn = create_strategy("mixed").draw(GRID, generator_of(3, "mask", *Key(0, 2)))
@@ -396,7 +396,7 @@ def test_evaluation_loads_every_image_once():
     loader = build_loader(samples(), sampler, num_workers=0, pin_memory=False)
     batches = list(loader)
     assert [batch["index"].tolist() for batch in batches] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
-    assert batches[0]["image"].dtype == torch.uint8
+    assert batches[0]["x"].dtype == torch.uint8
 
 
 def test_default_workers_share_the_cores():

@@ -38,7 +38,7 @@ class Decoded(Dataset):
 
     def __getitem__(self, key: Key) -> dict:
         image, label, bad = decode(self.source, key, seed=3)
-        return {"image": int(np.asarray(image).sum()), "label": label, "bad": bad_slots(bad)}
+        return {"x": int(np.asarray(image).sum()), "y": label, "bad": bad_slots(bad)}
 
 
 def test_a_good_image_is_itself():

@@ -20,6 +20,7 @@ from runs import different, of_training, records, weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from trained import Trained
 
+import eval_pretrain
 import main_pretrain
 from util.errors import EXIT_INTERRUPTED, EXIT_STOPPED
 from util.train.agreement import Agreement, Wish
@@ -193,7 +194,7 @@ def test_ended_while_measuring(when: int, tmp_path: Path, monkeypatch) -> None:
     flags = [*FLAGS, "--log_every=7", "--eval_every=1", "--eval_images=4"]
     one, two = tmp_path / "one", tmp_path / "two"
     main_pretrain.main([*flags, f"--output_dir={one}"])
-    original, calls = main_pretrain.evaluate, [0]
+    original, calls = eval_pretrain.evaluate, [0]
 
     def evaluate(*args, **kwargs) -> dict:
         calls[0] += 1  # twice an epoch: under the standard masks, and under the run's own
@@ -201,7 +202,7 @@ def test_ended_while_measuring(when: int, tmp_path: Path, monkeypatch) -> None:
             raise KeyboardInterrupt
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(main_pretrain, "evaluate", evaluate)
+    monkeypatch.setattr(eval_pretrain, "evaluate", evaluate)
     with pytest.raises(SystemExit, match=str(EXIT_INTERRUPTED)):
         main_pretrain.main([*flags, f"--output_dir={two}"])
     assert load_file(two / LAST)["step"] == 10 * when

@@ -125,7 +125,7 @@ def test_the_loss_is_cross_entropy_over_pixels(mean: str) -> None:
 
 def test_padding_is_zero_after_normalisation() -> None:
     images = torch.randint(0, 256, (2, 3, 6, 8), dtype=torch.uint8)
-    batch = {"image": images, "extent": torch.tensor([[6, 8], [2, 5]])}
+    batch = {"x": images, "extent": torch.tensor([[6, 8], [2, 5]])}
     x = prepare(batch, IMAGENET_MEAN, IMAGENET_STD, torch.device("cpu"))
     mean, std = (torch.tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
     expected = (images / 255 - mean) / std
@@ -158,8 +158,8 @@ def test_evaluation_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     guess = [np.array([[0, 1], [0, 3]]), np.array([[0, 2, 2]])]
     batches = [
         {
-            "image": torch.from_numpy(np.stack([g] * 3)[None].astype(np.uint8)),
-            "label": torch.from_numpy(t[None].astype(np.uint8)),
+            "x": torch.from_numpy(np.stack([g] * 3)[None].astype(np.uint8)),
+            "y": torch.from_numpy(t[None].astype(np.uint8)),
             "bad": torch.tensor([[-1] * 4]),
         }
         for g, t in zip(guess, truth, strict=True)

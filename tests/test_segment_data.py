@@ -20,7 +20,7 @@ from torch import Tensor
 import util.data.sets.garments
 from util.data import segmentation_transforms
 from util.data.datasets import garment_scenes
-from util.data.images import ArraySource, BadImage
+from util.data.images import BadImage
 from util.data.label_maps import (
     IGNORE,
     BadPair,
@@ -32,9 +32,9 @@ from util.data.label_maps import (
     save_label_map,
 )
 from util.data.randomness import IterationSampler, Key, seeded
+from util.data.samples import Samples
 from util.data.segmentation_sets import build_segmentation_set, check_pairs
 from util.data.segmentation_transforms import (
-    SegmentationSamples,
     SegmentEvalTransform,
     SegmentTransform,
     crop_place,
@@ -46,6 +46,7 @@ from util.data.segmentation_transforms import (
 )
 from util.data.sets.garments import GarmentImages, GarmentScenes
 from util.data.sets.photos import photos
+from util.data.source import ArraySource
 from util.errors import BadInput
 
 
@@ -157,7 +158,7 @@ def test_ade20k_is_read_as_published(tmp_path: Path) -> None:
     table = ["Idx\tRatio\tTrain\tVal\tStuff\tName", "1\t.1\t1\t1\t1\twall", "2\t.1\t1\t1\t1\ta, b"]
     for split, folder in (("train", "training"), ("val", "validation")):
         source = build_segmentation_set("ade20k", split, tmp_path)
-        assert len(source) == 2 and len(source.classes) == len(source.colours) == 150
+        assert len(source) == 2 and len(source.classes) == 150
         assert source.classes[0] == "class 1"
         for i in range(2):
             stored = np.asarray(
@@ -274,7 +275,7 @@ def test_a_damaged_mask_is_a_bad_image(tmp_path: Path) -> None:
     source = build_segmentation_set("folder", "train", tmp_path, num_classes=4)
     with pytest.raises(BadImage, match=r"masks/p1\.png"):
         source[1]
-    sample = SegmentationSamples(source, SegmentTransform((8, 8), scale=(30, 20)), 0)[Key(0, 1)]
+    sample = Samples(source, SegmentTransform((8, 8), scale=(30, 20)), 0)[Key(0, 1)]
     assert sample["bad"].tolist() == [1, -1, -1, -1]
 
 
@@ -399,10 +400,10 @@ def test_image_and_label_are_transformed_together() -> None:
     for seed in range(12):
         with seeded(seed):
             view = plain(picture_of(label), label)
-        assert view["image"].shape == (3, 24, 32) and view["image"].dtype == torch.uint8
-        assert all(torch.equal(channel, view["label"]) for channel in view["image"])
+        assert view["x"].shape == (3, 24, 32) and view["x"].dtype == torch.uint8
+        assert all(torch.equal(channel, view["y"]) for channel in view["x"])
         assert view["extent"].tolist() == [24, 32]
-        seen.add(view["label"].numpy().tobytes())
+        seen.add(view["y"].numpy().tobytes())
     assert len(seen) > 8  # crops differ
     blocks = np.kron(np.array([[0, 200], [80, 140]]), np.ones((20, 30))).astype(np.uint8)
     for seed in range(12):
@@ -410,12 +411,12 @@ def test_image_and_label_are_transformed_together() -> None:
             view = SegmentTransform((30, 30), scale=(60, 40), distortion=False)(
                 picture_of(blocks), blocks
             )
-        inside = view["label"] != IGNORE
-        agree = (view["image"][0].int() - view["label"].int()).abs() <= 1
+        inside = view["y"] != IGNORE
+        agree = (view["x"][0].int() - view["y"].int()).abs() <= 1
         assert agree[inside].float().mean() > 0.85  # all but the blurred borders
         h, w = view["extent"].tolist()
         assert inside[:h, :w].all() and inside.sum() == h * w
-        assert (view["image"][:, h:] == 0).all() and (view["image"][:, :, w:] == 0).all()
+        assert (view["x"][:, h:] == 0).all() and (view["x"][:, :, w:] == 0).all()
 
 
 def test_a_crop_has_at_most_three_quarters_of_one_class() -> None:
@@ -492,15 +493,15 @@ def test_each_part_of_the_distortion_has_even_odds(monkeypatch: pytest.MonkeyPat
 def test_samples_are_functions_of_seed_and_key(tmp_path: Path) -> None:
     write_pairs(tmp_path)
     source = build_segmentation_set("folder", "train", tmp_path, num_classes=4)
-    samples = SegmentationSamples(source, SegmentTransform((16, 16), scale=(40, 20)), 5)
+    samples = Samples(source, SegmentTransform((16, 16), scale=(40, 20)), 5)
     first = samples[Key(2, 1)]
     np.random.seed(99)
     again = samples[Key(2, 1)]
-    assert all(torch.equal(first[k], again[k]) for k in ("image", "label", "extent"))
-    others = [samples[Key(epoch, 1)]["image"] for epoch in range(3, 8)]
-    assert not all(torch.equal(first["image"], other) for other in others)
-    view = SegmentationSamples(source, SegmentEvalTransform((60, 40)), 0)[Key(0, 0)]
-    assert view["image"].shape == (3, 40, 60) and view["label"].shape == (20, 30)
+    assert all(torch.equal(first[k], again[k]) for k in ("x", "y", "extent"))
+    others = [samples[Key(epoch, 1)]["x"] for epoch in range(3, 8)]
+    assert not all(torch.equal(first["x"], other) for other in others)
+    view = Samples(source, SegmentEvalTransform((60, 40)), 0)[Key(0, 0)]
+    assert view["x"].shape == (3, 40, 60) and view["y"].shape == (20, 30)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])

@@ -57,7 +57,7 @@ class Samples(torch.utils.data.Dataset):
 
     def __getitem__(self, key: Key) -> dict[str, Any]:
         image = torch.tensor([float(key.index), 1.0]).reshape(1, 1, 2)
-        return {"image": image, "index": key.index, "bad": torch.full((4,), -1)}
+        return {"x": image, "index": key.index, "bad": torch.full((4,), -1)}
 
 
 def settings_for(folder: Path, **changes: Any) -> Settings:
@@ -110,7 +110,7 @@ def train_epoch(session: Session, epoch: int = 0) -> int:
             session.trained,
             session.loader,
             session.optimizer_step,
-            lambda model, batch, step, number: model(batch["image"]).square().mean(),
+            lambda model, batch, step, number: model(batch["x"]).square().mean(),
             session.rate,
             first_step=run.step,
             after_step=run.after_step,

@@ -16,7 +16,7 @@ import main_pretrain
 import main_segment
 import main_visualize
 from util.data.datasets import build_dataset
-from util.data.images import ArraySource, Subset
+from util.data.source import ArraySource, Subset
 from util.data.splits import HoldOut, hold_out, ranks_of
 from util.train.checkpoint import load_file
 from util.train.results import MEASURED, identity_of, set_others_aside

@@ -11,6 +11,7 @@ python -m lab.bench jpegs --made DIR --count 2000        a folder like ImageNet,
 """
 
 import argparse
+import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -66,9 +67,9 @@ from lab.bench.training_speed import Train, compare_curves, measure_together
 from models_mmae import METHODS
 from util.config.flags import FlagParser, add_data_flags, add_device_flag, add_view_flags, number
 from util.data.datasets import DATASETS, build_dataset
-from util.data.images import ImageSource, Subset
 from util.data.randomness import EpochSampler, evenly
-from util.data.samples import PretrainSamples, build_loader, default_workers
+from util.data.samples import Drawn, Samples, build_loader, default_workers
+from util.data.source import Source, Subset
 from util.data.transforms import pretrain_transform
 from util.errors import BadInput, command, needs
 from util.flag_types import MOST_IN_BATCH, MOST_SIDE, expanded_path, processes_flag
@@ -302,7 +303,7 @@ def run_steps(args: argparse.Namespace, arms: dict[str, Arm], threads: int) -> l
 class Data:
     """A source as the mains read it, in portions of `images`."""
 
-    source: ImageSource
+    source: Source
     loader: DataLoader
     masker: Masker
     images: int
@@ -321,7 +322,7 @@ def side_of(args: argparse.Namespace) -> int | None:
     return None if args.input_size is None else args.input_size[0]
 
 
-def open_source(args: argparse.Namespace, decoder: str = "pil") -> ImageSource:
+def open_source(args: argparse.Namespace, decoder: str = "pil") -> Source:
     """The training split that the flags name."""
     source = build_dataset(
         args.dataset,
@@ -337,7 +338,7 @@ def open_source(args: argparse.Namespace, decoder: str = "pil") -> ImageSource:
     return source
 
 
-def open_samples(args: argparse.Namespace, arm: Arm, source: ImageSource) -> PretrainSamples:
+def open_samples(args: argparse.Namespace, arm: Arm, source: Source) -> Samples:
     """Views and noise of its masks, as main_pretrain makes them of the same flags."""
     arguments = arguments_of(arm)
     side, patch = arguments["img_size"], arguments["patch_size"]
@@ -355,7 +356,7 @@ def open_samples(args: argparse.Namespace, arm: Arm, source: ImageSource) -> Pre
         with torch.device("meta"):  # no weights, and no random numbers for them
             draws = models_zoo.create_model(arm.model, **arguments).draws
     grid = (side // patch,) * 2
-    return PretrainSamples(source, transform, strategy_of(arm), grid, args.seed, draws)
+    return Samples(source, transform, args.seed, Drawn(strategy_of(arm), grid, draws))
 
 
 def open_data(args: argparse.Namespace, arm: Arm, steps: int) -> Data:
@@ -372,9 +373,11 @@ def open_data(args: argparse.Namespace, arm: Arm, steps: int) -> Data:
         pin_memory=args.pin_mem and choose_device(args.device, 0).type == "cuda",
         prefetch_factor=args.prefetch_factor,
     )
-    visible = count_visible(samples.grid[0] * samples.grid[1], arm.mask_ratio)
-    patch = arguments_of(arm)["patch_size"]
-    masker = Masker(samples.strategy, cells_of(samples.grid, (1,)), visible, (patch, patch))
+    arguments = arguments_of(arm)
+    patch = arguments["patch_size"]
+    grid = (arguments["img_size"] // patch,) * 2
+    visible = count_visible(math.prod(grid), arm.mask_ratio)
+    masker = Masker(strategy_of(arm), cells_of(grid, (1,)), visible, (patch, patch))
     return Data(source, loader, masker, steps * arm.batch)
 
 

@@ -19,10 +19,10 @@ from torch.utils.data import DataLoader, RandomSampler, Sampler
 from lab.bench.limits import stopwatch
 from lab.bench.measuring import ratios, spread, summary, table, take_turns
 from lab.bench.peers import UsualFiles
-from util.data.images import ImageSource, Subset
 from util.data.packing import Recipe, pack
 from util.data.randomness import EpochSampler, Key, evenly
-from util.data.samples import PretrainSamples, build_loader
+from util.data.samples import Samples, build_loader
+from util.data.source import Source, Subset
 from util.errors import BadInput
 from util.progress import say
 
@@ -53,20 +53,20 @@ class TurnSampler(Sampler[list[Key]]):
                 yield batch
 
 
-def few(source: ImageSource) -> ImageSource:
+def few(source: Source) -> Source:
     """At most `MOST_IMAGES` of a source, evenly spaced; the same of each copy of a set."""
     if len(source) <= MOST_IMAGES:
         return source
     return Subset(source, evenly(len(source), MOST_IMAGES))
 
 
-def has_files(source: ImageSource) -> bool:
+def has_files(source: Source) -> bool:
     """Whether its images are in files of their own."""
     return os.path.isfile(source.file_name(0))
 
 
 def usual_files(
-    source: ImageSource, size: tuple[int, int], crop_scale: tuple[float, float]
+    source: Source, size: tuple[int, int], crop_scale: tuple[float, float]
 ) -> UsualFiles | None:
     """The peer on the files of a source; None where it has none, which is said."""
     if has_files(source):
@@ -102,7 +102,7 @@ def packed_folder(given: str | None, data_path: str) -> Iterator[Path]:
 
 
 def pack_copies(
-    source: ImageSource, root: Path, described: Mapping[str, Any], *, num_workers: int
+    source: Source, root: Path, described: Mapping[str, Any], *, num_workers: int
 ) -> dict[str, str]:
     """The packed copies of a set, as main_pack.py writes them; those that are there are kept.
 
@@ -175,7 +175,7 @@ def usual_reads(usual: UsualFiles, images: int, batch: int) -> dict[str, Measure
     return {"alone": alone, "whole": lambda: rate(images, lambda: [None for _ in loader])}
 
 
-def our_reads(samples: PretrainSamples, images: int, batch: int, crops: int) -> dict[str, Measure]:
+def our_reads(samples: Samples, images: int, batch: int, crops: int) -> dict[str, Measure]:
     """Our two versions, on so many crops a repeat, `crops` of each decoded image."""
     source, transform = samples.source, samples.transform
 
@@ -211,7 +211,7 @@ def read_once(source: Any) -> None:
 
 def compare_reads(
     usual: UsualFiles | None,
-    sources: Mapping[str, tuple[PretrainSamples, int]],
+    sources: Mapping[str, tuple[Samples, int]],
     *,
     images: int,
     batch: int,

@@ -24,7 +24,7 @@ from lab.bench.made_images import jpegs_like_imagenet, make_jpegs, make_tiny_fil
 from lab.bench.peers import UsualFiles
 from util.data.datasets import build_dataset
 from util.data.images import IMAGENET_MEAN, IMAGENET_STD
-from util.data.samples import PretrainSamples
+from util.data.samples import Drawn, Samples
 from util.errors import BadInput, RunFailed
 from util.mask.strategies import create_strategy
 
@@ -344,7 +344,7 @@ def test_a_repeat_decodes_and_crops_as_often_as_it_says(crops: int) -> None:
         cropped.append(int(image[0, 0, 0]))
         return image
 
-    samples = PretrainSamples(Counting(), transform, create_strategy("random"), (2, 2), 0)
+    samples = Samples(Counting(), transform, 0, Drawn(create_strategy("random"), (2, 2)))
     reads = data_speed.our_reads(samples, 12, 4, crops)  # 12 of 10: into a second epoch
     for version in ("alone", "whole"):
         decoded.clear()

@@ -153,9 +153,7 @@ class Benchmark(Command):
             usual and repr(usual.view),
         )
         trace["turns"], trace["arms"] = more, [(name, n) for name, (_, n) in sources.items()]
-        trace["images"] = [
-            digest(samples[Key(0, 0, 0)]["image"]) for samples, _ in sources.values()
-        ]
+        trace["images"] = [digest(samples[Key(0, 0, 0)]["x"]) for samples, _ in sources.values()]
         return {}
 
     @staticmethod
@@ -169,7 +167,7 @@ class Benchmark(Command):
         trace["loader"] = loader.num_workers, loader.prefetch_factor, loader.pin_memory
         trace["statistics"] = data.source.mean, data.source.std
         batches = list(loader)
-        trace["images"] = digest([batch["image"] for batch in batches])
+        trace["images"] = digest([batch["x"] for batch in batches])
         samples = loader.dataset.samples
         trace["view"] = {
             "order": [batch["index"].tolist() for batch in batches],

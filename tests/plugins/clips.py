@@ -7,7 +7,7 @@ from torch import nn
 from models_protocols import PretrainModel
 from models_zoo import register_model
 from util.data.datasets import DATASETS
-from util.data.images import ImageSource
+from util.data.source import Source
 from util.mask.patches import patchify, unpatchify
 from util.spec import InputSpec
 
@@ -41,7 +41,7 @@ class ClipModel(PretrainModel):
 
 
 @DATASETS.register("made_clips")
-class MadeClips(ImageSource):
+class MadeClips(Source):
     """A bright square that moves, four frames of 16 x 16, each a function of its index."""
 
     def __init__(self, split, data_path):

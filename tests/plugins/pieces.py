@@ -7,7 +7,7 @@ from PIL import Image
 
 from models_targets import TARGETS, Target
 from util.data.datasets import DATASETS
-from util.data.images import ImageSource
+from util.data.source import Source
 from util.mask.strategies import STRATEGIES, keep_smallest
 
 
@@ -35,7 +35,7 @@ class Stripes:
 
 
 @DATASETS.register("ramps")
-class Ramps(ImageSource):
+class Ramps(Source):
     """Gray ramps, to the right or down."""
 
     def __init__(self, split, data_path):

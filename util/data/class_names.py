@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from util.console import counted, listed
-from util.data.images import ImageSource, PathLike, Subset
+from util.data.images import PathLike
+from util.data.source import Source, Subset, View
 from util.errors import BadInput
 
 SHOWN = 5  # names of a long list
@@ -64,7 +65,7 @@ def check_splits(train: Sequence[str], val: Sequence[str], name: str) -> None:
     )
 
 
-def need_labels(source: ImageSource, data_path: PathLike | None, labelled: Sequence[str]) -> None:
+def need_labels(source: Source, data_path: PathLike | None, labelled: Sequence[str]) -> None:
     """Refuse a split without labels.
 
     Args:
@@ -89,7 +90,7 @@ def need_labels(source: ImageSource, data_path: PathLike | None, labelled: Seque
     raise BadInput(f"{source.name} has no labels to learn from; {instead}")
 
 
-def beside_folders(source: ImageSource, root: Path) -> list[str]:
+def beside_folders(source: Source, root: Path) -> list[str]:
     """The images directly in a folder that has others in folders of it; empty: it has none."""
     while isinstance(source, Subset):  # the image may be among those held out
         source = source.source
@@ -101,7 +102,7 @@ def beside_folders(source: ImageSource, root: Path) -> list[str]:
 # ---- A part of the classes ---------------------------------------------------------------------
 
 
-class Relabelled(ImageSource):
+class Relabelled(View):
     """Images of another source, with labels that are indices into other classes, by name.
 
     Args:
@@ -109,26 +110,18 @@ class Relabelled(ImageSource):
         classes: the others, in their order.
     """
 
-    def __init__(self, source: ImageSource, classes: Sequence[str]) -> None:
-        super().__init__(source.name, source.split, source.mean, source.std, list(classes))
-        self.source = source
-        self.eval_margin, self.stored = source.eval_margin, source.stored
+    def __init__(self, source: Source, classes: Sequence[str]) -> None:
+        super().__init__(source, classes=classes)
         self.places = np.array([classes.index(name) for name in source.classes])
-
-    def __len__(self) -> int:
-        return len(self.source)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         image, label = self.source[index]
         return image, int(self.places[label])
 
-    def file_name(self, index: int) -> str:
-        return self.source.file_name(index)
-
 
 def as_trained(
-    source: ImageSource, expected: Sequence[str] | None, outputs: int, checkpoint: str
-) -> ImageSource:
+    source: Source, expected: Sequence[str] | None, outputs: int, checkpoint: str
+) -> Source:
     """A held-out set with the labels that a head gives to its classes, which may be more.
 
     Args:

@@ -1,4 +1,4 @@
-"""Data sets by name: each builder gives an `ImageSource`, which decodes one image at a time.
+"""Data sets by name: each builder gives an `Source`, which decodes one image at a time.
 
 A new data set is one builder under `@DATASETS.register("name")`. Keep long listings in numpy arrays
 (see `util.data.listing.Names`) and let the source pickle small: each worker may get a copy.
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from util.data.folders import imagefolder
 from util.data.hub import hugging_face
-from util.data.images import ArraySource, ImageSource, PathLike, Subset
+from util.data.images import PathLike
 from util.data.packed import packed
 from util.data.sets.cifar import cifar10, cifar100
 from util.data.sets.garments import SIZE as GARMENTS_SIZE
@@ -27,6 +27,7 @@ from util.data.sets.garments import GarmentImages, GarmentScenes
 from util.data.sets.photos import photos
 from util.data.sets.places import places365
 from util.data.sets.stl10 import stl10, stl10_unlabeled
+from util.data.source import ArraySource, Source, Subset
 from util.data.splits import NOTHING_HELD_OUT, HoldOut
 from util.errors import BadInput, needs
 from util.names import Registry
@@ -39,7 +40,7 @@ DIGITS_VAL = 297
 DIGITS_STATS = ((0.3052,), (0.3749,))
 
 
-def digits(split: str, data_path: PathLike | None) -> ImageSource:
+def digits(split: str, data_path: PathLike | None) -> Source:
     """scikit-learn's handwritten digits, 8x8 gray: 1,500 to train, the last 297 held out."""
     bunch = needs("sklearn.datasets", "scikit-learn").load_digits()
     part = slice(None, -DIGITS_VAL) if split == "train" else slice(-DIGITS_VAL, None)
@@ -89,7 +90,7 @@ def garment_scenes(split: str, data_path: PathLike | None, size: int) -> Garment
     return GarmentScenes(fashion_mnist(split, data_path), photos(split, None), size)
 
 
-def garments(split: str, data_path: PathLike | None, size: int = GARMENTS_SIZE) -> ImageSource:
+def garments(split: str, data_path: PathLike | None, size: int = GARMENTS_SIZE) -> Source:
     """Scenes of garments on photographs, without their masks; see `util.data.sets.garments`."""
     return GarmentImages(garment_scenes(split, data_path, size))
 
@@ -154,7 +155,7 @@ def read_idx(path: Path, ndim: int) -> np.ndarray:
 SYNTHETIC_LENGTH = {"train": 256, "val": 64}
 
 
-class SyntheticSource(ImageSource):
+class SyntheticSource(Source):
     """Gradients, discs and stripes in random colours, each a function of (split, index) alone."""
 
     def __init__(self, split: str, channels: int, size: tuple[int, int]) -> None:
@@ -170,7 +171,7 @@ class SyntheticSource(ImageSource):
     def __len__(self) -> int:
         return SYNTHETIC_LENGTH[self.split]
 
-    def with_channels(self, channels: int) -> ImageSource:
+    def with_channels(self, channels: int) -> Source:
         if channels < 1:
             raise BadInput(f"channels is {channels}; synthetic images need at least 1")
         return SyntheticSource(self.split, channels, self.size)
@@ -206,14 +207,12 @@ class SyntheticSource(ImageSource):
         return cover
 
 
-def synthetic(
-    split: str, data_path: PathLike | None, size: tuple[int, int] = (96, 96)
-) -> ImageSource:
+def synthetic(split: str, data_path: PathLike | None, size: tuple[int, int] = (96, 96)) -> Source:
     """Drawn images of any size and number of channels, for tests and for trying a machine."""
     return SyntheticSource(split, 3, size)
 
 
-Builder = Callable[..., ImageSource]
+Builder = Callable[..., Source]
 
 DATASETS: Registry[Builder] = Registry(
     "data set",
@@ -253,7 +252,7 @@ def build_dataset(
     max_pixels: int | None = None,
     hold_out: HoldOut = NOTHING_HELD_OUT,
     **options: object,
-) -> ImageSource:
+) -> Source:
     """One split of a data set.
 
     Args:

@@ -12,23 +12,17 @@ from PIL import Image
 from torch import Tensor
 
 from util.console import counted
-from util.data.images import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    ImageSource,
-    PathLike,
-    faults_of,
-    read_image,
-)
+from util.data.images import IMAGENET_MEAN, IMAGENET_STD, PathLike, faults_of, read_image
 from util.data.jpeg import read_pixels
 from util.data.listing import Listing, Names, list_images
 from util.data.pixel_limits import open_at_once
+from util.data.source import Source
 from util.endings import count_unread, is_hidden, readable_endings, unread_endings
 from util.errors import BadInput
 from util.progress import say_once
 
 
-class FolderSource(ImageSource):
+class FolderSource(Source):
     """Files on disk, decoded when asked for; statistics are ImageNet's.
 
     Args:
@@ -98,7 +92,7 @@ class NoSplit(BadInput):
         return ", ".join(self.args)
 
 
-def imagefolder(split: str, data_path: PathLike | None) -> ImageSource:
+def imagefolder(split: str, data_path: PathLike | None) -> Source:
     """A folder of images as people have them; sub-folders are searched. One line says what it is.
 
     DATA/train/<class>/* and DATA/val/<class>/*, ImageNet's layout; DATA/<class>/* alone, which is

@@ -11,7 +11,6 @@ from torch import Tensor
 from util.data.images import (
     IMAGENET_MEAN,
     IMAGENET_STD,
-    ImageSource,
     PathLike,
     decode_image,
     faults_of,
@@ -19,6 +18,7 @@ from util.data.images import (
 )
 from util.data.jpeg import decode_pixels, read_pixels
 from util.data.pixel_limits import open_at_once
+from util.data.source import Source
 from util.errors import BadInput, needs
 
 OPTIONS = ("image", "label", "config", "train", "val")
@@ -31,7 +31,7 @@ LABEL_NAMES = ("label", "labels", "target", "class")
 SAVED = ("dataset_dict.json", "state.json")  # by save_to_disk
 
 
-class HubSource(ImageSource):
+class HubSource(Source):
     """One split of a Hugging Face data set, read image by image; statistics are ImageNet's.
 
     Args:
@@ -76,7 +76,7 @@ class HubSource(ImageSource):
         return data, int(self.labels[index])
 
 
-def hugging_face(split: str, place: PathLike) -> ImageSource:
+def hugging_face(split: str, place: PathLike) -> Source:
     """One split of a data set on the hub, or of a folder (of images, of parquet, or saved to disk).
 
     Args:

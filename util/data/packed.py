@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from util.data.images import ImageSource, PathLike, as_channels, decode_image
+from util.data.images import PathLike, as_channels, decode_image
 from util.data.jpeg import as_pixels, decode_pixels
 from util.data.listing import Names
 from util.data.manifest import (
@@ -34,6 +34,7 @@ from util.data.manifest import (
     read_manifest,
     shard_name,
 )
+from util.data.source import Source
 from util.errors import BadInput
 
 RECORD = np.dtype(
@@ -62,7 +63,7 @@ def mapped(path: str) -> np.ndarray:
     return np.memmap(path, np.uint8, mode="c").view(np.ndarray)
 
 
-class PackedSource(ImageSource):
+class PackedSource(Source):
     """One split of a packed data set.
 
     It pickles small; files are opened in each process, when they are needed. The first time that a
@@ -221,6 +222,6 @@ def check_tables(root: Path, about: dict[str, Any]) -> None:
         raise BadInput(f"{root / NAME_ENDS} and {NAMES} do not fit each other; {AGAIN}")
 
 
-def packed(split: str, place: PathLike) -> ImageSource:
+def packed(split: str, place: PathLike) -> Source:
     """One split of a packed data set; place is DIR, which holds train and val."""
     return PackedSource(Path(place).expanduser() / split, split)

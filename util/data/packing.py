@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from util.console import counted, visible_line
 from util.data.conversions import Conversion, Found, describe, merge, take
-from util.data.images import BadImage, ImageSource, decode_image
+from util.data.images import BadImage, decode_image
 from util.data.listing import Names
 from util.data.loading import Loader
 from util.data.manifest import (
@@ -35,6 +35,7 @@ from util.data.manifest import (
     shard_name,
 )
 from util.data.packed import RECORD, check_files, check_tables, checksum
+from util.data.source import Source
 from util.errors import BadInput, RunFailed
 from util.files import open_whole, reading, sweep, writing
 from util.progress import Progress, say
@@ -58,7 +59,7 @@ class Recipe:
     short_side: int
     quality: int
 
-    def __call__(self, source: ImageSource, index: int) -> tuple[bytes, int, int, int]:
+    def __call__(self, source: Source, index: int) -> tuple[bytes, int, int, int]:
         """Bytes to store, label, height, width of an image.
 
         Raises:
@@ -97,7 +98,7 @@ class Recipe:
 
 
 def pack(
-    source: ImageSource,
+    source: Source,
     root: Path,
     recipe: Recipe,
     described: dict[str, Any],
@@ -160,7 +161,7 @@ def pack(
     return finish(source, root, settings, number)
 
 
-def names_digest(source: ImageSource) -> str:
+def names_digest(source: Source) -> str:
     """SHA-256 over the names of all images, in order: whether it is still the same set."""
     digest = hashlib.sha256()
     for index in range(len(source)):
@@ -260,7 +261,7 @@ def part_of(root: Path, shard: int) -> dict[str, Any]:
 class Shards(Dataset):
     """Item k packs shard k: the k-th `count` images. It gives the bad ones' count and a fault."""
 
-    def __init__(self, source: ImageSource, root: Path, recipe: Recipe, count: int) -> None:
+    def __init__(self, source: Source, root: Path, recipe: Recipe, count: int) -> None:
         self.source, self.root, self.recipe, self.count = source, root, recipe, count
 
     def __getitem__(self, shard: int) -> tuple[int, str]:
@@ -301,9 +302,7 @@ class Shards(Dataset):
         return len(bad), ""
 
 
-def finish(
-    source: ImageSource, root: Path, settings: dict[str, Any], number: int
-) -> dict[str, Any]:
+def finish(source: Source, root: Path, settings: dict[str, Any], number: int) -> dict[str, Any]:
     """Join the parts of all shards into the tables, and write the manifest last."""
     records, shards = [], []
     lines: list[str] = []

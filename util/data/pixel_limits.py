@@ -1,7 +1,7 @@
 """How large an image may be: what has more pixels is refused before it is decoded.
 
 A file of a few MB could hold an image of many GB. The limit belongs to the source of the images,
-`ImageSource.max_pixels`, and each reader is handed it, so that every loading process has it.
+`Source.max_pixels`, and each reader is handed it, so that every loading process has it.
 """
 
 import os

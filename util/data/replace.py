@@ -1,7 +1,7 @@
 """An image that cannot be decoded is replaced by another, which the key alone decides."""
 
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,25 +9,12 @@ from torch import Tensor
 from util.console import counted
 from util.data.images import BadImage
 from util.data.randomness import Key, seed_of
+from util.data.source import Source
 from util.errors import BadInput
 
 ATTEMPTS = 100
 BAD_SLOTS = 4
 NONE_BAD = torch.full((BAD_SLOTS,), -1)
-
-
-class Source(Protocol):
-    """What a data set gives: an image and its label (a class, or one for each pixel), by index."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> tuple[Any, Any]: ...
-
-
-class NamedSource(Source, Protocol):
-    """A data set that can name its images."""
-
-    def file_name(self, index: int) -> str: ...
 
 
 def decode(source: Source, key: Key, seed: int) -> tuple[Any, Any, list[int]]:

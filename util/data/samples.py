@@ -3,7 +3,7 @@
 import multiprocessing.util
 import os
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler, default_collate, get_worker_info
 
 from util.data.loading import Loader
-from util.data.randomness import Key, seed_of, seeded, seeds_of
-from util.data.replace import Source, bad_slots, decode
+from util.data.randomness import Key, seeded, seeds_of
+from util.data.replace import bad_slots, decode
+from util.data.source import Source
 from util.errors import BadInput
 from util.mask.strategies import MaskStrategy
 from util.signals import STOP_SIGNALS
@@ -22,49 +23,79 @@ from util.spec import Shape
 # Draws that have a numbered stream; any other has one by its name, which meets no other purpose's.
 STREAM_OF_DRAW = {"order": "predict", "shift": "shift"}
 # Names in a sample that no draw of a model can have.
-TAKEN = {"image", "noise", "label", "index", "bad"}
+TAKEN = {"x", "y", "noise", "index", "bad", "extent"}
 
 
-class PretrainSamples(Dataset):
-    """Augmented images with the noise of their masks, a function of (seed, key).
+class Drawn:
+    """What a pretraining sample owes its model beside the image: random numbers, by name.
 
     Args:
-        source: images by index.
-        transform: image to uint8 [C, *size]; may use python's, numpy's and torch's generators, or,
-            where it `takes_generator`, the one it is handed.
         strategy: draws the noise of a mask.
         grid: that the noise is drawn over: the cells of a mask.
-        seed: of the run; evaluation passes a constant of its own.
-        draws: further random numbers that the model asks for, by name: their shape.
-
-    A sample is a dict:
-        image: uint8 [C, *size].
-        noise: float32 [S, cells], the strategy's rows.
-        label: int, of the image that is shown.
-        index: int, the key's.
-        bad: int64 [4], images that could not be decoded on the way to this one, then -1.
-        and the draws under their names: float32, uniform in [-1/2, 1/2).
+        draws: further random numbers that the model asks for: their shape.
 
     Raises:
         BadInput: a draw has a name that means something else.
     """
 
     def __init__(
-        self,
-        source: Source,
-        transform: Callable[..., Tensor],
-        strategy: MaskStrategy,
-        grid: Shape,
-        seed: int,
-        draws: Mapping[str, Shape] | None = None,
+        self, strategy: MaskStrategy, grid: Shape, draws: Mapping[str, Shape] | None = None
     ) -> None:
-        self.source, self.transform, self.strategy = source, transform, strategy
-        self.grid, self.seed, self.draws = grid, seed, dict(draws or {})
+        self.strategy, self.grid, self.draws = strategy, grid, dict(draws or {})
         if taken := sorted(TAKEN & self.draws.keys()):
             raise BadInput(f"a model cannot draw {', '.join(taken)}: samples use that name")
-        # Each draw has a stream of its own.
-        own = [STREAM_OF_DRAW.get(name, f"draw {name}") for name in self.draws]
-        self.streams = ["augment", "mask", *own]
+        # Each has a stream of its own.
+        self.streams = ["mask", *(STREAM_OF_DRAW.get(n, f"draw {n}") for n in self.draws)]
+
+    def __call__(self, seeds: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+        """Of a batch: noise float32 [B, S, cells], the draws [B, *shape] in [-1/2, 1/2).
+
+        Args:
+            seeds: of each stream, B of them.
+        """
+        # One generator, seeded anew for each draw, and few tensors: of images that need no
+        # decoding this is a good part of the time.
+        generator = torch.Generator()
+        rows = [self.strategy.draw(self.grid, generator.manual_seed(seed)) for seed in seeds[0]]
+        drawn = {"noise": torch.stack(rows)}
+        for (name, shape), own in zip(self.draws.items(), seeds[1:], strict=True):
+            values = torch.empty(len(own), *shape)
+            for one, seed in zip(values, own, strict=True):
+                one.uniform_(generator=generator.manual_seed(seed))
+            drawn[name] = values.sub_(0.5)
+        return drawn
+
+
+class Samples(Dataset):
+    """Transformed inputs with their targets, a function of (seed, key).
+
+    Args:
+        source: inputs and targets by index.
+        transform: x to uint8 [C, *size], or, where it `takes_target`, x and y to a dict of tensors
+            with both. It may use python's, numpy's and torch's generators, or, where it
+            `takes_generator`, the one it is handed.
+        seed: of the run; evaluation passes a constant of its own.
+        drawn: what a pretraining model asks for beside them.
+
+    A sample is a dict:
+        x: uint8 [C, *size].
+        y: the target of what is shown: int, or the label map of the transform.
+        index: int, the key's.
+        bad: int64 [4], images that could not be decoded on the way to this one, then -1.
+        and what is `drawn`: noise float32 [S, cells], and the draws under their names.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        transform: Callable[..., Any],
+        seed: int,
+        drawn: Drawn | None = None,
+    ) -> None:
+        self.source, self.transform, self.seed, self.drawn = source, transform, seed, drawn
+        self.streams = ["augment", *(drawn.streams if drawn else ())]
+        self.takes_target = getattr(transform, "takes_target", False)
+        self.takes_generator = getattr(transform, "takes_generator", False)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -74,27 +105,25 @@ class PretrainSamples(Dataset):
 
     def __getitems__(self, keys: list[Key]) -> list[dict[str, Any]]:
         """The samples of a batch; neighbours that are crops of one image share its decoding."""
-        augment, mask, *others = seeds_of(self.seed, self.streams, keys).tolist()
-        noise = self._noise(mask)
-        drawn = self._drawn(others)
+        augment, *others = seeds_of(self.seed, self.streams, keys).tolist()
+        drawn = self.drawn(others) if self.drawn else {}
         generator = torch.Generator()
         samples: list[dict[str, Any]] = []
-        before, decoded, images = None, None, None
+        before, decoded, room = None, None, None
         for number, (key, seed) in enumerate(zip(keys, augment, strict=True)):
             image_key = key._replace(crop=0)
             if decoded is None or image_key != before:
                 before, decoded = image_key, decode(self.source, image_key, self.seed)
-            image, label, bad = decoded
-            view = self._augment(image, seed, generator)
-            if images is None:
-                images = empty_batch(len(keys), view)
-            # At once, while it is in the cache; a batch of fresh tensors would all be in memory.
-            images[number].copy_(view)
+            x, y, bad = decoded
+            sample = self._transformed(x, y, seed, generator)
+            if not self.takes_target:
+                if room is None:
+                    room = empty_batch(len(keys), sample["x"])
+                # At once, while it is in the cache; fresh tensors would all be in memory.
+                sample["x"] = room[number].copy_(sample["x"])
             samples.append(
                 {
-                    "image": images[number],
-                    "noise": noise[number],
-                    "label": label,
+                    **sample,
                     "index": key.index,
                     "bad": bad_slots(bad),
                     **{name: values[number] for name, values in drawn.items()},
@@ -102,60 +131,11 @@ class PretrainSamples(Dataset):
             )
         return samples
 
-    def _augment(self, image: Any, seed: int, generator: torch.Generator) -> Tensor:
-        if getattr(self.transform, "takes_generator", False):
-            return self.transform(image, generator.manual_seed(seed))
+    def _transformed(self, x: Any, y: Any, seed: int, generator: torch.Generator) -> dict[str, Any]:
+        if self.takes_generator:
+            return {"x": self.transform(x, generator.manual_seed(seed)), "y": y}
         with seeded(seed):
-            return self.transform(image)
-
-    # One generator, seeded anew for each draw, and few tensors: of images that need no decoding
-    # this is a good part of the time.
-
-    def _noise(self, seeds: list[int]) -> Tensor:
-        """Of the masks: [B, S, cells]."""
-        generator = torch.Generator()
-        return torch.stack(
-            [self.strategy.draw(self.grid, generator.manual_seed(seed)) for seed in seeds]
-        )
-
-    def _drawn(self, seeds: list[list[int]]) -> dict[str, Tensor]:
-        """The model's draws by name, [B, *shape], each with its seeds."""
-        generator = torch.Generator()
-        drawn = {}
-        for (name, shape), own in zip(self.draws.items(), seeds, strict=True):
-            values = torch.empty(len(own), *shape)
-            for one, seed in zip(values, own, strict=True):
-                one.uniform_(generator=generator.manual_seed(seed))
-            drawn[name] = values.sub_(0.5)
-        return drawn
-
-
-class LabelledSamples(Dataset):
-    """Images with their labels, a function of (seed, key).
-
-    Args:
-        source: images by index.
-        transform: image to uint8 [C, H, W]; may use python's, numpy's and torch's generators.
-        seed: of the run; evaluation passes a constant of its own.
-
-    A sample is a dict:
-        image: uint8 [C, H, W].
-        label: int, of the image that is shown.
-        index: int, the key's.
-        bad: int64 [4], images that could not be decoded on the way to this one, then -1.
-    """
-
-    def __init__(self, source: Source, transform: Callable[[Any], Tensor], seed: int) -> None:
-        self.source, self.transform, self.seed = source, transform, seed
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, key: Key) -> dict[str, Any]:
-        with seeded(seed_of(self.seed, "augment", *key)):
-            image, label, bad = decode(self.source, key, self.seed)
-            image = self.transform(image)
-        return {"image": image, "label": label, "index": key.index, "bad": bad_slots(bad)}
+            return self.transform(x, y) if self.takes_target else {"x": self.transform(x), "y": y}
 
 
 def default_workers(processes_here: int) -> int:
@@ -200,7 +180,7 @@ def empty_batch(count: int, view: Tensor) -> Tensor:
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
     """A batch of samples; their images are not copied where `empty_batch` had room for them."""
-    images = [sample["image"] for sample in samples]
+    images = [sample["x"] for sample in samples]
     room = images[0]._base
     if (
         room is None
@@ -209,9 +189,9 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
         or any(image.storage_offset() != i * room.stride(0) for i, image in enumerate(images))
     ):
         return default_collate(samples)
-    batch = default_collate([{k: v for k, v in s.items() if k != "image"} for s in samples])
+    batch = default_collate([{k: v for k, v in s.items() if k != "x"} for s in samples])
     inner = images[0].ndim == 3 and images[0].stride() != room[0].stride()
-    return batch | {"image": room.permute(0, 3, 1, 2) if inner else room}
+    return batch | {"x": room.permute(0, 3, 1, 2) if inner else room}
 
 
 def build_loader(

@@ -18,7 +18,6 @@ from util.data.label_maps import (
     MOST_CLASSES,
     BadPair,
     check_label,
-    palette,
     read_label_map,
 )
 from util.data.label_values import apply_values, check_two_classes, count_classes, values_of
@@ -28,8 +27,9 @@ from util.data.sets.garments import MEAN as GARMENTS_MEAN
 from util.data.sets.garments import SIZE as GARMENTS_SIZE
 from util.data.sets.garments import STD as GARMENTS_STD
 from util.data.sets.garments import GarmentScenes
+from util.data.source import Source
 from util.errors import BadInput
-from util.names import nearest
+from util.names import Registry
 
 LabelledImage = tuple[Image.Image, np.ndarray]
 
@@ -43,44 +43,13 @@ FOLDER_LAYOUT = "DATA/{train,val}/{images,masks} with a mask NAME.png for each i
 CLASSES_FILE, ADE_NAMES_FILE = "classes.txt", "objectInfo150.txt"
 
 
-class SegmentationSource:
-    """Images of one split with their label maps; subclasses load, this class keeps what is known.
+class SegmentationSource(Source):
+    """RGB images of one split with their label maps, uint8 [H, W] of the same size."""
 
-    ``source[i]`` is (image, label): a PIL image of mode RGB, and uint8 [H, W] of the same size with
-    indices into `classes`, 255 where nothing counts.
-
-    Attributes:
-        name, split: as given to `build_segmentation_set`.
-        mean, std: one number per channel, in units of 0..1.
-        classes: names of the labels.
-        channels: of every image.
-        stored: how the pixels are kept, as `ImageSource`'s; a run does not go on with another.
-        max_pixels: of an image and of a mask, as `ImageSource`'s.
-        colours: of the classes in pictures, uint8 [K, 3].
-        notes: what the reader should know of the labels.
-    """
-
-    channels = 3
-    stored = "as published"
-    max_pixels: int | None = None
-
-    def __init__(
-        self, name: str, split: str, mean: Stats, std: Stats, classes: Sequence[str]
-    ) -> None:
-        self.name, self.split, self.mean, self.std = name, split, mean, std
-        self.classes = list(classes)
-        self.colours = palette(len(self.classes))
-        self.notes: list[str] = []
-
-    def __len__(self) -> int:
-        raise NotImplementedError
+    target = "mask"
 
     def __getitem__(self, index: int) -> LabelledImage:
         raise NotImplementedError
-
-    def file_name(self, index: int) -> str:
-        """A path, or a name such as garments-train-17, for messages and captions."""
-        return f"{self.name}-{self.split}-{index}"
 
 
 class PairSource(SegmentationSource):
@@ -143,31 +112,6 @@ class GarmentPairs(SegmentationSource):
     def __getitem__(self, index: int) -> LabelledImage:
         image, label = self.scenes.scene(index)
         return Image.fromarray(image), label
-
-
-class SegmentationSubset(SegmentationSource):
-    """Some pairs of another source, in the order of `indices`."""
-
-    def __init__(
-        self,
-        source: SegmentationSource,
-        indices: Sequence[int] | np.ndarray,
-        split: str | None = None,
-    ) -> None:
-        super().__init__(
-            source.name, split or source.split, source.mean, source.std, source.classes
-        )
-        self.source, self.indices = source, np.asarray(indices)
-        self.notes = source.notes
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> LabelledImage:
-        return self.source[int(self.indices[index])]
-
-    def file_name(self, index: int) -> str:
-        return self.source.file_name(int(self.indices[index]))
 
 
 class UnlabelledSource(SegmentationSource):
@@ -315,11 +259,9 @@ def garments(
     return pairs
 
 
-SEGMENTATION_SETS: dict[str, Callable[..., SegmentationSource]] = {
-    "ade20k": ade20k,
-    "folder": folder,
-    "garments": garments,
-}
+SEGMENTATION_SETS: Registry[Callable[..., Source]] = Registry(
+    "segmentation set", {"ade20k": ade20k, "folder": folder, "garments": garments}
+)
 
 
 def build_segmentation_set(
@@ -333,7 +275,7 @@ def build_segmentation_set(
     std: Sequence[float] | None = None,
     label_map: Sequence[str] | None = None,
     max_pixels: int | None = None,
-) -> SegmentationSource:
+) -> Source:
     """One split of a segmentation set.
 
     Args:
@@ -350,35 +292,17 @@ def build_segmentation_set(
         BadInput: unknown name or split, missing files, pairs that do not fit, values that make no
             sense as classes.
     """
-    if name not in SEGMENTATION_SETS:
-        raise BadInput(f"unknown segmentation set {name!r}{nearest(name, SEGMENTATION_SETS)}")
+    builder = SEGMENTATION_SETS.find(name)
     if split not in SPLITS:
         raise BadInput(f"unknown split {split!r} of {name}; expected train or val")
     if label_map is not None and name != "folder":
         raise BadInput(f"--label_map is for --dataset folder; {name} says what its values are")
     more = {"label_map": label_map, "max_pixels": max_pixels} if name == "folder" else {}
-    source = SEGMENTATION_SETS[name](split, data_path, num_classes, size, **more)
-    source.max_pixels = max_pixels
-    source.mean = _three("mean", mean, source.mean)
-    source.std = _three("std", std, source.std)
-    return source
+    source = builder(split, data_path, num_classes, size, **more)
+    return source.with_max_pixels(max_pixels).with_stats(mean, std)
 
 
-def _three(name: str, given: Sequence[float] | None, own: Stats) -> Stats:
-    """Statistics of three channels."""
-    if given is None:
-        return own
-    if len(given) not in (1, 3) or not all(0 <= v <= 1 and (v or name == "mean") for v in given):
-        raise BadInput(
-            f"{name} is {' '.join(map(str, given))}; expected 1 number or 3, in units of gray "
-            "levels 0..1"
-        )
-    return tuple(float(v) for v in given) * (3 // len(given))
-
-
-def check_pairs(
-    source: SegmentationSource, indices: Iterable[int], seen: set[int] | None = None
-) -> int:
+def check_pairs(source: Source, indices: Iterable[int], seen: set[int] | None = None) -> int:
     """Read these pairs, as `--check_data` asks; returns how many there are.
 
     Args:

@@ -4,20 +4,16 @@ An image is a PIL picture in, a uint8 tensor [3, h, w] out; a label map is uint8
 random comes from numpy's global generator, which the caller seeds for each sample.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
 from torchvision.transforms import InterpolationMode, v2
 
 from util.data.label_maps import IGNORE
-from util.data.randomness import Key, seed_of, seeded
-from util.data.replace import Source, bad_slots, decode
 from util.errors import BadInput
 
 Size = tuple[int, int]
@@ -145,6 +141,8 @@ class SegmentTransform:
         BadInput: numbers that are no such.
     """
 
+    takes_target = True
+
     def __init__(
         self,
         size: Size,
@@ -163,7 +161,7 @@ class SegmentTransform:
         self.most_of_one, self.flip, self.distortion = most_of_one, flip, distortion
 
     def __call__(self, image: Image.Image, label: np.ndarray) -> dict[str, Tensor]:
-        """A view: image uint8 [3, h, w], label uint8 [h, w], extent int64 [2].
+        """A view: x uint8 [3, h, w], y uint8 [h, w], extent int64 [2].
 
         `extent` is (rows, columns) of the view before padding. The image is padded on the right and
         at the bottom with zeros, which `engine_segment` sets to the mean once it has normalised;
@@ -183,8 +181,8 @@ class SegmentTransform:
         h, w = classes.shape
         right_and_below = (0, self.size[1] - w, 0, self.size[0] - h)
         return {
-            "image": F.pad(pixels, right_and_below),
-            "label": F.pad(classes, right_and_below, value=IGNORE),
+            "x": F.pad(pixels, right_and_below),
+            "y": F.pad(classes, right_and_below, value=IGNORE),
             "extent": torch.tensor([h, w]),
         }
 
@@ -196,41 +194,12 @@ class SegmentEvalTransform:
         scale: see `fitted`; (2048, 512) makes the short side 512, unless the long one passes 2048.
     """
 
+    takes_target = True
+
     def __init__(self, scale: Size = (2048, 512)) -> None:
         self.scale = scale
 
     def __call__(self, image: Image.Image, label: np.ndarray) -> dict[str, Tensor]:
-        """Image uint8 [3, h, w], label uint8 [H, W]."""
+        """A view: x uint8 [3, h, w], y uint8 [H, W]."""
         pixels, classes = as_tensors(image, label)
-        return {"image": resize_image(pixels, fitted(classes.shape, self.scale)), "label": classes}
-
-
-class SegmentationSamples(Dataset):
-    """Transformed pairs, a function of (seed, key).
-
-    Args:
-        source: pairs by index.
-        transform: a pair to a dictionary of tensors; may use numpy's global generator.
-        seed: of the run; evaluation passes a constant of its own.
-
-    A sample is what the transform gives, and:
-        index: int, the key's.
-        bad: int64 [4], images that could not be decoded on the way to this one, then -1.
-    """
-
-    def __init__(
-        self,
-        source: Source,
-        transform: Callable[[Image.Image, np.ndarray], dict[str, Tensor]],
-        seed: int,
-    ) -> None:
-        self.source, self.transform, self.seed = source, transform, seed
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, key: Key) -> dict[str, Any]:
-        with seeded(seed_of(self.seed, "augment", *key)):
-            image, label, bad = decode(self.source, key, self.seed)
-            sample = self.transform(image, label)
-        return {**sample, "index": key.index, "bad": bad_slots(bad)}
+        return {"x": resize_image(pixels, fitted(classes.shape, self.scale)), "y": classes}

@@ -24,7 +24,7 @@ BICUBIC = InterpolationMode.BICUBIC
 # Evaluation keeps the centre 224 of 256; above 224 MAE's recipe has no margin.
 CROP_SHARE = 0.875
 LARGEST_WITH_MARGIN = 224
-WITH_MARGIN = ("imagefolder", "places365")  # sets of files, see `ImageSource.eval_margin`
+WITH_MARGIN = ("imagefolder", "places365")  # sets of files, see `Source.eval_margin`
 
 
 def check_crop_scale(crop_scale: tuple[float, float]) -> None:

@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from util.data.folders import FolderSource, image_files
-from util.data.images import BadImage, ImageSource
+from util.data.images import BadImage
 from util.data.listing import Names
 from util.data.randomness import Key
+from util.data.source import Source
 from util.errors import BadInput
 from util.measure.accuracy import write_table
 
@@ -63,7 +64,7 @@ def find_images(path: Path, flag: str) -> tuple[Path, list[str]]:
     return path.parent, names
 
 
-def file_source(root: Path, names: Sequence[str]) -> ImageSource:
+def file_source(root: Path, names: Sequence[str]) -> Source:
     """Images of files, without labels."""
     labels = np.full(len(names), -1, dtype=np.int32)
     return FolderSource("images", "val", root, Names.of(names), labels, [])
@@ -85,7 +86,7 @@ class FileSamples(Dataset):
 
     def __init__(
         self,
-        source: ImageSource,
+        source: Source,
         transform: Callable[[Any], Tensor],
         shape: tuple[int, int, int],
     ) -> None:
@@ -99,7 +100,7 @@ class FileSamples(Dataset):
             image, fault = self.transform(self.source[key.index][0]), ""
         except BadImage as error:
             image, fault = torch.zeros(self.shape, dtype=torch.uint8), error.reason or "unreadable"
-        return {"image": image, "index": key.index, "fault": fault}
+        return {"x": image, "index": key.index, "fault": fault}
 
 
 def write_predictions(

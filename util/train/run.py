@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from util.data.conversions import tally_of
-from util.data.replace import NamedSource, fault_of
+from util.data.replace import fault_of
+from util.data.source import Source
 from util.errors import Stopped
 from util.files import at_start
 from util.plugins import loaded_plugins
@@ -82,7 +83,7 @@ class Run:
         *,
         lease: Lease | None,
         task: str,
-        source: NamedSource,
+        source: Source,
         settings: dict[str, Any],
         arithmetic: Mapping[str, Any],
         snapshot: Callable[[], dict[str, Any]],

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,8 +25,8 @@ from torch.utils.data import Dataset
 
 from util.console import counted
 from util.data.randomness import EpochSampler, IterationSampler
-from util.data.replace import NamedSource
 from util.data.samples import build_loader, default_workers
+from util.data.source import Source
 from util.progress import say
 from util.train import checkpoint as ckpt
 from util.train.advice import Published, say_warnings, warn_of_course, warn_of_shards
@@ -39,16 +39,6 @@ from util.train.schedule import CosineSchedule, PolySchedule
 from util.train.shard import Placed
 from util.train.step import OptimizerStep
 from util.train.timeline import Timeline
-
-
-class TrainingSource(NamedSource, Protocol):
-    """What a session asks of training images."""
-
-    stored: str
-
-    def __len__(self) -> int:
-        """How many there are."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -172,7 +162,7 @@ class Session:
         self,
         start: Start,
         *,
-        source: TrainingSource,
+        source: Source,
         samples: Dataset,
         model: nn.Module,
         model_name: str | None,

@@ -6,7 +6,8 @@ import numpy as np
 import torchvision
 from torchvision.datasets.utils import check_integrity
 
-from util.data.images import ArraySource, ImageSource, PathLike
+from util.data.images import PathLike
+from util.data.source import ArraySource, Source
 from util.errors import BadInput
 
 READERS = {"cifar10": "CIFAR10", "cifar100": "CIFAR100"}
@@ -16,17 +17,17 @@ STATS = {
 }
 
 
-def cifar10(split: str, data_path: PathLike | None) -> ImageSource:
+def cifar10(split: str, data_path: PathLike | None) -> Source:
     """CIFAR-10, 32x32 RGB: 50,000 to train, the 10,000 of its test set as val; see `cifar`."""
     return cifar("cifar10", split, data_path)
 
 
-def cifar100(split: str, data_path: PathLike | None) -> ImageSource:
+def cifar100(split: str, data_path: PathLike | None) -> Source:
     """CIFAR-100, 32x32 RGB, its 100 fine labels; see `cifar`."""
     return cifar("cifar100", split, data_path)
 
 
-def cifar(name: str, split: str, data_path: PathLike | None) -> ImageSource:
+def cifar(name: str, split: str, data_path: PathLike | None) -> Source:
     """Read from `data_path` or ./data, or downloaded by torchvision into it where it is missing.
 
     `data_path` holds cifar-10-batches-py or cifar-100-python, or is that folder.

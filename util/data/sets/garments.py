@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from util.data.images import ArraySource, ImageSource, as_channels
+from util.data.images import as_channels
 from util.data.sets.photos import PhotosSource
+from util.data.source import ArraySource, Source
 from util.errors import BadInput
 
 BACKGROUND = 0
@@ -106,7 +107,7 @@ class GarmentScenes:
         label[rows, columns][own] = 1 + int(self.garments.labels[which])
 
 
-class GarmentImages(ImageSource):
+class GarmentImages(Source):
     """The scenes as images alone, for pretraining; the label is what covers most of the scene."""
 
     labelled = False  # a scene holds several classes

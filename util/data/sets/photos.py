@@ -4,14 +4,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from util.data.images import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    ImageSource,
-    PathLike,
-    as_channels,
-    read_image,
-)
+from util.data.images import IMAGENET_MEAN, IMAGENET_STD, PathLike, as_channels, read_image
+from util.data.source import Source
 from util.errors import BadInput, needs
 
 # Real photographs only: no charts, logos, text or masks. The motorcycles are a stereo pair, so they
@@ -33,7 +27,7 @@ PHOTOS_VAL_CROPS = 64
 PHOTOS_LONGEST_SIDE = 768
 
 
-class PhotosSource(ImageSource):
+class PhotosSource(Source):
     """The bundled photographs, decoded once and kept (13 MB for train).
 
     Train: index i is photograph i % n, whole, so an epoch is the files times a constant and each

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from util.data.folders import FolderSource, folder_by_class
-from util.data.images import ImageSource, PathLike
+from util.data.images import PathLike
 from util.data.listing import Names
+from util.data.source import Source
 from util.errors import BadInput
 
 CATEGORIES = "categories_places365.txt"
@@ -26,7 +27,7 @@ FETCH = (
 )
 
 
-def places365(split: str, data_path: PathLike | None) -> ImageSource:
+def places365(split: str, data_path: PathLike | None) -> Source:
     """Places365-Standard: 1,803,460 images to train, 36,500 to validate, 365 scenes.
 
     In torchvision's layout the large images are taken where both splits have them, or else those of

@@ -6,7 +6,8 @@ import numpy as np
 import torchvision
 from PIL import Image
 
-from util.data.images import ImageSource, PathLike, as_channels
+from util.data.images import PathLike, as_channels
+from util.data.source import Source
 from util.errors import BadInput
 
 FOLDER = "stl10_binary"
@@ -23,7 +24,7 @@ CLASSES = [
 # fmt: on
 
 
-class Stl10Source(ImageSource):
+class Stl10Source(Source):
     """One part of STL-10; images are read from the file one by one, for the largest has 2.8 GB.
 
     Args:
@@ -49,19 +50,19 @@ class Stl10Source(ImageSource):
         return as_channels(image, self.channels), int(self.labels[index])
 
 
-def stl10(split: str, data_path: PathLike | None) -> ImageSource:
+def stl10(split: str, data_path: PathLike | None) -> Source:
     """STL-10, 96x96 RGB: its 5,000 labelled images to train, the 8,000 of its test set as val."""
     return read_part("stl10", split, {"train": "train", "val": "test"}[split], data_path)
 
 
-def stl10_unlabeled(split: str, data_path: PathLike | None) -> ImageSource:
+def stl10_unlabeled(split: str, data_path: PathLike | None) -> Source:
     """STL-10 to pretrain on: its 100,000 unlabelled images (label -1); val as in `stl10`."""
     return read_part(
         "stl10_unlabeled", split, {"train": "unlabeled", "val": "test"}[split], data_path
     )
 
 
-def read_part(name: str, split: str, part: str, data_path: PathLike | None) -> ImageSource:
+def read_part(name: str, split: str, part: str, data_path: PathLike | None) -> Source:
     """Look in `data_path` or ./data, itself or its stl10_binary, else download there (2.6 GB)."""
     root = Path("data" if data_path is None else data_path).expanduser()
     images = f"{part}_X.bin"

@@ -1,0 +1,110 @@
+"""`main_pretrain.py --dry_run`: what the run would do and cost."""
+
+import argparse
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from build_pretrain import PUBLISHED, TASK, build_model, build_optimizer, open_set, peak_lr
+from engine_pretrain import masker_of
+from util.data.splits import hold_out_of
+from util.dry_run.cost import COUNTED, count_step
+from util.dry_run.training import (
+    DryRun,
+    limited,
+    look_at_data,
+    measure_rate,
+    parameters_by_part,
+    rate_of,
+)
+from util.train.advice import warn_of_shards
+from util.train.dist import choose_device
+from util.train.step import OptimizerStep
+
+
+def plan_run(args: argparse.Namespace, count: int, warnings: Sequence[str] = ()) -> DryRun:
+    """What the run would do and cost on `count` processes, see `util.dry_run.training`."""
+    everything = argparse.Namespace(**vars(args) | {"train_images": None})
+    data = look_at_data(
+        args.dataset,
+        args.data_path,
+        args.dry_run_images,
+        lambda: open_set(everything, "train", args.in_chans),
+        hold_out_of(vars(args)),
+    )
+    data = limited(data, args.train_images)
+    with torch.device("meta"):  # no memory and no time, whatever the size
+        model, _ = build_model(args, args.in_chans or data.channels)
+    masker = masker_of(vars(args), model)
+    lr = peak_lr(args, model, masker.num_visible, args.batch_size * count * args.accum_iter)
+    rate, rate_note = rate_of(
+        args.images_per_second,
+        (lambda: rate_here(args, data.channels)) if args.dry_run_measure else None,
+        count,
+    )
+    return DryRun(
+        task=TASK,
+        what=f"{args.model} ({args.method}), {model.input}, "
+        f"{model.describe(masker.num_visible)}; mask {args.mask}",
+        data=data,
+        dataset=args.dataset,
+        batch_size=args.batch_size,
+        processes=count,
+        accum_iter=args.accum_iter,
+        epochs=args.epochs,
+        warmup_epochs=args.warmup_epochs,
+        lr=lr,
+        min_lr=args.min_lr,
+        published=PUBLISHED,
+        warnings=[*warnings, *warn_of_shards(args.shard, count)],
+        parameters=parameters_by_part(model),
+        count_cost=partial(
+            count_step,
+            model,
+            partial(drawn_loss, num_visible=masker.num_visible),
+            batch_size=args.batch_size,
+            precision=args.precision,
+            grad_checkpointing=args.grad_checkpointing,
+        ),
+        counted=f"{COUNTED}, both passes",
+        precision=args.precision,
+        grad_checkpointing=args.grad_checkpointing,
+        optimizer="adamw",
+        averages=False,
+        image_values=model.input.values,
+        save_every=args.save_every,
+        keep=args.keep,
+        output_dir=args.output_dir,
+        images_per_second=rate,
+        rate_note=rate_note,
+    )
+
+
+def drawn_loss(model: Any, batch_size: int, num_visible: int) -> torch.Tensor:
+    """The loss of so many drawn images, as a training step computes it."""
+    mask = torch.rand(batch_size, math.prod(model.mask_grid)).argsort(dim=1) >= num_visible
+    drawn = {name: torch.rand(batch_size, *shape) - 0.5 for name, shape in model.draws.items()}
+    return model(torch.rand(batch_size, *model.input.shape), mask, num_visible, **drawn)["loss"]
+
+
+def rate_here(args: argparse.Namespace, channels: int) -> float:
+    """Images/s of this process on drawn images: forward, backward, update; no loading."""
+    device = choose_device(args.device, 0)
+    model, _ = build_model(args, args.in_chans or channels)
+    model.to(device).set_grad_checkpointing(args.grad_checkpointing)
+    masker = masker_of(vars(args), model)
+    B, K = args.batch_size, masker.num_visible
+    images = torch.randn(B, *model.input.shape, device=device)
+    mask = torch.rand(B, math.prod(model.mask_grid), device=device).argsort(dim=1) >= K
+    drawn = {name: torch.rand(B, *s, device=device) - 0.5 for name, s in model.draws.items()}
+    optimizer = build_optimizer(args, model, 0.0)
+    step = OptimizerStep(model, optimizer, device=device, precision=args.precision)
+    return measure_rate(
+        lambda: step(lambda x: model(x, mask, K, **drawn)["loss"], [images], 0.0),
+        B,
+        args.dry_run_measure,
+        device,
+    )

@@ -71,11 +71,16 @@ def small_models() -> Iterator[None]:
         yield
 
 
+PLACES_OF_SETS = (
+    "main_pretrain", "plan_pretrain", "eval_pretrain", "main_finetune", "plan_finetune",
+)  # fmt: skip
+
+
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> int:
     """Pretraining and fine-tuning see that many images of their data set: runs of a few steps."""
     count = 60
-    for name in ("main_pretrain", "plan_pretrain", "main_finetune", "plan_finetune"):
+    for name in PLACES_OF_SETS:
         module = importlib.import_module(name)
         whole = module.open_set
 

@@ -21,6 +21,7 @@ from every_flag import (
     rows_of,
 )
 
+import eval_pretrain
 import eval_segment
 from util.data.randomness import Key
 from util.train import session
@@ -111,7 +112,9 @@ class Runner(Command):
         def noted(loader: Any) -> None:
             held.append(names_of(loader))
 
-        measures = eval_segment if self.name == "main_segment" else module
+        measures = {"main_segment": eval_segment, "main_pretrain": eval_pretrain}.get(
+            self.name, module
+        )
         for name, note in (
             ("eval_loader", noted),
             ("held_out_set", lambda part: noted(part.loader)),

@@ -12,6 +12,7 @@ from test_every_draw import FLAGS, STILL, AlikePairs, Knobs, command, pretended
 from torch import Tensor, nn
 
 import engine_finetune
+import eval_pretrain
 import eval_segment
 import main_segment
 from engine_segment import Inference, PixelLoss, SegmentLoss
@@ -60,8 +61,12 @@ def test_a_model_trains_in_training_mode_and_is_measured_in_the_other(
 
     with pretended(main, "ramp", 1, 0) as patch:
         patch.setattr(main, "train_steps", during("train", main.train_steps))
-        measuring = {"main_finetune": engine_finetune, "main_segment": eval_segment}
-        engine = measuring.get(name, main)
+        measuring = {
+            "main_pretrain": eval_pretrain,
+            "main_finetune": engine_finetune,
+            "main_segment": eval_segment,
+        }
+        engine = measuring[name]
         patch.setattr(engine, "evaluate", during("measure", engine.evaluate))
         patch.setattr(checkpoint, "keep_best", lambda *rest: None)  # nothing is saved
         main.main([*command(name, Knobs(batch=6), tmp_path, ()), *MEASURING[name]])

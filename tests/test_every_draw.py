@@ -26,6 +26,7 @@ from timm.data.random_erasing import RandomErasing
 from timm.layers import DropPath
 from torch import Tensor, nn
 
+import eval_pretrain
 import eval_segment
 from models_mmae import MaskedAutoencoderViT
 from models_zoo import create_model
@@ -186,7 +187,8 @@ def pretended(main: Any, kind: str, world: int, rank: int) -> Iterator[pytest.Mo
     source = AlikePairs if main.__name__ == "main_segment" else Alike
     procs = Pretended(rank, world, rank, world, CPU)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(main, "open_set", lambda args, split, *rest: source(kind, split))
+        for module in (main, eval_pretrain) if main.__name__ == "main_pretrain" else (main,):
+            patch.setattr(module, "open_set", lambda args, split, *rest: source(kind, split))
         patch.setattr(main, "processes", lambda *rest: nullcontext(procs))
         patch.setattr(main, "hold_folder", lambda *rest: nullcontext(None))
         patch.setattr(session, "distribute", lambda model, *rest, **more: model)
@@ -740,8 +742,8 @@ def measured(main: Any, folder: Path, *flags: str, **changes: int) -> dict[Any, 
     for rank in range(knobs.world):
         with pretended(main, "ramp", knobs.world, rank) as patch:
             if name == "main_pretrain":
-                patch.setattr(main, "evaluate", evaluate)
-                patch.setattr(main, "reconstruct", reconstruct)
+                patch.setattr(eval_pretrain, "evaluate", evaluate)
+                patch.setattr(eval_pretrain, "reconstruct", reconstruct)
             elif name == "main_finetune":
                 patch.setattr(main, "measurement", measurement)
             else:

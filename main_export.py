@@ -32,8 +32,8 @@ from util.console import print_text
 from util.data.preprocessing import preprocessing_of
 from util.errors import BadInput, command
 from util.flag_types import expanded_path
+from util.styles import EPS
 from util.train.checkpoint import load_file, write_signed
-from util.weights.convert_names import EPS
 from util.weights.export import appearing, check_same
 from util.weights.export_model import BOUND, IMAGES, LoadedModel
 from util.weights.export_targets import (

@@ -39,7 +39,6 @@ from engine_train import train_steps
 from eval_finetune import evaluate_checkpoint, save_result
 from plan_finetune import plan_run
 from util.config.finetune_flags import build_parser
-from util.config.flag_parser import load_plugins
 from util.config.flags import compiles
 from util.config.session_flags import session_settings
 from util.console import counted, print_text
@@ -64,8 +63,7 @@ HOUSEKEEPING = {"eval", "dist_eval"}
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one fine-tuning, or one evaluation; see the module."""
-    load_plugins(argv)
-    parser = build_parser()
+    parser = build_parser(argv)
     args = parser.parse(argv)
     if args.list_models:
         print_text("\n".join(models_zoo.list_classifiers()))

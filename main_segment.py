@@ -35,7 +35,6 @@ from engine_segment import PixelLoss, SegmentLoss
 from engine_train import train_steps
 from eval_segment import draw, measurement, save_result, say_result, use_checkpoint
 from plan_segment import plan_run
-from util.config.flag_parser import load_plugins
 from util.config.flags import compiles
 from util.config.segment_flags import LOOKS, build_parser
 from util.config.session_flags import session_settings
@@ -68,8 +67,7 @@ def is_due(every: int, step: int, total: int) -> bool:
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one training, one evaluation or one prediction; see the module."""
-    load_plugins(argv)
-    parser = build_parser()
+    parser = build_parser(argv)
     args = parser.parse(argv)
     if args.list_models:
         print_text("\n".join(models_zoo.list_segmenters()))

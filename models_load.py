@@ -20,6 +20,7 @@ from models_registry import (
 from models_vit import VisionTransformer
 from util.errors import BadInput
 from util.spec import Pair
+from util.styles import EPS
 from util.train.checkpoint import load_file, load_weights
 from util.weights.assumed import ASSUMED, settle_number
 from util.weights.convert import (
@@ -30,7 +31,6 @@ from util.weights.convert import (
     in_our_names,
     read_encoder,
 )
-from util.weights.convert_names import EPS
 from util.weights.files import OPENERS, load_state, weights_file
 from util.weights.load_table import LOADED, Loading, positions_resized
 

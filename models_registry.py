@@ -6,11 +6,13 @@ Whoever creates or loads a model calls `models_zoo`.
 from collections.abc import Mapping
 from typing import Any
 
+import models_vit_names
 from models_mmae import MaskedAutoencoderViT
 from models_protocols import Encoder, PretrainModel
 from models_vit import VisionTransformer
 from util.errors import BadInput
 from util.names import Registry, did_you_mean
+from util.styles import STYLES
 
 DEFAULT = "mae_vit_base_patch16"
 
@@ -84,6 +86,9 @@ CLASSIFIERS: Registry[Named] = Registry(
 
 # Classes of encoders by `EncoderState.kind`.
 ENCODER_KINDS: Registry[type[Any]] = Registry("kind of encoder", {"vit": VisionTransformer})
+# Whose names weights of them can have.
+STYLES.add("transformers", models_vit_names.TRANSFORMERS)
+STYLES.add("mmseg", models_vit_names.MMSEG)
 
 
 def register_encoder(kind: str, encoder: type[Encoder], **names: Mapping[str, Any]) -> None:

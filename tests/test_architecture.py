@@ -39,7 +39,7 @@ PLACES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
          "models_protocols.py"),
         ("root", "mask"),
     ),
-    "encoders": (("models_vit.py",), ("root", "mask", "pieces")),
+    "encoders": (("models_vit.py", "models_vit_names.py"), ("root", "mask", "pieces")),
     "models": (
         ("models_mmae.py", "models_upernet.py"),
         ("root", "mask", "pieces", "encoders"),

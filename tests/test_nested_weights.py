@@ -23,6 +23,7 @@ from test_segment_data import write_pairs
 from torch import Tensor, nn
 
 from models_vit import VisionTransformer
+from models_vit_names import to_mmseg, to_transformers
 from models_zoo import (
     create_model,
     create_segmenter,
@@ -32,7 +33,6 @@ from models_zoo import (
 )
 from util.errors import BadInput
 from util.train.checkpoint import LAST, load_file, save_checkpoint
-from util.weights.convert_names import to_mmseg, to_transformers
 from util.weights.nested_weights import find_weights
 
 Weights = dict[str, Tensor]

@@ -1,5 +1,6 @@
 """Files of a user that register models, encoders, masks, data sets and targets."""
 
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -8,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from launch import launch, wait
+from launch import launch, until, wait
 from runs import records
 
 import main_pretrain
+import submitit_pretrain
 from models_registry import CLASSIFIERS, ENCODER_KINDS, MODELS
 from models_targets import TARGETS
 from models_zoo import load_classifier, load_pretrained
@@ -254,3 +256,32 @@ def test_nothing_else_names_what_the_plugins_register() -> None:
     for path in [*root.glob("*.py"), *(root / "util").rglob("*.py")]:
         text = path.read_text()
         assert not [word for word in words if word in text], path
+
+
+@pytest.mark.dist
+def test_a_job_has_the_plugin_as_it_was_submitted(tmp_path: Path, capsys: Any) -> None:
+    """It travels with the code: what happens to the user's file afterwards is not the job's."""
+    for name in ("tokens", "pieces"):
+        shutil.copy(HERE / f"{name}.py", tmp_path / f"own_{name}.py")
+    own = [str(tmp_path / f"own_{name}.py") for name in ("tokens", "pieces")]
+    flags = ["--model=tokens", "--dataset=ramps", *PRETRAIN, f"--output_dir={tmp_path / 'run'}"]
+    job = ["--local", "--ngpus=0", "--cpu_tasks=1", f"--job_dir={tmp_path / 'job'}"]
+    submitit_pretrain.main([*job, *flags, "--plugin", *own])
+    for path in own:
+        Path(path).unlink()
+    number = re.search(r"^job +(\d+):", capsys.readouterr().out, re.MULTILINE)[1]
+    logs = tmp_path / "job"
+    until(
+        lambda: list(logs.glob(f"{number}_*_result.pkl")),
+        lambda: "\n".join(p.read_text() for p in logs.glob("*.err")),
+    )
+    state = load_file(tmp_path / "run" / LAST)
+    code = next(logs.glob("code-*"))
+    assert [Path(one["path"]).parent for one in state["plugins"]] == [code / "plugins"] * 2
+
+
+def test_a_job_of_a_missing_plugin_is_not_submitted(tmp_path: Path, run_main: Any) -> None:
+    job = ["--local", "--ngpus=0", f"--job_dir={tmp_path / 'job'}", "--plugin", "/no/such.py"]
+    code, _, err = run_main("submitit_pretrain", [*job, "--dataset=synthetic"])
+    assert code == 2 and "--plugin /no/such.py cannot be read" in err
+    assert not (tmp_path / "job").exists()

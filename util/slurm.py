@@ -36,6 +36,7 @@ from util.console import print_text
 from util.errors import BadInput, RunFailed, Stopped
 from util.files import build_whole, sweep
 from util.flag_types import MOST_TASKS, expanded_path
+from util.plugins import LOADED
 from util.signals import StoppedAtStart, begin, take_signals
 from util.train.advice import check_settings
 from util.train.logger import prepare_folder
@@ -45,6 +46,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 # What a job runs: nothing else of the project is read after the submission.
 CODE = ("*.py", "util/**/*.py", "recipes/**/*.yaml")
 RECIPE = "submitted-recipe.yaml"
+PLUGINS = "plugins"
 # submitit gives up after so many time limits; a run may have any number of them.
 MANY = 1_000_000
 MOST_PER_NODE = 4096  # tasks, GPUs or CPUs
@@ -184,9 +186,9 @@ def local_places(here: submitit.JobEnvironment, port: int) -> dict[str, str]:
 # ---- Submission --------------------------------------------------------------------------------
 
 
-def job_parser(main: ModuleType) -> FlagParser:
-    """The flags of a main and of its job together."""
-    parser: FlagParser = main.build_parser()
+def job_parser(main: ModuleType, argv: Sequence[str] = ()) -> FlagParser:
+    """The flags of a main and of its job together, with those of plugins that argv names."""
+    parser: FlagParser = main.build_parser(argv)
     add_job_flags(parser)
     parser.description = f"Submit to Slurm: {parser.description}"
     parser.example = parser.example.replace("python main_", "python submitit_").replace(
@@ -210,12 +212,12 @@ def submit(main: ModuleType, argv: Sequence[str] | None) -> None:
         BadInput: a flag of either; no cluster; a partition, node or folder that is not there.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    job_parser(main).parse(argv)  # help for all flags, and a hint for a mistyped one
+    job_parser(main, argv).parse(argv)  # help for all flags, and a hint for a mistyped one
     only_job = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     add_job_flags(only_job)
     job, words = only_job.parse_known_args(argv)
 
-    parser = main.build_parser()
+    parser = main.build_parser(words)
     parser.set_defaults(output_dir=None)
     settings = parser.parse(words)
     if settings.list_models:
@@ -234,10 +236,15 @@ def submit(main: ModuleType, argv: Sequence[str] | None) -> None:
     if settings.config:
         # Whole: what it extends is not looked for again beside the snapshot.
         files[RECIPE] = write_recipe(read_recipe(Path(settings.config)))
+    # They travel with the code, so that the job has them as they are now.
+    plugins = {f"{PLUGINS}/{one.path.name}": one.path for one in LOADED.values()}
+    files |= {name: path.read_bytes() for name, path in plugins.items()}
     code = shared / f"code-{digest(files)}"
     planned = [*words, "--dry_run"]
     if settings.config:
         words.append(f"--config={code / RECIPE}")  # the last one counts
+    if plugins:
+        words += ["--plugin", *(str(code / name) for name in plugins)]
     run_folder = settings.output_dir or str(job_dir)
     words.append(f"--output_dir={run_folder}")
     check_settings(vars(settings) | {"output_dir": run_folder})

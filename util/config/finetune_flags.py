@@ -1,8 +1,10 @@
 """Flags of main_finetune.py: those of its own, and what --tune presets."""
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
 
+from util.config.flag_parser import load_plugins
 from util.config.flags import (
     FlagParser,
     add_checkpoint_flags,
@@ -59,8 +61,13 @@ LINEAR: dict[str, Any] = {
 }
 
 
-def build_parser() -> FlagParser:
-    """The flags; MAE's keep their names and meaning."""
+def build_parser(argv: Sequence[str] | None = ()) -> FlagParser:
+    """The flags; MAE's keep their names and meaning.
+
+    Args:
+        argv: a command line whose `--plugin` is loaded first; None: the program's own.
+    """
+    load_plugins(argv)
     parser = FlagParser(
         description="Train a classifier on a pretrained encoder: all of it, its last blocks, or a "
         "linear probe.",

@@ -1,7 +1,9 @@
 """Flags of main_segment.py, and what a segmenter's are where nobody gives them."""
 
+from collections.abc import Sequence
 from typing import Any
 
+from util.config.flag_parser import load_plugins
 from util.config.flags import (
     FlagParser,
     add_checkpoint_flags,
@@ -39,8 +41,13 @@ LOOKS_BY_DEFAULT: dict[str, Any] = {
 LOOKS = ("resize", "inference", "window", "stride", "scene_size", "label_map")
 
 
-def build_parser() -> FlagParser:
-    """The flags; defaults are those of MAE's ADE20K run (README, "Segmentation")."""
+def build_parser(argv: Sequence[str] | None = ()) -> FlagParser:
+    """The flags.
+
+    Args:
+        argv: a command line whose `--plugin` is loaded first; None: the program's own.
+    """
+    load_plugins(argv)
     parser = FlagParser(
         description="Train a segmenter (UPerNet) on a pretrained encoder, measure one, or segment "
         "images with it.",

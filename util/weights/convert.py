@@ -1,7 +1,8 @@
 """What files of other programs hold, as our encoders need it.
 
 Every list of keys that a loading may leave out or add stands here. An encoder's names are timm's,
-which the official MAE weights share; `util/weights/convert_names.py` has the maps to others.
+which the official MAE weights share; the others are in `util.styles`, each from the file of an
+encoder's names.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from torch import Tensor
 from util.errors import BadInput
 from util.mask.pos_embed import resize_table, sincos_2d
 from util.spec import Pair
-from util.weights.convert_names import EPS, from_mmseg, from_transformers
+from util.styles import EPS, STYLES, Weights
 from util.weights.convert_upernet import (
     encoder_of_segmenter,
     is_mmseg_segmenter,
@@ -24,8 +25,6 @@ from util.weights.convert_upernet import (
     segmenter_from_mmseg,
 )
 from util.weights.nested_weights import USUAL, Place, find_weights
-
-Weights = dict[str, Tensor]
 
 # A masked autoencoder's own: no encoder has them.
 PRETRAINING_KEYS = ("decoder_", "mask_token", "encoder_mask_token", "pos_phase", "pca.")
@@ -96,15 +95,13 @@ class EncoderWeights:
 
 
 def style_of(weights: Mapping[str, Any]) -> str:
-    """Whose names these are: transformers, mmseg, or timm, which are the official code's and ours.
+    """Whose names these are: one of `STYLES`, or timm, which are the official code's and ours.
 
     Whole segmenters: segmenter is ours; public run has timm's names with mmsegmentation's heads.
-    One key tells: of a file that mixes names, the others come out as unexpected when it is loaded.
     """
-    if any("embeddings.patch_embeddings.projection." in key for key in weights):
-        return "transformers"
-    if any(key.removeprefix("backbone.").startswith("patch_embed.projection.") for key in weights):
-        return "mmseg"
+    for name, style in STYLES.items():
+        if style.recognises(weights):
+            return name
     if is_mmseg_segmenter(weights):
         return "public run"
     return "segmenter" if is_segmenter(weights) else "timm"
@@ -137,10 +134,8 @@ def in_our_names(
             "as they were before"
         )
     style = style_of(weights)
-    if style == "mmseg":
-        weights, notes = from_mmseg(weights, source)
-    elif style == "transformers":
-        weights, notes = from_transformers(weights, source)
+    if style in STYLES:
+        weights, notes = STYLES[style].read(weights, source)
     elif style == "segmenter":
         weights, notes = encoder_of_segmenter(weights, source)
     elif style == "public run":

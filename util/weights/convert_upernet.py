@@ -1,7 +1,7 @@
 """The names that mmsegmentation gives to the tensors of a whole segmentor, both ways.
 
 Neck and heads have mmsegmentation's names in ours too; the encoder's are changed as
-`util.weights.convert_names` does, with `backbone.` before them. Its backbone `MAE` always has
+`models_vit_names` does, with `backbone.` before them. Its backbone `MAE` always has
 branch scales and relative position biases: a model without gets scales of 1 and biases of 0, the
 same function.
 
@@ -19,9 +19,7 @@ from torch import Tensor
 
 from util.errors import BadInput
 from util.spec import Pair
-from util.weights.convert_names import from_mmseg, to_mmseg
-
-Weights = dict[str, Tensor]
+from util.styles import STYLES, Weights
 
 HEADS = ("neck.", "decode_head.", "auxiliary_head.")
 TABLE = "attn.relative_position_bias_table"
@@ -44,7 +42,7 @@ def segmenter_to_mmseg(
         k.removeprefix("encoder."): v for k, v in weights.items() if k.startswith("encoder.")
     }
     width, kind = encoder["cls_token"].shape[-1], encoder["cls_token"].dtype
-    named = {f"backbone.{k}": v for k, v in to_mmseg(encoder).items()}
+    named = {f"backbone.{k}": v for k, v in STYLES["mmseg"].write(encoder).items()}
     rows = (2 * grid[0] - 1) * (2 * grid[1] - 1) + 3
     for number in range(len({key.split(".")[1] for key in encoder if key.startswith("blocks.")})):
         layer = f"backbone.layers.{number}"
@@ -120,7 +118,7 @@ def segmenter_from_mmseg(
         elif key.startswith("backbone.") and not key.startswith((*NECK, "backbone.fpn")):
             block = re.fullmatch(r"(backbone\.blocks\.\d+\.)(gamma_[12])", key)
             plain[f"{block[1]}{SCALES[block[2]]}" if block else key] = tensor
-    encoder, _ = from_mmseg(plain, source)
+    encoder, _ = STYLES["mmseg"].read(plain, source)
     gammas = {k: v for k, v in encoder.items() if k.endswith(tuple(SCALES.values()))}
     tables = {k: v for k, v in found.items() if k.startswith("relative.")}
     for learned, asked, parts, home in (

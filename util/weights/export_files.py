@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from util.errors import BadInput
-from util.weights.convert_names import EPS, to_mmseg
+from util.styles import EPS, STYLES
 from util.weights.export_model import (
     NO_DECODER,
     LoadedModel,
@@ -42,7 +42,7 @@ def to_mmsegmentation(source: LoadedModel, path: Path) -> list[str]:
             f"mmsegmentation takes square patches and a whole mlp_ratio, not {(ph, pw)} and "
             f"{ratio}; use --to timm"
         )
-    named = to_mmseg(source.plain_weights(keep_lscale=True))
+    named = STYLES["mmseg"].write(source.plain_weights(keep_lscale=True))
     line = write_and_compare(source, path, {"state_dict": named, **metadata(source, ours=False)})
     backbone = (
         f"backbone=dict(type='MAE', img_size={kept['img_size']}, patch_size={ph}, "

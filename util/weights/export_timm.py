@@ -9,8 +9,8 @@ import timm
 from torch import nn
 
 from util.errors import BadInput
+from util.styles import EPS
 from util.train.checkpoint import write_signed
-from util.weights.convert_names import EPS
 from util.weights.export import appearing, check_same, has_lscale, save_folder, save_safetensors
 from util.weights.export_model import (
     BOUND,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from util.errors import BadInput, needs
-from util.weights.convert_names import config_of, to_transformers
+from util.styles import STYLES
 from util.weights.export import appearing, check_same, save_folder
 from util.weights.export_model import IMAGES, LOOSE, LoadedModel, Target, compute_outputs
 from util.weights.files import PREPROCESSOR
@@ -33,9 +33,11 @@ def to_transformers_folder(source: LoadedModel, path: Path) -> list[str]:
     library = needs("transformers", "transformers")
     weights = source.plain_weights()
     classes = source.state.get("classes")
-    config = config_of(kept, source.eps, classes if source.part == "head" else None)
+    style = STYLES["transformers"]
+    assert style.config is not None
+    config = style.config(kept, source.eps, classes if source.part == "head" else None)
     with appearing(path) as temporary:
-        save_folder(temporary, to_transformers(weights), config)
+        save_folder(temporary, style.write(weights), config)
         seen = json.dumps(source.preprocessing.for_transformers(), indent=2)
         (temporary / PREPROCESSOR).write_text(f"{seen}\n")
         kind = getattr(library, config["architectures"][0])

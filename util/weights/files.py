@@ -9,9 +9,9 @@ import torch
 
 from util.errors import BadInput, needs
 from util.files import reading
+from util.styles import STYLES
 from util.train.checkpoint import LAST, checkpoints_of, load_file, local_file
 from util.weights.convert import in_our_names
-from util.weights.convert_names import arguments_of
 
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
 # What transformers calls its weights; an index names the parts of large ones.
@@ -126,7 +126,10 @@ def said_by(folder: Path, weights: dict[str, Any]) -> dict[str, Any]:
     config = read_json(folder / CONFIG)
     if "architecture" in config and "model_type" not in config:
         return said_by_timm(config)
-    said = arguments_of(config, str(folder))
+    found = (s.arguments for s in STYLES.values() if s.arguments and s.recognises(weights))
+    read_config = next(found, STYLES["transformers"].arguments)
+    assert read_config is not None
+    said = read_config(config, str(folder))
     projection = next(
         (v for k, v in weights.items() if k.endswith("patch_embeddings.projection.weight")), None
     )

@@ -1,4 +1,4 @@
-"""The names that mmsegmentation and transformers give to the tensors of our models, both ways.
+"""The names that mmsegmentation and transformers give to a vision transformer's tensors.
 
 Ours are timm's and the official MAE code's. Reading is lenient: a key that no rule knows keeps its
 name, so that the strict loading afterwards lists it beside what is missing.
@@ -12,10 +12,7 @@ import torch
 from torch import Tensor
 
 from util.errors import BadInput
-
-Weights = dict[str, Tensor]
-
-EPS = 1e-6  # of MAE's LayerNorms; transformers writes its own into config.json
+from util.styles import Style, Weights
 
 # ---- mmsegmentation ------------------------------------------------------------------------------
 # Source: mmsegmentation's `tools/model_converters/beit2mmseg.py` and its backbones BEiT and MAE.
@@ -283,3 +280,20 @@ def arguments_of(config: Mapping[str, Any], source: str) -> dict[str, Any]:
     if kind == "vit" and labels and not all(v == f"LABEL_{k}" for k, v in labels.items()):
         found["classes"] = [labels[k] for k in sorted(labels, key=int)]
     return found
+
+
+# ---- What reads and writes them ------------------------------------------------------------------
+
+
+def is_transformers(weights: Mapping[str, Any]) -> bool:
+    """Of ViT or ViTMAE, with or without what stands before the names."""
+    return any("embeddings.patch_embeddings.projection." in key for key in weights)
+
+
+def is_mmseg(weights: Mapping[str, Any]) -> bool:
+    """A backbone, alone or in a segmentor."""
+    return any(k.removeprefix("backbone.").startswith("patch_embed.projection.") for k in weights)
+
+
+TRANSFORMERS = Style(is_transformers, from_transformers, to_transformers, arguments_of, config_of)
+MMSEG = Style(is_mmseg, from_mmseg, to_mmseg)

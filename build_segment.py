@@ -43,13 +43,18 @@ def peak_lr(args: argparse.Namespace, global_batch: int) -> float:
     return LR if args.blr is None else scaled_lr(args.blr, global_batch)
 
 
+def is_users_own(args: argparse.Namespace) -> bool:
+    """Whether the flags say what the values of its masks are, and not the set."""
+    return args.dataset == "folder" or str(args.data_path).startswith("hf:")
+
+
 def open_set(args: argparse.Namespace, split: str, classes: Sequence[str] | None = None) -> Source:
     """A split of the data set that the flags name, or as much of it as they ask for.
 
     Args:
         classes: of the model that is there already; they tell how many a folder has.
     """
-    count = len(classes) if classes is not None and args.dataset == "folder" else args.nb_classes
+    count = len(classes) if classes is not None and is_users_own(args) else args.nb_classes
     source = hold_out_of(vars(args)).open(
         lambda part: build_segmentation_set(
             args.dataset,

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 import models_segmenters
-from build_segment import TASK, inference_of, open_set
+from build_segment import TASK, inference_of, is_users_own, open_set
 from engine_segment import eval_loader, evaluate, predict, write_label_maps
 from util.config.flags import settings_of
 from util.config.segment_flags import LOOKS
@@ -96,14 +96,14 @@ def use_checkpoint(args: argparse.Namespace, procs: Processes, given: Container[
     prepare_folder(folder)
     result = measure(model)
     if procs.main:
-        say_result(f"{args.dataset} {hold_out_of(vars(args)).words}", result, len(source))
+        say_result(f"{source.name} {hold_out_of(vars(args)).words}", result, len(source))
         identity = identity_of(path, state.get("step"), {n: getattr(args, n) for n in MEASURED_BY})
         set_others_aside(folder, EVAL_FILES, identity)
-        more = {"checkpoint": str(path), "dataset": args.dataset, "images": len(source)}
+        more = {"checkpoint": str(path), "dataset": source.name, "images": len(source)}
         more |= {MEASURED: identity, "chosen_on": chosen_on(path, state)}
         more |= measured_on(vars(args), state, path, speaks=True)
         save_segmentation(folder, result, source.classes, more, EVAL_FILES)
-        draw(args, model, source, procs, f"{args.dataset} val", folder / EVAL_FILES[2])
+        draw(args, model, source, procs, f"{source.name} val", folder / EVAL_FILES[2])
         say(f"written     {folder}/{', '.join(EVAL_FILES[:2])}")
 
 
@@ -112,7 +112,7 @@ def look_as_trained(
 ) -> None:
     """Take from the checkpoint how it looks at images, where no flag says otherwise, and say so."""
     own = {name: trained_on[name] for name in LOOKS if name in trained_on and name not in given}
-    if args.dataset != "folder":  # another set says itself what its values are
+    if not is_users_own(args):  # another set says itself what its values are
         own.pop("label_map", None)
     changed = {name: value for name, value in own.items() if value != getattr(args, name)}
     vars(args).update(changed)
@@ -206,7 +206,7 @@ def save_result(
         more: to be written beside it.
     """
     folder, where = Path(args.output_dir), hold_out_of(vars(args)).words
-    more |= {"dataset": args.dataset, "measured_on": where, "best_chosen_on": where}
+    more |= {"dataset": source.name, "measured_on": where, "best_chosen_on": where}
     more[MEASURED] = {"task": TASK}  # tasks may share a folder
     set_others_aside(folder, RUN_FILES, more[MEASURED])
     save_segmentation(folder, result, source.classes, more)

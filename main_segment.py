@@ -112,7 +112,7 @@ def segment(
             ckpt.local_file(args.finetune)
     check_classes(source.classes, classes or source.classes, len(source.classes))
     if val_source is not None:
-        check_splits(source.classes, val_source.classes, args.dataset)
+        check_splits(source.classes, val_source.classes, source.name)
     if procs.main:
         for part in (source, val_source):
             for note in part.notes if part is not None else ():
@@ -150,7 +150,7 @@ def segment(
         return {
             "classes": list(source.classes),
             "best": best,
-            "data": {"dataset": args.dataset, "mean": source.mean, "std": source.std}
+            "data": {"dataset": source.name, "mean": source.mean, "std": source.std}
             | {name: getattr(args, name) for name in LOOKS},
         }
 
@@ -179,7 +179,7 @@ def segment(
     session.say(
         f"UPerNet, {total:,} parameters: encoder {encoder:,}, neck and heads of --channels "
         f"{args.channels} {total - encoder:,}; {counted(len(source), 'image')} of "
-        f"{args.dataset}, {counted(len(source.classes), 'class')}"
+        f"{source.name}, {counted(len(source.classes), 'class')}"
     )
 
     # ------------------------------------------------------------------------- iterations
@@ -215,7 +215,7 @@ def segment(
                     if better:
                         best = {"miou": result.miou, "step": step}
                     if procs.main:
-                        title = f"{args.dataset} val after {step:,} iterations"
+                        title = f"{source.name} val after {step:,} iterations"
                         say_result(title, result, len(val_source))
                         save_result(args, result, source, {"best": best, "step": step})
                         picture = folder / "pictures" / f"iteration-{step}.png"

@@ -3,6 +3,7 @@
 import io
 import pickle
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -14,6 +15,7 @@ from torchvision.transforms import v2
 from util.data.datasets import build_dataset
 from util.data.hub import HubSource
 from util.data.images import BadImage
+from util.data.segmentation_sets import build_segmentation_set
 from util.errors import EXIT_BAD_INPUT, BadInput
 
 datasets.disable_progress_bars()
@@ -171,3 +173,100 @@ def test_commands_train_on_it_and_pack_it(run_main, tmp_path):
     assert source.encoded(2) == (encoded(18), 2) and source.classes == NAMES
     code, _, err = run_main("main_pretrain", [*flags, "--data_path=hf:no/such"])
     assert code == EXIT_BAD_INPUT and "cannot load no/such" in err
+
+
+# ---- Pairs of image and label map --------------------------------------------------------------
+
+
+def mask_of(seed: int) -> np.ndarray:
+    """[H, W] of the image that `encoded` makes: 0 ignored or background, 1 to 3, and once 255."""
+    mask = np.random.default_rng(100 + seed).integers(0, 4, (20 + seed, 30), np.uint8)
+    mask[0, 0] = 255
+    return mask
+
+
+def pairs(count: int, first: int = 0, columns: tuple[str, str] = ("image", "annotation")) -> Any:
+    """Rows with a third column of images, which is neither."""
+    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in (*columns, "depth")}
+    for seed in range(first, first + count):
+        buffer = io.BytesIO()
+        Image.fromarray(mask_of(seed)).save(buffer, "PNG")
+        for name, data in zip(rows, (encoded(seed), buffer.getvalue(), encoded(9)), strict=True):
+            rows[name].append({"bytes": data, "path": None})
+    features = datasets.Features(dict.fromkeys(rows, datasets.Image()))
+    return datasets.Dataset.from_dict(rows, features=features)
+
+
+def test_pairs_are_the_stored_ones(tmp_path: Path) -> None:
+    root = save(tmp_path / "saved", train=pairs(5), validation=pairs(3, 5))
+    for split_name, count, first in (("train", 5, 0), ("val", 3, 5)):
+        source = build_segmentation_set("ade20k", split_name, f"hf:{root}")
+        assert len(source) == count and source.classes == [f"class {i}" for i in range(4)]
+        shifted = build_segmentation_set("ade20k", split_name, f"hf:{root}?first=1")
+        assert shifted.classes == ["class 0", "class 1", "class 2"] and shifted.target == "mask"
+        for i in range(count):
+            image, label = source[i]
+            expected = Image.open(io.BytesIO(encoded(first + i))).convert("RGB")
+            assert np.array_equal(np.asarray(image), np.asarray(expected))
+            assert np.array_equal(label, mask_of(first + i))
+            ignored = np.isin(mask_of(first + i), (0, 255))
+            assert np.array_equal(shifted[i][1], np.where(ignored, 255, mask_of(first + i) - 1))
+    mapped = ["0:ignore", "255:0", "1:1", "2:1", "3:1"]
+    source = build_segmentation_set("ade20k", "val", f"hf:{root}", label_map=mapped)
+    assert len(source.classes) == 2 and set(np.unique(source[0][1])) == {0, 1, 255}
+    other = save(tmp_path / "other", train=pairs(2, columns=("photo", "classes")))
+    named = build_segmentation_set("ade20k", "train", f"hf:{other}?image=photo&mask=classes")
+    assert np.array_equal(named[1][1], mask_of(1))
+
+
+BAD_PAIRS = {
+    "no mask": (
+        lambda root: (save(root, validation=pairs(2, columns=("a", "b"))), "")[1],
+        {},
+        r"columns of images a, b, depth; expected an image and its mask; name them",
+    ),
+    "no split": (lambda root: (save(root, train=pairs(2)), "?val=x")[1], {}, "no split x"),
+    "key": (lambda root: (save(root, train=pairs(2)), "?label=x")[1], {}, "the keys are image"),
+    "first": (
+        lambda root: (save(root, validation=pairs(2)), "?first=-1")[1],
+        {},
+        "first=-1 is not",
+    ),
+    "classes": (
+        lambda root: (save(root, validation=pairs(2)), "")[1],
+        {"num_classes": 2},
+        r"saved-train-|saved-val-|holds the value [23]",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_PAIRS)
+def test_pairs_that_are_not_there(case: str, tmp_path: Path) -> None:
+    make, options, message = BAD_PAIRS[case]
+    query = make(tmp_path / "saved")
+    with pytest.raises(BadInput, match=message):
+        place = f"hf:{tmp_path / 'saved'}{query}"
+        source = build_segmentation_set("ade20k", "val", place, **options)
+        source[0]
+
+
+def test_a_segmenter_learns_from_pairs_of_the_hub(tmp_path: Path, run_main: Any) -> None:
+    """And goes on, measures and holds out, as from folders."""
+    root = save(tmp_path / "saved", train=pairs(6), validation=pairs(2, 6))
+    flags = [
+        f"--data_path=hf:{root}?first=1", "--model=vit_micro_patch8", "--input_size=32",
+        "--resize", "48", "48", "--window=32", "--stride=32", "--channels=8", "--aux_channels=8",
+        "--batch_size=2", "--iterations=4", "--warmup_iterations=1", "--eval_every=2",
+        "--num_workers=1", "--device=cpu", "--check_data",
+    ]  # fmt: skip
+    code, out, err = run_main("main_segment", [*flags, f"--output_dir={tmp_path / 'run'}"])
+    assert code == 0, err
+    assert "checked 6 pairs" in out + err and "mIoU" in out + err
+    last = tmp_path / "run" / "checkpoint-last.pth"
+    more = [f"--data_path=hf:{root}?first=1", "--eval", f"--resume={last}", "--device=cpu"]
+    code, out, err = run_main("main_segment", [*more, f"--output_dir={tmp_path / 'eval'}"])
+    assert code == 0, err
+    held = ["--val_fraction=0.4", f"--output_dir={tmp_path / 'held'}"]
+    assert run_main("main_segment", [*flags, *held])[0] == 0
+    code, _, err = run_main("main_segment", [*flags, "--dataset=folder"])
+    assert code == EXIT_BAD_INPUT and "leave --dataset folder out" in err

@@ -64,15 +64,15 @@ def build_parser(argv: Sequence[str] | None = ()) -> FlagParser:
     parser.add_argument(
         "--nb_classes",
         type=number(int, 1, MOST_CLASSES),
-        help="classes of --dataset folder; default: those of its classes.txt",
+        help="classes of --dataset folder or hf:; default: those of its classes.txt, or counted",
     )
     parser.add_argument(
         "--label_map",
         type=label_pair,
         nargs="+",
         metavar="VALUE:CLASS",
-        help="of --dataset folder: what the values in its masks stand for, such as 0:0 255:1, or "
-        "7:ignore; default: values are classes, 255 is ignored",
+        help="of --dataset folder or hf:, what the values in its masks stand for, such as 0:0 "
+        "255:1, or 7:ignore; default: values are classes, 255 is ignored",
     )
     parser.add_argument(
         "--scene_size",

@@ -1,5 +1,6 @@
 """Data sets of Hugging Face: `--data_path hf:NAME_OR_DIR[?key=value&...]`."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
@@ -86,10 +87,27 @@ def hugging_face(split: str, place: PathLike) -> Source:
     Raises:
         BadInput: it cannot be loaded, or has no such split or column.
     """
-    name, _, query = str(place).partition("?")
+    name, data, options = open_split(split, str(place), OPTIONS, SYNTAX)
+    datasets = needs("datasets", "datasets")
+    image = image_column(data, options.get("image"), name)
+    labels, classes = read_labels(data, options.get("label"), name)
+    data = data.select_columns([image]).with_format(None)
+    data = data.cast_column(image, datasets.Image(decode=False))
+    return HubSource(name, split, data, labels, classes)
+
+
+def open_split(
+    split: str, place: str, keys: Sequence[str], syntax: str
+) -> tuple[str, Any, dict[str, str]]:
+    """What `NAME_OR_DIR?key=value&...` stands for: the name, the split's rows, and the options.
+
+    Raises:
+        BadInput: a key that is not among `keys`, or no such split.
+    """
+    name, _, query = place.partition("?")
     options = dict(parse_qsl(query, keep_blank_values=True))
-    if not name or set(options) - set(OPTIONS) or (query and not options):
-        raise BadInput(f"--data_path hf:{place} is not {SYNTAX}")
+    if not name or set(options) - set(keys) or (query and not options):
+        raise BadInput(f"--data_path hf:{place} is not {syntax}")
     splits = load(name, options.get("config"))
     wanted = (options[split],) if split in options else SPLITS[split]
     found = next((s for s in wanted if s in splits), None)
@@ -98,13 +116,7 @@ def hugging_face(split: str, place: PathLike) -> Source:
             f"hf:{name} has no split {' or '.join(wanted)} to take as {split}, but "
             f"{', '.join(splits)}; name one: hf:{name}?{split}=NAME"
         )
-    data = splits[found]
-    datasets = needs("datasets", "datasets")
-    image = image_column(data, options.get("image"), name)
-    labels, classes = read_labels(data, options.get("label"), name)
-    data = data.select_columns([image]).with_format(None)
-    data = data.cast_column(image, datasets.Image(decode=False))
-    return HubSource(name, split, data, labels, classes)
+    return name, splits[found], options
 
 
 def load(name: str, config: str | None) -> dict[str, Any]:

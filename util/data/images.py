@@ -117,14 +117,20 @@ def decode_image(
         return _decode(io.BytesIO(data), name, max_pixels).convert(MODES[channels])
 
 
-def read_stored(path: PathLike, max_pixels: int | None = None) -> Image.Image:
+def read_stored(
+    path: PathLike, max_pixels: int | None = None, data: bytes | None = None
+) -> Image.Image:
     """Decode one file as it is stored, in its own mode: values count here, not what they look like.
 
     Pillow stretches gray of 2 and 4 bits to 0..255; here they keep the values of the file.
 
+    Args:
+        data: the file's contents, which are then not read.
+
     Raises as `read_image` does.
     """
-    with faults_of(path), open_at_once(path, max_pixels) as file:
+    opened = open_at_once(path, max_pixels) if data is None else io.BytesIO(data)
+    with faults_of(path), opened as file:
         image = _open(file, max_pixels)
         tiles = getattr(image, "tile", [])  # of an image that is not loaded yet
         stretched = {"L;2": 85, "L;4": 17}.get(tiles[0][3] if tiles else "", 1)

@@ -22,11 +22,14 @@ class BadPair(BadInput):
     """An image and a label map that cannot be learnt from; the message names the file."""
 
 
-def read_label_map(path: PathLike, max_pixels: int | None = None) -> np.ndarray:
+def read_label_map(
+    path: PathLike, max_pixels: int | None = None, data: bytes | None = None
+) -> np.ndarray:
     """A label map from a gray or palette picture, of which the indices count and not the colours.
 
     Args:
         max_pixels: see `util.data.images.read_image`.
+        data: the file's contents, which are then not read.
 
     Returns:
         [H, W] of uint8, or of a wider integer where the file has more than 8 bits.
@@ -35,7 +38,7 @@ def read_label_map(path: PathLike, max_pixels: int | None = None) -> np.ndarray:
         BadImage: missing or damaged.
         BadPair: not one channel of whole numbers, or stored with loss.
     """
-    image = read_stored(path, max_pixels)
+    image = read_stored(path, max_pixels, data)
     if image.format in LOSSY or image.info.get("compression") == "jpeg":
         raise BadPair(
             f"the mask {os.fspath(path)} is a {image.format} with lossy compression, whatever its "

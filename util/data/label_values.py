@@ -6,15 +6,16 @@ ignored it would be a set of one class that nothing can get wrong.
 """
 
 import argparse
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from util.console import SHOWN, listed, shown
 from util.data.images import BadImage
-from util.data.label_maps import IGNORE, MOST_CLASSES, BadPair, read_label_map
-from util.data.listing import Names
+from util.data.label_maps import IGNORE, MOST_CLASSES, BadPair, check_label, read_label_map
 from util.errors import BadInput
 
 LARGEST = 2**31 - 1  # of a stored value
@@ -75,13 +76,23 @@ def apply_values(values: np.ndarray, meanings: Values, path: str) -> np.ndarray:
     return table[places.reshape(values.shape)]
 
 
-def count_classes(
-    masks: Path, files: Names, max_pixels: int | None = None
-) -> tuple[int, list[str]]:
-    """Classes of label maps that nothing names: their largest value and one. Reads all of them.
+# Label maps to look through: of each its name, and what reads it.
+Maps = Iterable[tuple[str, Callable[[], np.ndarray]]]
+
+
+def maps_of(folder: Path, files: Iterable[str], max_pixels: int | None = None) -> Maps:
+    """The label maps of a folder.
 
     Args:
         max_pixels: of a mask, see `util.data.pixel_limits`.
+    """
+    for name in files:
+        path = str(folder / name)
+        yield path, partial(read_label_map, path, max_pixels)
+
+
+def count_classes(maps: Maps) -> tuple[int, list[str]]:
+    """Classes of label maps that nothing names: their largest value and one. Reads all of them.
 
     Returns:
         the count, and what the reader should know of it.
@@ -91,11 +102,11 @@ def count_classes(
             for it to be a count.
     """
     first: dict[int, str] = {}  # of each value, a file that has it
-    for name in files:
-        for value in np.unique(read_label_map(masks / name, max_pixels)).tolist():
+    for name, read in maps:
+        for value in np.unique(read()).tolist():
             if value != IGNORE and not 0 <= value < MOST_CLASSES:
                 raise BadInput(
-                    f"the mask {masks / name} holds the value {value}; classes are 0 to "
+                    f"the mask {name} holds the value {value}; classes are 0 to "
                     f"{MOST_CLASSES - 1} and {IGNORE} is ignored; say what the values stand for, "
                     f"for example --label_map 0:0 {value}:1"
                 )
@@ -104,7 +115,7 @@ def count_classes(
     count = found[-1] + 1 if found else 1
     if len(found) >= 2 and 2 * len(found) < count:
         raise BadInput(
-            f"the mask {masks / first[found[-1]]} holds the value {found[-1]}, which would make "
+            f"the mask {first[found[-1]]} holds the value {found[-1]}, which would make "
             f"{count} classes, but only {len(found)} values occur ({listed(found)}); say what they "
             f"stand for (--label_map {' '.join(f'{v}:{i}' for i, v in enumerate(found[:3]))} ...), "
             f"or give --nb_classes {count}"
@@ -115,19 +126,18 @@ def count_classes(
 
 
 def check_two_classes(
-    masks: Path,
-    files: Iterable[str],
+    maps: Maps,
     num_classes: int,
     meanings: Values | None,
     split: str,
-    max_pixels: int | None = None,
+    place: str,
 ) -> list[str]:
     """See that a split has more than one class; mostly its first mask says so.
 
     Args:
         num_classes: K, which somebody or the masks have said.
         meanings: of `values_of`; None: values are classes, and `IGNORE` is ignored.
-        max_pixels: of a mask, see `util.data.pixel_limits`.
+        place: where the masks are, for messages.
 
     Returns:
         what the reader should know: a validation set of one class.
@@ -137,23 +147,23 @@ def check_two_classes(
             of one class.
     """
     seen: set[int] = set()
-    ignored, read = None, False
-    for name in files:
+    ignored, some = None, False
+    for name, read in maps:
         try:
-            found = set(np.unique(read_label_map(masks / name, max_pixels)).tolist())
+            found = set(np.unique(read()).tolist())
         except (BadImage, BadPair):
             continue  # told when the pair is used
-        read = True
+        some = True
         if meanings is not None:
             found = {meanings.get(value, IGNORE) for value in found}
         elif found - {IGNORE} - set(range(num_classes)):
             return []  # refused by value when the pair is used
         if IGNORE in found and ignored is None:
-            ignored = masks / name
+            ignored = name
         seen |= found - {IGNORE}
         if len(seen) > 1:
             return []
-    if not read:
+    if not some:
         return []
     only = f"the class {listed(sorted(seen))} alone" if seen else "no class"
     if ignored is not None and meanings is None:
@@ -164,7 +174,49 @@ def check_two_classes(
         )
     if split == "train":
         raise BadInput(
-            f"all masks of {split} in {masks} hold {only}: there is nothing to learn; a segmenter "
+            f"all masks of {split} in {place} hold {only}: there is nothing to learn; a segmenter "
             "needs two classes, and the background is one"
         )
     return [f"all masks of {split} hold {only}: mIoU says little"]
+
+
+def checked(
+    values: np.ndarray,
+    image: Image.Image,
+    names: tuple[str, str],
+    num_classes: int,
+    first: int,
+    meanings: dict[int, int] | None,
+) -> np.ndarray:
+    """The values of a label map as classes of its image's pixels: uint8 [H, W].
+
+    Args:
+        names: of image and mask, for messages.
+        first, meanings: see `check_label` and `values_of`.
+
+    Raises:
+        BadPair: a value that is no class, or another size than the image's.
+    """
+    if meanings is not None:
+        values = apply_values(values, meanings, names[1])
+    label = check_label(values, num_classes, names[1], first=first)
+    if label.shape != (image.height, image.width):
+        raise BadPair(
+            f"the mask {names[1]} is {label.shape[1]} x {label.shape[0]} pixels, its image "
+            f"{names[0]} {image.width} x {image.height} (width x height); expected the same size"
+        )
+    return label
+
+
+def numbered(num_classes: int | None, meanings: dict[int, int] | None) -> list[str]:
+    """Names for so many classes, or for those that `label_map` speaks of."""
+    if num_classes is None:
+        num_classes = 1 + max(set((meanings or {}).values()) - {IGNORE})
+    return [f"class {i}" for i in range(num_classes)]
+
+
+def check_meanings(meanings: dict[int, int] | None, num_classes: int) -> None:
+    """Refuse a `label_map` that speaks of classes that there are not."""
+    beyond = [v for v in (meanings or {}).values() if v != IGNORE and v >= num_classes]
+    if beyond:
+        raise BadInput(f"--label_map names the class {beyond[0]}, but there are {num_classes}")

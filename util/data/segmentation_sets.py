@@ -12,15 +12,23 @@ import numpy as np
 from PIL import Image
 
 from util.data.datasets import SPLITS, garment_scenes
+from util.data.hub_pairs import hugging_face_pairs
 from util.data.images import IMAGENET_MEAN, IMAGENET_STD, BadImage, PathLike, Stats, read_image
 from util.data.label_maps import (
     IGNORE,
     MOST_CLASSES,
     BadPair,
-    check_label,
     read_label_map,
 )
-from util.data.label_values import apply_values, check_two_classes, count_classes, values_of
+from util.data.label_values import (
+    check_meanings,
+    check_two_classes,
+    checked,
+    count_classes,
+    maps_of,
+    numbered,
+    values_of,
+)
 from util.data.listing import Names
 from util.data.pair_files import list_pairs
 from util.data.sets.garments import MEAN as GARMENTS_MEAN
@@ -83,16 +91,8 @@ class PairSource(SegmentationSource):
         image = read_image(self.file_name(index), 3, paired=True, max_pixels=self.max_pixels)
         path = os.path.join(self.masks, self.mask_files[index])
         values = read_label_map(path, self.max_pixels)
-        if self.meanings is not None:
-            values = apply_values(values, self.meanings, path)
-        label = check_label(values, len(self.classes), path, first=self.first)
-        if label.shape != (image.height, image.width):
-            raise BadPair(
-                f"the mask {path} is {label.shape[1]} x {label.shape[0]} pixels, its image "
-                f"{self.file_name(index)} {image.width} x {image.height} (width x height); "
-                "expected the same size"
-            )
-        return image, label
+        names = self.file_name(index), path
+        return image, checked(values, image, names, len(self.classes), self.first, self.meanings)
 
     def file_name(self, index: int) -> str:
         return os.path.join(self.images, self.image_files[index])
@@ -229,21 +229,18 @@ def folder(
         if num_classes not in (None, len(names)):
             raise BadInput(f"--nb_classes {num_classes}, but {listed} names {len(names)} classes")
     else:
-        if num_classes is None and meanings is not None:
-            num_classes = 1 + max(set(meanings.values()) - {IGNORE})
-        elif num_classes is None:
+        if num_classes is None and meanings is None:
             train = root / "train"
             train_files = list_pairs(train / "images", train / "masks", FOLDER_LAYOUT)[1]
-            num_classes, notes = count_classes(train / "masks", train_files, max_pixels)
-        names = [f"class {i}" for i in range(num_classes)]
+            num_classes, notes = count_classes(maps_of(train / "masks", train_files, max_pixels))
+        names = numbered(num_classes, meanings)
     if not 0 < len(names) <= MOST_CLASSES:
         raise BadInput(
             f"{listed} names {len(names)} classes; expected 1 to {MOST_CLASSES}, one a line"
         )
-    beyond = [v for v in (meanings or {}).values() if v != IGNORE and v >= len(names)]
-    if beyond:
-        raise BadInput(f"--label_map names the class {beyond[0]}, but there are {len(names)}")
-    notes += check_two_classes(folders[1], files[1], len(names), meanings, split, max_pixels)
+    check_meanings(meanings, len(names))
+    maps = maps_of(folders[1], files[1], max_pixels)
+    notes += check_two_classes(maps, len(names), meanings, split, str(folders[1]))
     source = PairSource("folder", split, names, folders, files, first=0, meanings=meanings)
     source.notes = notes
     return source
@@ -258,6 +255,10 @@ def garments(
         raise BadInput(f"--nb_classes {num_classes}, but garments has {len(pairs.classes)} classes")
     return pairs
 
+
+# What --data_path may begin with in place of a folder; what follows goes to the builder.
+PLACES: dict[str, Callable[..., Source]] = {"hf:": hugging_face_pairs}
+DEFAULT = "ade20k"
 
 SEGMENTATION_SETS: Registry[Callable[..., Source]] = Registry(
     "segmentation set", {"ade20k": ade20k, "folder": folder, "garments": garments}
@@ -281,7 +282,8 @@ def build_segmentation_set(
     Args:
         name: a key of `SEGMENTATION_SETS`.
         split: "train" or "val".
-        data_path: where the files are.
+        data_path: where the files are; hf:NAME_OR_DIR says what it holds itself, and the name stays
+            at its default.
         num_classes: of a folder that does not name them.
         size: side of a scene that is made (garments), pixels; files have their own.
         mean, std: one number for all channels or one for each, in units of 0..1; None: the set's.
@@ -295,10 +297,19 @@ def build_segmentation_set(
     builder = SEGMENTATION_SETS.find(name)
     if split not in SPLITS:
         raise BadInput(f"unknown split {split!r} of {name}; expected train or val")
-    if label_map is not None and name != "folder":
+    own = {"label_map": label_map, "max_pixels": max_pixels}
+    place = next((p for p in PLACES if str(data_path).startswith(p)), None)
+    if place is not None:
+        if name != DEFAULT:
+            raise BadInput(
+                f"--data_path {data_path} says what it holds; leave --dataset {name} out"
+            )
+        source = PLACES[place](split, str(data_path)[len(place) :], num_classes, **own)
+    elif label_map is not None and name != "folder":
         raise BadInput(f"--label_map is for --dataset folder; {name} says what its values are")
-    more = {"label_map": label_map, "max_pixels": max_pixels} if name == "folder" else {}
-    source = builder(split, data_path, num_classes, size, **more)
+    else:
+        more = own if name == "folder" else {}
+        source = builder(split, data_path, num_classes, size, **more)
     return source.with_max_pixels(max_pixels).with_stats(mean, std)
 
 

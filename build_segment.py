@@ -68,7 +68,6 @@ def open_set(args: argparse.Namespace, split: str, classes: Sequence[str] | None
             max_pixels=args.max_pixels,
         ),
         split,
-        Subset,
     )
     limit = args.train_images if split == "train" else args.val_images
     return source if limit is None else Subset(source, evenly(len(source), limit))

@@ -16,7 +16,7 @@ import main_pretrain
 import main_segment
 import main_visualize
 from util.data.datasets import build_dataset
-from util.data.source import ArraySource, Subset
+from util.data.source import ArraySource
 from util.data.splits import HoldOut, hold_out, ranks_of
 from util.train.checkpoint import load_file
 from util.train.results import MEASURED, identity_of, set_others_aside
@@ -79,7 +79,7 @@ def test_a_copy_of_a_set_holds_out_the_same(tmp_path: Path) -> None:
     main_pack.main(["--dataset=digits", f"--output_dir={tmp_path}", "--format=raw"])
     held = HoldOut(0.1, 4)
     parts = [
-        held.open(lambda part, data=data: build_dataset(data[0], part, data[1]), "val", Subset)
+        held.open(lambda part, data=data: build_dataset(data[0], part, data[1]), "val")
         for data in (("digits", None), ("imagefolder", f"packed:{tmp_path}"))
     ]
     assert parts[0].split == "val" and len(parts[0]) == 150
@@ -93,7 +93,7 @@ def test_a_copy_that_lacks_an_image_holds_out_the_same(shapes: Path, tmp_path: P
 
     def names(place: str) -> set[str]:
         held = HoldOut(0.25, 3)
-        part = held.open(lambda p: build_dataset("imagefolder", p, place), "val", Subset)
+        part = held.open(lambda p: build_dataset("imagefolder", p, place), "val")
         return {f"{part.labels[i]}/{Path(part.file_name(i)).name}" for i in range(len(part))}
 
     before = names(str(shapes))

@@ -27,7 +27,7 @@ from util.data.sets.garments import GarmentImages, GarmentScenes
 from util.data.sets.photos import photos
 from util.data.sets.places import places365
 from util.data.sets.stl10 import stl10, stl10_unlabeled
-from util.data.source import ArraySource, Source, Subset
+from util.data.source import ArraySource, Source
 from util.data.splits import NOTHING_HELD_OUT, HoldOut
 from util.errors import BadInput, needs
 from util.names import Registry
@@ -286,7 +286,7 @@ def build_dataset(
     unused = Path(str(data_path)) / "val"
     if hold_out.fraction is not None and builder is imagefolder and unused.is_dir():
         say_once(f"note: {unused} is not used: --val_fraction holds out images of train")
-    source = hold_out.open(lambda part: builder(part, data_path, **options), split, Subset)
+    source = hold_out.open(lambda part: builder(part, data_path, **options), split)
     if channels is not None:
         source = source.with_channels(channels)
     return source.with_max_pixels(max_pixels).with_stats(mean, std)

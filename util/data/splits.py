@@ -8,24 +8,12 @@ import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import numpy as np
 
+from util.data.source import Source, Subset
 from util.errors import BadInput
-
-
-class Named(Protocol):
-    """A split of a data set, of images with labels or with label maps."""
-
-    classes: list[str]
-
-    def __len__(self) -> int: ...
-
-    def file_name(self, index: int) -> str: ...
-
-
-S = TypeVar("S", bound=Named)
 
 
 @dataclass(frozen=True)
@@ -47,17 +35,11 @@ class HoldOut:
             return "val"
         return f"{self.fraction:.4g} of train, held out (val_seed {self.seed})"
 
-    def open(
-        self,
-        build: Callable[[str], S],
-        split: str,
-        subset: Callable[[S, np.ndarray, str], S],
-    ) -> S:
+    def open(self, build: Callable[[str], Source], split: str) -> Source:
         """A split, train without what is held out of it, or val.
 
         Args:
             build: opens a split of the set, train | val.
-            subset: makes a split of some images of another: by their indices, and its name.
 
         Raises:
             BadInput: too few images to hold some out and keep some.
@@ -74,7 +56,7 @@ class HoldOut:
             )
         keep = np.ones(len(train), dtype=bool)
         keep[held] = False
-        return subset(train, held if split == "val" else np.flatnonzero(keep), split)
+        return Subset(train, held if split == "val" else np.flatnonzero(keep), split)
 
     def left(self, images: int) -> int:
         """About how many images of train are learnt from, of so many; exact without labels."""
@@ -117,7 +99,7 @@ def hold_out(
     return np.sort(order[inside < np.repeat(taken, sizes)])
 
 
-def ranks_of(train: Named, seed: int) -> np.ndarray:
+def ranks_of(train: Source, seed: int) -> np.ndarray:
     """A random number for each image: uint64 [N], a function of (seed, class, its file's name).
 
     Not of its position: a copy of the set that lacks some images, or has more, packed or not,

@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from launch import launch, until, wait
+from PIL import Image
 from runs import records
 
 import main_pretrain
@@ -19,13 +21,16 @@ from models_targets import TARGETS
 from models_zoo import load_classifier, load_pretrained
 from util import plugins
 from util.data.datasets import DATASETS
+from util.data.segmentation_sets import SEGMENTATION_SETS
 from util.errors import BadInput
 from util.mask.strategies import STRATEGIES
 from util.names import Registry
 from util.train.checkpoint import LAST, load_file
 
 HERE = Path(__file__).parent / "plugins"
-REGISTRIES = (MODELS, CLASSIFIERS, ENCODER_KINDS, TARGETS, DATASETS, STRATEGIES)
+REGISTRIES = (
+    MODELS, CLASSIFIERS, ENCODER_KINDS, TARGETS, DATASETS, SEGMENTATION_SETS, STRATEGIES,
+)  # fmt: skip
 RUN = [
     "--batch_size=6", "--epochs=2", "--warmup_epochs=1", "--log_every=1", "--num_workers=0",
     "--device=cpu",
@@ -101,17 +106,25 @@ def test_it_resumes_in_the_same_bits(plugin: str, tmp_path: Path, run_main: Any)
 
 
 @pytest.mark.dist
-def test_it_trains_on_two_processes(tmp_path: Path) -> None:
-    """As on one, up to rounding."""
-    model, others, dataset = METHODS["tokens"]
+@pytest.mark.parametrize("plugin", ["tokens", "clips"])
+def test_it_trains_alike_however_a_batch_is_divided(plugin: str, tmp_path: Path) -> None:
+    """On two processes, in micro-batches, and compiled: as at once, up to rounding."""
+    model, others, dataset = METHODS[plugin]
+    ways = {
+        "at once": (1, ["--batch_size=6"]),
+        "processes": (2, ["--batch_size=3"]),
+        "micro-batches": (1, ["--batch_size=2", "--accum_iter=3"]),
+        "compiled": (1, ["--batch_size=6", "--compile"]),
+    }
     losses = {}
-    for world in (1, 2):
-        flags = [*with_plugins("tokens", *others), f"--model={model}", f"--dataset={dataset}"]
-        flags += [*RUN, f"--batch_size={6 // world}", f"--output_dir={tmp_path / str(world)}"]
-        assert set(wait(launch(flags, tmp_path / f"out-{world}", world))) == {0}
-        losses[world] = [r["loss"] for r in records(tmp_path / str(world), "train")]
-    assert len(losses[1]) == 8
-    assert losses[1] == pytest.approx(losses[2], rel=1e-4)
+    for name, (world, own) in ways.items():
+        flags = [*with_plugins(plugin, *others), f"--model={model}", f"--dataset={dataset}"]
+        flags += [*RUN, *own, f"--output_dir={tmp_path / name}"]
+        assert set(wait(launch(flags, tmp_path / f"out {name}", world))) == {0}
+        losses[name] = [r["loss"] for r in records(tmp_path / name, "train")]
+    assert len(losses["at once"]) == 8
+    for name in ways:
+        assert losses["at once"] == pytest.approx(losses[name], rel=1e-3), name
 
 
 @pytest.mark.smoke
@@ -122,7 +135,7 @@ def test_a_vision_transformer_in_it_goes_everywhere(tmp_path: Path, run_main: An
         "main_knn": ["--checkpoint", str(path), "--dataset=ramps", "--device=cpu", "--k", "3"],
         "main_visualize": ["--checkpoint", str(path), "--dataset=ramps", "--device=cpu"],
         "main_segment": [
-            "--finetune", str(path), "--dataset=garments", "--scene_size=32", "--input_size=32",
+            "--finetune", str(path), "--dataset=ramp_pairs", "--input_size=32",
             "--resize", "32", "32", "--window=32", "--stride=32", "--channels=8",
             "--aux_channels=8", "--batch_size=2", "--iterations=2", "--warmup_iterations=1",
             "--train_images=4", "--val_images=4", "--num_workers=0", "--device=cpu",
@@ -132,11 +145,41 @@ def test_a_vision_transformer_in_it_goes_everywhere(tmp_path: Path, run_main: An
         folder = f"--output_dir={tmp_path / main}"
         code, _, err = run_main(main, [*known, *flags, folder])
         assert code == 0, (main, err)
+    say_what_it_sees(known, tmp_path / "main_finetune" / LAST, tmp_path, run_main)
     code, _, err = run_main(
         "main_export",
         [*known, f"--checkpoint={path}", "--to=timm", f"--output={tmp_path / 'a.safetensors'}"],
     )
     assert code == 0, err
+
+
+def say_what_it_sees(known: list[str], tuned: Path, tmp_path: Path, run_main: Any) -> None:
+    """A classifier of a plugin names the class of a user's files."""
+    folder = tmp_path / "own"
+    folder.mkdir()
+    for seed in range(3):
+        pixels = np.random.default_rng(seed).integers(0, 256, (20, 20, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{seed}.png")
+    flags = [f"--checkpoint={tuned}", f"--data_path={folder}", "--device=cpu"]
+    flags += [f"--output_dir={tmp_path / 'said'}"]
+    code, _, err = run_main("main_predict", [*known, *flags])
+    assert code == 0, err
+    rows = (tmp_path / "said" / "predictions.csv").read_text().splitlines()
+    assert len(rows) == 4 and all("right" in row and "down" in row for row in rows[1:])
+
+
+@pytest.mark.smoke
+def test_a_method_without_an_encoder_says_so(tmp_path: Path, run_main: Any) -> None:
+    path, known = pretrain("clips", tmp_path / "run", run_main), with_plugins("clips")
+    for main, flags in {
+        "main_finetune": [f"--finetune={path}", *RUN],
+        "main_knn": [f"--checkpoint={path}", "--device=cpu"],
+        "main_segment": [f"--finetune={path}", "--dataset=garments", "--device=cpu"],
+        "main_export": [f"--checkpoint={path}", "--to=timm", f"--output={tmp_path}/a.pth"],
+    }.items():
+        more = [] if main in ("main_export", "main_segment") else ["--dataset=made_clips"]
+        code, _, err = run_main(main, [*known, *flags, *more])
+        assert code == 2 and "ClipModel" in err, (main, err)
 
 
 @pytest.mark.smoke
@@ -157,6 +200,7 @@ def test_an_encoder_of_another_kind(tmp_path: Path, run_main: Any) -> None:
     assert torch.equal(frozen, load_file(path)["model"]["encoder.stem.weight"])
     measure = ["--eval", f"--resume={tuned}", "--dataset=ramps", "--device=cpu"]
     assert run_main("main_finetune", [*known, *measure, f"--output_dir={tmp_path / 'm'}"])[0] == 0
+    say_what_it_sees(known, tuned, tmp_path, run_main)
     scratch = ["--model=small_cnn", *RUN, "--dataset=ramps", f"--output_dir={tmp_path / 's'}"]
     assert run_main("main_finetune", [*known, *scratch])[0] == 0
     for main, flags, reason in (
@@ -252,7 +296,7 @@ def test_flags_are_those_of_the_model_that_is_named() -> None:
 
 def test_nothing_else_names_what_the_plugins_register() -> None:
     root = HERE.parent.parent
-    words = ("conv_model", "made_clips", "TokenModel", "stripe_width", "contrast_by")
+    words = ("conv_model", "made_clips", "ramp_pairs", "TokenModel", "stripe_width", "contrast_by")
     for path in [*root.glob("*.py"), *(root / "util").rglob("*.py")]:
         text = path.read_text()
         assert not [word for word in words if word in text], path

@@ -1,12 +1,14 @@
-"""A plugin for tests: a mask with a setting of its own, a data set and a target."""
+"""A plugin for tests: a mask with a setting of its own, two data sets and a target."""
 
 import math
 
+import numpy as np
 import torch
 from PIL import Image
 
 from models_targets import TARGETS, Target
 from util.data.datasets import DATASETS
+from util.data.segmentation_sets import SEGMENTATION_SETS
 from util.data.source import Source
 from util.mask.strategies import STRATEGIES, keep_smallest
 
@@ -48,6 +50,23 @@ class Ramps(Source):
         ramp = torch.arange(20, dtype=torch.uint8).mul(10).expand(20, 20)
         ramp = (ramp if index % 2 else ramp.T) + index
         return Image.fromarray(ramp.contiguous().numpy()).convert("RGB"), index % 2
+
+
+class RampPairs(Ramps):
+    """The same, and of each pixel whether it is in the bright half."""
+
+    target = "mask"
+
+    def __getitem__(self, index):
+        image, _ = super().__getitem__(index)
+        return image, (np.asarray(image)[..., 0] > 95).astype(np.uint8)
+
+
+@SEGMENTATION_SETS.register("ramp_pairs")
+def ramp_pairs(split, data_path, num_classes, size):
+    pairs = RampPairs(split, data_path)
+    pairs.classes = ["dark", "bright"]
+    return pairs
 
 
 @TARGETS.register("contrast")

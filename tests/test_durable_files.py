@@ -20,12 +20,12 @@ from commands import program_files
 from launch import ROOT
 from PIL import Image
 
-import main_knn
 from util import files
 from util.data.listing import list_images
 from util.data.manifest import TABLES
 from util.data.packing import Recipe, pack
 from util.files import build_whole, link, open_whole, save_png, write_bytes, write_text
+from util.measure.features import FeatureFiles
 from util.slurm import write_code
 from util.train import checkpoint as ckpt
 from util.train.dist import Processes
@@ -42,11 +42,12 @@ BENCH = "pictures and made images of benchmarks and studies, which are made agai
 WRITERS = {
     "engine_segment.py:write_label_maps": WHOLE,
     "util/weights/export_transformers.py:to_transformers_folder": BUILT,
-    "main_knn.py:FeatureFiles.__init__": "synced in close",
-    "main_knn.py:FeatureFiles._create": "synced in close",
-    "main_knn.py:FeatureFiles.write": "synced in close",
-    "main_knn.py:FeatureFiles.close": "watched below",
-    "main_knn.py:measure": WHOLE,
+    "util/measure/features.py:FeatureFiles.__init__": "synced in close",
+    "util/measure/features.py:FeatureFiles._create": "synced in close",
+    "util/measure/features.py:FeatureFiles.write": "synced in close",
+    "util/measure/features.py:FeatureFiles.close": "watched below",
+    "util/measure/features.py:write_file_names": WHOLE,
+    "main_knn.py:save_result": WHOLE,
     "main_predict.py:classify_files": WHOLE,
     "lab/study/command.py:write_plan": WHOLE,
     "lab/study/command.py:write_report": WHOLE,
@@ -246,7 +247,7 @@ def write_built_file(folder: Path) -> None:
 
 def write_features(folder: Path) -> None:
     procs = Processes(0, 1, 0, 1, torch.device("cpu"))
-    rows = main_knn.FeatureFiles(folder, "val", (3, 2), procs)
+    rows = FeatureFiles(folder, "val", (3, 2), procs)
     rows.write(torch.arange(3), torch.ones(3, 2), torch.arange(3))
     rows.close()
 

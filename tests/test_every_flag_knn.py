@@ -10,6 +10,7 @@ from every_flag import Command, Row, Table, Told, Trace, Watched, cases, check_c
 from every_flag_files import write_all
 
 import main_knn
+from util.measure import features
 
 pytestmark = pytest.mark.smoke
 
@@ -75,7 +76,7 @@ class Neighbours(Command):
         """The loader, the chunks and the votes."""
         votes: list[str] = []
         loaders = trace["loader"] = []
-        build, find = main_knn.build_loader, main_knn.neighbours
+        build, find = features.build_loader, main_knn.neighbours
 
         def build_loader(samples: Any, sampler: Any, **more: Any) -> Any:
             loaders.append((sampler.batch_size, more))
@@ -89,7 +90,7 @@ class Neighbours(Command):
             votes.extend(map(digest, scores))
             trace["votes"] = votes
 
-        patch.setattr(main_knn, "build_loader", build_loader)
+        patch.setattr(features, "build_loader", build_loader)
         patch.setattr(main_knn, "neighbours", neighbours)
         # In the order of the queries, whatever their chunks.
         note = Watched(main_knn.vote, voted)

@@ -19,6 +19,17 @@ def add_pos_resize_flag(group: argparse._ActionsContainer) -> None:
     )
 
 
+def add_encoder_flags(group: argparse._ArgumentGroup) -> None:
+    """What to take for weights of an encoder that do not say what they are."""
+    group.add_argument(
+        "--model",
+        metavar="NAME",
+        help="encoder's name, for weights that do not say; default: by the file",
+    )
+    add_heads_flag(group)
+    add_weights_key_flag(group)
+
+
 def add_autoencoder_flags(parser: FlagParser) -> None:
     """What to take for weights of a masked autoencoder that do not say what they are."""
     group = parser.add_argument_group("for weights that do not say what they are")

@@ -25,16 +25,9 @@ import models_zoo
 from engine_finetune import classify
 from engine_segment import Inference, write_label_maps
 from util.config.flag_parser import load_plugins
-from util.config.flags import (
-    FlagParser,
-    add_device_flag,
-    add_heads_flag,
-    add_pixels_flag,
-    add_weights_key_flag,
-    number,
-    size_pair,
-)
+from util.config.predict_flags import RESULT, build_parser
 from util.config.segment_flags import LOOKS_BY_DEFAULT
+from util.config.weights_flags import encoder_options
 from util.console import counted
 from util.data.loading import say_conversions
 from util.data.randomness import EvalSampler
@@ -42,7 +35,6 @@ from util.data.samples import build_loader, default_workers
 from util.data.transforms import EvalTransform, has_margin
 from util.errors import BadInput, RunFailed, command
 from util.files import write_text
-from util.flag_types import MOST_CLASSES, MOST_IN_BATCH, expanded_path, processes_flag
 from util.measure.predictions import (
     FileSamples,
     Prediction,
@@ -57,11 +49,10 @@ from util.train.advice import check_settings, say_warnings, warn_of_flags
 from util.train.dist import Processes, processes
 from util.train.logger import prepare_folder
 from util.train.results import MEASURED, identity_of, set_others_aside
-from util.weights.assumed import assumptions
-from util.weights.files import load_state, weights_file
-from util.weights.load_table import LOADED
+from util.weights.files import load_state, take_averaged, weights_file
+from util.weights.load_table import describe_reading
 
-RESULT, ABOUT = "predictions.csv", "predictions.json"
+ABOUT = "predictions.json"
 # Flags that decide what is predicted.
 PREDICTED_BY = (
     "data_path", "top_k", "ema", "input_size", "pos_resize", "mean", "std", "max_pixels", "model",
@@ -69,88 +60,6 @@ PREDICTED_BY = (
 )  # fmt: skip
 FOR_CLASSES = ("top_k", "ema", "input_size", "pos_resize")  # flags that a segmenter has no use for
 NAMED = 5  # images that cannot be decoded and are named on the screen; the table names all
-
-
-def build_parser() -> FlagParser:
-    """The flags."""
-    parser = FlagParser(
-        description=__doc__.split("\n")[0],
-        example="python main_predict.py --checkpoint RUN/checkpoint-best.pth --data_path FOLDER",
-        first=(
-            "checkpoint", "data_path", "output_dir", "top_k", "input_size", "ema", "batch_size",
-            "num_workers", "device",
-        ),
-    )  # fmt: skip
-    parser.add_argument(
-        "--checkpoint",
-        type=expanded_path,
-        metavar="FILE",
-        help="a fine-tuned classifier or a segmenter, ours or another program's: path or https "
-        "URL; no default",
-    )
-    parser.add_argument(
-        "--data_path",
-        type=expanded_path,
-        help="folder of images, with its sub-folders; or an image; or a .txt file of names, "
-        "relative to its own folder; no default",
-    )
-    parser.add_argument(
-        "--output_dir",
-        type=expanded_path,
-        default="./predictions",
-        help=f"folder for {RESULT} or maps/",
-    )
-    parser.add_argument(
-        "--top_k",
-        type=number(int, 1, MOST_CLASSES),
-        default=5,
-        help="classes of each image, the most likely first",
-    )
-    group = parser.add_argument_group("model (unset: as the checkpoint says)")
-    group.add_argument(
-        "--ema", action="store_true", help="take the averaged weights of a fine-tuning"
-    )
-    group.add_argument(
-        "--input_size",
-        type=size_pair,
-        help="pixels, of a classifier: 224 or 160x224 (H x W); default: the checkpoint's",
-    )
-    group.add_argument(
-        "--pos_resize",
-        choices=("rescale", "extend"),
-        default="rescale",
-        help="positions at another --input_size: rescale keeps the image's extent, extend the "
-        "distance of patches",
-    )
-    for name, what in (("--mean", "mean"), ("--std", "deviation")):
-        group.add_argument(
-            name,
-            type=number(float, 0),
-            nargs="+",
-            help=f"{what} of each channel, in 0..1 units; default: the checkpoint's or ImageNet's",
-        )
-    group.add_argument(
-        "--model",
-        metavar="NAME",
-        help="encoder's name, for weights that do not say; default: by the file",
-    )
-    add_heads_flag(group)
-    add_weights_key_flag(group)
-    group = parser.add_argument_group("run")
-    group.add_argument(
-        "--batch_size",
-        type=number(int, 1, MOST_IN_BATCH),
-        default=64,
-        help="images per process; a segmenter takes one at a time",
-    )
-    group.add_argument(
-        "--num_workers",
-        type=processes_flag(0),
-        help="loading processes per process; default: its share of the cores, at most 10",
-    )
-    add_pixels_flag(group)
-    add_device_flag(group)
-    return parser
 
 
 @command
@@ -225,17 +134,9 @@ def read_classifier(
             f"first: main_finetune.py --finetune {args.checkpoint} --data_path DATA"
         )
     if args.ema:
-        if "ema" not in state:
-            raise BadInput(f"{args.checkpoint} holds no averaged weights; leave --ema out")
-        state["model"] = state["ema"]
+        take_averaged(state, args.checkpoint)
     model, _, state = models_zoo.classifier_of(
-        state,
-        args.checkpoint,
-        args.model,
-        head="own",
-        img_size=args.input_size,
-        pos_resize=args.pos_resize,
-        num_heads=args.num_heads,
+        state, args.checkpoint, head="own", **encoder_options(args)
     )
     return model, state
 
@@ -244,8 +145,7 @@ def say_assumed(args: argparse.Namespace, state: dict[str, Any], procs: Processe
     """What was taken from the file, and what it does not say."""
     if procs.main:
         statistics = "ImageNet's mean and deviation (else --mean, --std)"
-        unsaid = assumptions(state, args.checkpoint, None if args.mean else statistics)
-        for line in [*state[LOADED], *unsaid]:
+        for line in describe_reading(state, args.checkpoint, None if args.mean else statistics):
             say(line)
 
 
@@ -262,8 +162,7 @@ def classify_files(args: argparse.Namespace, procs: Processes, read: dict[str, A
     transform = EvalTransform(model.img_size, margin=has_margin(data))
     classes = names_of_classes(state.get("classes"), model.num_classes)
     top = min(args.top_k, model.num_classes)
-    folder = Path(args.output_dir)
-    prepare_folder(folder)
+    prepare_folder(Path(args.output_dir))
     say_assumed(args, state, procs)
     if procs.main:
         if state.get("classes") is None:
@@ -274,12 +173,11 @@ def classify_files(args: argparse.Namespace, procs: Processes, read: dict[str, A
     sampler = EvalSampler(
         range(len(source)), args.batch_size, world_size=procs.world_size, rank=procs.rank
     )
+    workers = default_workers(procs.local_size) if args.num_workers is None else args.num_workers
     loader = build_loader(
         FileSamples(source, transform, (source.channels, *model.img_size)),
         sampler,
-        num_workers=default_workers(procs.local_size)
-        if args.num_workers is None
-        else args.num_workers,
+        num_workers=workers,
         pin_memory=procs.device.type == "cuda",
     )
     model.to(procs.device)
@@ -298,19 +196,38 @@ def classify_files(args: argparse.Namespace, procs: Processes, read: dict[str, A
             f"{names[broken[0].number]}"
         )
     if procs.main:
-        bad = [one for one in found if one.fault]
-        settings = {name: getattr(args, name) for name in PREDICTED_BY}
-        identity = identity_of(args.checkpoint, state.get("step"), settings)
-        set_others_aside(folder, (ABOUT, RESULT), identity)
-        write_predictions(folder / RESULT, names, found, classes, top)
-        about = {"images": len(found), "cannot_be_decoded": len(bad), MEASURED: identity}
-        write_text(folder / ABOUT, json.dumps(about, indent=1) + "\n")
-        for one in bad[:NAMED]:
-            say(f"cannot decode {names[one.number]}: {one.fault}")
-        rest = f", {len(bad):,} of them cannot be decoded (column error)" if bad else ""
-        say(f"{counted(len(found), 'image')}{rest}: {folder / RESULT}")
+        save_predictions(args, state, found, names, classes, top)
     if found and all(one.fault for one in found):
         raise RunFailed(f"no image of {args.data_path} can be decoded")
+
+
+def save_predictions(
+    args: argparse.Namespace,
+    state: dict[str, Any],
+    found: Sequence[Prediction],
+    names: Sequence[str],
+    classes: Sequence[str],
+    top: int,
+) -> None:
+    """Write the table and what it is of, and say what cannot be decoded.
+
+    Args:
+        state: what the checkpoint holds.
+        found: of every image, in order. names: of the files. classes: names, by index.
+        top: how many classes a row holds.
+    """
+    folder = Path(args.output_dir)
+    bad = [one for one in found if one.fault]
+    settings = {name: getattr(args, name) for name in PREDICTED_BY}
+    identity = identity_of(args.checkpoint, state.get("step"), settings)
+    set_others_aside(folder, (ABOUT, RESULT), identity)
+    write_predictions(folder / RESULT, names, found, classes, top)
+    about = {"images": len(found), "cannot_be_decoded": len(bad), MEASURED: identity}
+    write_text(folder / ABOUT, json.dumps(about, indent=1) + "\n")
+    for one in bad[:NAMED]:
+        say(f"cannot decode {names[one.number]}: {one.fault}")
+    rest = f", {len(bad):,} of them cannot be decoded (column error)" if bad else ""
+    say(f"{counted(len(found), 'image')}{rest}: {folder / RESULT}")
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ WRITERS = {
     "util/measure/features.py:FeatureFiles.close": "watched below",
     "util/measure/features.py:write_file_names": WHOLE,
     "main_knn.py:save_result": WHOLE,
-    "main_predict.py:classify_files": WHOLE,
+    "main_predict.py:save_predictions": WHOLE,
     "lab/study/command.py:write_plan": WHOLE,
     "lab/study/command.py:write_report": WHOLE,
     "main_tables.py:paper_tables": WHOLE,

@@ -118,7 +118,7 @@ def write_file_names(folder: Path, source: ImageSource) -> None:
 
 
 def feature_width(model: Any, kind: str) -> int:
-    """Features of one image."""
+    """Numbers in the features of one image; `kind` as in `extract_features`."""
     return model.num_features * (2 if kind == "both" else 1)
 
 
@@ -126,6 +126,12 @@ def feature_width(model: Any, kind: str) -> int:
 def compute_features(model: Any, images: Tensor, kind: str, source: ImageSource) -> Tensor:
     """uint8 [B, C, H, W], on the model's device, to float32 [B, D] or [B, 2D] on the CPU."""
     return model.features(normalize(images, source.mean, source.std), kind).float().cpu()
+
+
+def empty_bank(count: int, width: int) -> Bank:
+    """Room for the features of `count` images, D = `width`; the values are whatever was there."""
+    number, label = (torch.empty(count, dtype=torch.int64) for _ in range(2))
+    return Bank(torch.empty(count, width), number, label)
 
 
 def extract_features(
@@ -160,12 +166,7 @@ def extract_features(
         range(len(source)), batch_size, world_size=procs.world_size, rank=procs.rank
     )
     loader = build_loader(LabelledSamples(source, transform, seed=0), sampler, **loading)
-    share = len(sampler.indices)
-    bank = Bank(
-        torch.empty(share, feature_width(model, kind)),
-        torch.empty(share, dtype=torch.int64),
-        torch.empty(share, dtype=torch.int64),
-    )
+    bank = empty_bank(len(sampler.indices), feature_width(model, kind))
     done, bad, finite, labelled = 0, [], True, True
     name = f"features of {source.split}"
     with Progress(len(sampler), show=procs.main, unit="batch", where=lambda _: name) as bar:

@@ -13,9 +13,9 @@ from util.config.weights_flags import encoder_options
 from util.console import counted
 from util.data.class_names import check_splits
 from util.data.datasets import SPLITS, build_dataset
-from util.data.images import ImageSource, Subset
 from util.data.randomness import evenly
 from util.data.replace import fault_of
+from util.data.source import Source, Subset
 from util.data.splits import hold_out_of
 from util.errors import BadInput
 from util.progress import say
@@ -27,7 +27,7 @@ FEW = 4096
 NAMED = 10  # broken images that are named on the screen; the result names all
 
 
-def open_sets(args: argparse.Namespace) -> tuple[dict[str, ImageSource], str | None]:
+def open_sets(args: argparse.Namespace) -> tuple[dict[str, Source], str | None]:
     """The splits, and why there can be no vote; None: there can.
 
     Features alone need no labels and no second split: with --save_features those of what is there
@@ -36,7 +36,7 @@ def open_sets(args: argparse.Namespace) -> tuple[dict[str, ImageSource], str | N
     Raises:
         BadInput: no split, or without --save_features a vote that cannot be.
     """
-    sources: dict[str, ImageSource] = {}
+    sources: dict[str, Source] = {}
     absent: list[BadInput] = []
     limits = dict(zip(SPLITS, (args.train_images, args.val_images), strict=True))
     for split in SPLITS:
@@ -66,7 +66,7 @@ def open_sets(args: argparse.Namespace) -> tuple[dict[str, ImageSource], str | N
     return sources, None
 
 
-def check_labels(sources: dict[str, ImageSource]) -> None:
+def check_labels(sources: dict[str, Source]) -> None:
     """See that both splits have labels, and the same classes, before hours of features.
 
     Raises:
@@ -89,7 +89,7 @@ def check_labels(sources: dict[str, ImageSource]) -> None:
         )
 
 
-def list_labels(source: ImageSource) -> np.ndarray | None:
+def list_labels(source: Source) -> np.ndarray | None:
     """All labels of a set that lists them, or is small: int [N]. None: only its images say."""
     if hasattr(source, "labels"):
         return np.asarray(source.labels)
@@ -117,7 +117,7 @@ def describe_encoder(args: argparse.Namespace, state: Mapping[str, Any]) -> list
 # ---- What the reader is told -------------------------------------------------------------------
 
 
-def say_other_statistics(state: Mapping[str, Any], source: ImageSource) -> None:
+def say_other_statistics(state: Mapping[str, Any], source: Source) -> None:
     """Note that the images are normalised otherwise than those that the checkpoint learned from.
 
     Args:
@@ -137,7 +137,7 @@ def numbers(values: Sequence[float]) -> str:
     return " ".join(f"{value:.4g}" for value in values)
 
 
-def report_broken(source: ImageSource, broken: Sequence[int], *, votes: bool, speaks: bool) -> None:
+def report_broken(source: Source, broken: Sequence[int], *, votes: bool, speaks: bool) -> None:
     """Say which images of a split could not be decoded.
 
     Args:

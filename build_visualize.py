@@ -14,8 +14,9 @@ from util.config.weights_flags import autoencoder_options
 from util.console import print_text
 from util.data.datasets import build_dataset
 from util.data.folders import image_files
-from util.data.images import IMAGENET_MEAN, IMAGENET_STD, ImageSource, read_image
+from util.data.images import IMAGENET_MEAN, IMAGENET_STD, read_image
 from util.data.randomness import evenly
+from util.data.source import Source
 from util.data.splits import hold_out_of
 from util.data.transforms import EvalTransform
 from util.errors import BadInput
@@ -56,7 +57,7 @@ def say_reading(args: argparse.Namespace, state: Mapping[str, Any]) -> None:
         print_text(line)
 
 
-def open_set(args: argparse.Namespace, channels: int) -> ImageSource:
+def open_set(args: argparse.Namespace, channels: int) -> Source:
     """The held-out images of the data set that the flags name."""
     return build_dataset(
         args.dataset,

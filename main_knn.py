@@ -31,8 +31,8 @@ from util.config.flag_parser import load_plugins
 from util.config.knn_flags import RESULT, build_parser
 from util.console import counted, print_text
 from util.data.datasets import SPLITS
-from util.data.images import ImageSource
 from util.data.samples import default_workers
+from util.data.source import Source
 from util.dry_run.training import processes_of
 from util.errors import BadInput, command
 from util.files import write_text
@@ -190,7 +190,7 @@ def save_result(
     results: Sequence[dict[str, Any]],
     model: Any,
     state: Mapping[str, Any],
-    sources: Mapping[str, ImageSource],
+    sources: Mapping[str, Source],
     left_out: Sequence[int],
 ) -> None:
     """Write what was measured, and say it.

@@ -45,7 +45,7 @@ from util.data.conversions import describe, take
 from util.data.datasets import DEFAULT
 from util.data.loading import say_conversions
 from util.data.randomness import EvalSampler, evenly, generator_of
-from util.data.samples import PretrainSamples, build_loader
+from util.data.samples import Drawn, Samples, build_loader
 from util.data.transforms import EvalTransform
 from util.errors import BadInput, RunFailed, command
 from util.files import save_png, write_text
@@ -179,7 +179,7 @@ def measure(
     result = {"checkpoint": args.checkpoint, "dataset": args.dataset, **masks}
     result |= {"images": sampler.total, **where}
     for prefix, masker in zip(("", OWN), maskers, strict=False):
-        samples = PretrainSamples(source, transform, masker.strategy, masker.cells.grid, args.seed)
+        samples = Samples(source, transform, args.seed, Drawn(masker.strategy, masker.cells.grid))
         loader = build_loader(samples, sampler, num_workers=0, pin_memory=False)
         table = evaluate(
             model, loader, masker, mean=mean, std=std, device=device, sum_over_ranks=torch.clone

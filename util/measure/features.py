@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from util.console import visible_line
-from util.data.images import ImageSource
 from util.data.loading import say_conversions
 from util.data.randomness import EvalSampler
-from util.data.samples import LabelledSamples, build_loader
+from util.data.samples import Samples, build_loader
+from util.data.source import Source
 from util.data.transforms import EvalTransform, normalize
 from util.errors import BadInput, CannotWrite
 from util.files import create_temporary, sync, sync_folder, write_text, writing
@@ -107,7 +107,7 @@ class FeatureFiles:
                 file.close()
 
 
-def write_file_names(folder: Path, source: ImageSource) -> None:
+def write_file_names(folder: Path, source: Source) -> None:
     """Write `files-{split}.txt`: the images of `FeatureFiles`, one a line, in the same order.
 
     Raises:
@@ -123,7 +123,7 @@ def feature_width(model: Any, kind: str) -> int:
 
 
 @torch.inference_mode()
-def compute_features(model: Any, images: Tensor, kind: str, source: ImageSource) -> Tensor:
+def compute_features(model: Any, images: Tensor, kind: str, source: Source) -> Tensor:
     """uint8 [B, C, H, W], on the model's device, to float32 [B, D] or [B, 2D] on the CPU."""
     return model.features(normalize(images, source.mean, source.std), kind).float().cpu()
 
@@ -136,7 +136,7 @@ def empty_bank(count: int, width: int) -> Bank:
 
 def extract_features(
     model: Any,
-    source: ImageSource,
+    source: Source,
     kind: str,
     procs: Processes,
     *,
@@ -165,20 +165,20 @@ def extract_features(
     sampler = EvalSampler(
         range(len(source)), batch_size, world_size=procs.world_size, rank=procs.rank
     )
-    loader = build_loader(LabelledSamples(source, transform, seed=0), sampler, **loading)
+    loader = build_loader(Samples(source, transform, seed=0), sampler, **loading)
     bank = empty_bank(len(sampler.indices), feature_width(model, kind))
     done, bad, finite, labelled = 0, [], True, True
     name = f"features of {source.split}"
     with Progress(len(sampler), show=procs.main, unit="batch", where=lambda _: name) as bar:
         for batch in loader:
-            images = batch["image"].to(procs.device, non_blocking=True)
+            images = batch["x"].to(procs.device, non_blocking=True)
             features = compute_features(model, images, kind, source)
             finite = finite and bool(features.isfinite().all())
-            labelled = labelled and bool((batch["label"] >= 0).all())
+            labelled = labelled and bool((batch["y"] >= 0).all())
             # What stands in for an image that cannot be decoded has had, or gets, its own turn.
             good = batch["bad"][:, 0] < 0
             bad += batch["index"][~good].tolist()
-            features, index, label = (t[good] for t in (features, batch["index"], batch["label"]))
+            features, index, label = (t[good] for t in (features, batch["index"], batch["y"]))
             if files is not None:
                 # Of a set that is no set of classes, the numbers of its labels are nobody's.
                 known = label if source.labelled else torch.full_like(label, -1)

@@ -1,5 +1,6 @@
 """Files of a user that register models, encoders, masks, data sets and targets."""
 
+import importlib
 import re
 import shutil
 import sys
@@ -292,6 +293,18 @@ def test_flags_are_those_of_the_model_that_is_named() -> None:
     assert args.method == "tokenmodel" and args.mask == "random" and args.dim_by == 0.3
     recipe = HERE.parent / "plugins"
     assert main_pretrain.build_parser([]).parse([]).method == "mmae", recipe
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["main_tables", "main_pack", "main_export", "lab.bench.command", "lab.study.command"],
+)
+def test_every_command_loads_them(command: str, tmp_path: Path, run_main: Any) -> None:
+    """None takes the flag and does nothing with it."""
+    (tmp_path / "refuses.py").write_text("raise ValueError('read')")
+    module = importlib.import_module(command)
+    with pytest.raises(BadInput, match=r"refuses\.py .*ValueError: read \(line 1\)"):
+        module.main.__wrapped__([f"--plugin={tmp_path / 'refuses.py'}"])
 
 
 def test_nothing_else_names_what_the_plugins_register() -> None:

@@ -65,6 +65,7 @@ from lab.bench.step_speed import (
 )
 from lab.bench.training_speed import Train, compare_curves, measure_together
 from models_mmae import METHODS
+from util.config.flag_parser import load_plugins
 from util.config.flags import FlagParser, add_data_flags, add_device_flag, add_view_flags, number
 from util.data.datasets import DATASETS, build_dataset
 from util.data.randomness import EpochSampler, evenly
@@ -597,6 +598,7 @@ DEFAULT_ARMS = {"step": list(ARMS), "curves": ["mmae,fp32", "mmae,bf16"]}
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one benchmark; see the module."""
+    load_plugins(argv)
     args = build_parser().parse(argv)
     if args.what in ("jpegs", "files") and args.made is None and args.data_path is None:
         raise BadInput(f"{args.what} needs --made DIR, a new folder for {args.count:,} files")

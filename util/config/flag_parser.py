@@ -78,10 +78,13 @@ class FlagParser(StrictParser):
     def parse(self, argv: Sequence[str] | None) -> argparse.Namespace:
         """Recipe first, then the command line (None: the program's own).
 
+        Plugins are loaded here at the latest; who builds flags from registries loads them before.
+
         Raises:
             BadInput: an unknown flag or key, or a value that its flag does not take.
         """
         argv = list(sys.argv[1:] if argv is None else argv)
+        load_plugins(argv)
         recipe = early_values(argv)["config"]
         tokens = self._recipe_tokens(Path(recipe)) if recipe else []
         words = (word.split("=")[0] for word in tokens + argv)

@@ -28,10 +28,16 @@ import models_zoo
 from util.train.checkpoint import LAST, load_file, write_signed
 from util.train.resume import VERSION
 
-# Of the largest number of an output, in float32. Other processors' products differ by 1e-6.
+# Of the largest number of an output, in float32. Without vector instructions 8e-7 differs.
 OUTPUTS = 1e-4
-# Of each number that a run records, for up to 8 steps at a learning rate of 1e-2 or more.
+# Of each number that a run records, for 8 steps with learning rates up to 1e-2 or more. Without
+# vector instructions 3e-7 differs.
 RECORDS = 1e-4
+# The same of a segmenter, by the end of a number's name. Its head of 4 channels leaves the encoder
+# gradients that are mostly rounding, and Adam makes whole steps of them: without vector
+# instructions losses differ by 1e-4, norms of gradients and the last outputs by 5e-2. A lost
+# moment of the optimiser changes losses by 5e-3, and the others by more than 1.
+LOOSE = {"loss": 1e-3, "grad_norm": 0.2, "outputs": 0.2}
 # What a fault changes at least, see `test_a_fault_of_a_resume_is_seen`.
 FAULT = 1e-2
 
@@ -83,10 +89,10 @@ def worst(found: Any, expected: Any) -> float:
     return float((a - b).abs().max() / b.abs().max())
 
 
-def same_outputs(found: dict[str, Any], expected: dict[str, Any]) -> None:
+def same_outputs(found: dict[str, Any], expected: dict[str, Any], bound: float = OUTPUTS) -> None:
     assert found.keys() == expected.keys()
     differences = {name: worst(found[name], expected[name]) for name in expected}
-    assert max(differences.values()) <= OUTPUTS, differences
+    assert max(differences.values()) <= bound, differences
 
 
 def gaps(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> dict[str, float]:
@@ -152,9 +158,11 @@ def test_a_run_goes_on_as_it_did(
     code, said, err = go_on(run_main, commit, name, files, folder)
     assert code == 0, err
     assert f"{known['stop']} steps done" in said and "changed since" not in said
-    apart = gaps(numbers(commit, name, folder), known["records"])
-    assert max(apart.values()) <= RECORDS, apart
-    same_outputs(compute_outputs(str(folder / LAST), known["kind"]), known["ended"])
+    loose = LOOSE if known["kind"] == "segmenter" else {}
+    for number, apart in gaps(numbers(commit, name, folder), known["records"]).items():
+        assert apart <= loose.get(number.split()[-1], RECORDS), (number, apart)
+    found = compute_outputs(str(folder / LAST), known["kind"])
+    same_outputs(found, known["ended"], loose.get("outputs", OUTPUTS))
 
 
 @pytest.mark.smoke

@@ -804,8 +804,6 @@ HELD = {
 # Who draws from which stream; an entry added here needs one in a table above.
 DRAWN_IN = {
     ("util/data/randomness.py", "order"),
-    ("util/data/samples.py", "augment"),
-    ("util/data/segmentation_transforms.py", "augment"),
     ("util/data/replace.py", "fallback"),
     ("engine_finetune.py", "model"),
     ("engine_segment.py", "model"),

@@ -140,7 +140,7 @@ def pretrained(run_main, root: Path, folder: Path, *flags: str) -> str:
 @pytest.mark.parametrize("decode", ["torchvision", "pil"])
 def test_a_flat_folder_pretrains_and_has_pictures(decode, tmp_path, run_main, monkeypatch):
     titles = []
-    grid = __import__("main_pretrain").picture_grid
+    grid = __import__("eval_pretrain").picture_grid
     monkeypatch.setattr(
         "eval_pretrain.picture_grid",
         lambda *rest, **more: titles.append(more["title"]) or grid(*rest, **more),

@@ -1,10 +1,12 @@
 """What a loading process meets reaches the user as one line, in every command."""
 
+import gc
 import multiprocessing
 import os
 import signal
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -82,6 +84,21 @@ def test_a_killed_loading_process_fails_the_run():
     with pytest.raises(RunFailed, match=ended) as caught:
         list(loader)
     assert not multiprocessing.active_children(), caught.value
+
+
+def test_a_run_that_is_over_has_no_loading_processes(tmp_path: Path, run_main: Any) -> None:
+    """At once, and not when Python happens to collect what refers to them."""
+    flags = [
+        "--dataset=digits", "--model=mae_vit_micro_patch4", "--input_size=16", "--epochs=1",
+        "--warmup_epochs=0", "--batch_size=60", "--train_images=120", "--num_workers=2",
+        "--device=cpu", "--picture_every=0",
+    ]  # fmt: skip
+    gc.disable()
+    try:
+        assert run_main("main_pretrain", [*flags, f"--output_dir={tmp_path}"])[0] == 0
+        assert not multiprocessing.active_children()
+    finally:
+        gc.enable()
 
 
 def test_after_an_error_a_loader_goes_on():

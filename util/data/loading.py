@@ -79,6 +79,10 @@ class Loader(DataLoader):
         super().__init__(Guarded(samples), collate_fn=whole, **options)
         self.tally = tally_of(getattr(samples, "source", samples))
 
+    def close(self) -> None:
+        """End the loading processes now; the next iteration would start others."""
+        self._iterator = None  # torch keeps persistent processes here
+
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # torch names its own class
         return self._opened(super().__iter__())
 
@@ -93,7 +97,7 @@ class Loader(DataLoader):
             # The loading processes end with torch's iterator. That must be now: where it becomes
             # garbage together with the exception, torch waits ten seconds for each of them.
             del batches
-            self._iterator = None  # torch keeps persistent processes here
+            self.close()
             traceback.clear_frames(met.__traceback__)
             if not isinstance(met, RuntimeError) or not ENDED.search(str(met)):
                 raise

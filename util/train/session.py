@@ -326,10 +326,13 @@ class Session:
     @contextmanager
     def running(self) -> Iterator[Run]:
         """The run, with its log and signals, and its warnings said; see `Run`."""
-        with self.run:
-            if self.procs.main:
-                say_warnings(self.warnings)
-            yield self.run
+        try:
+            with self.run:
+                if self.procs.main:
+                    say_warnings(self.warnings)
+                yield self.run
+        finally:  # not when Python happens to collect the session
+            self.loader.close()
 
 
 def build_sampler(images: int, settings: Settings, procs: Processes) -> EpochSampler:

@@ -443,9 +443,11 @@ def test_each_setting_must_agree(job: str, story: Callable) -> None:
         with pytest.raises(BadInput, match=rf"\b{name}: was "):
             start(current | {name: another(name, value)})
         without = {k: v for k, v in current.items() if k != name}
-        if value is None or (name in filled and same(filled[name], value)):
-            start(without)  # older than the setting: it had this value, or none
-        else:
+        # Older than the setting, it had this value, or none.
+        known = value is None or (name in filled and same(filled[name], value))
+        older = bring_up_to_date({"task": state["task"], "arithmetic": without})[0]
+        assert any(text.startswith(f"{name}: ") for text in differences(older, current)) != known
+        if value is not None:  # of today, it lacks nothing
             with pytest.raises(BadInput, match=rf"\b{name}: was "):
                 start(without)
     for name in current["model_args"]:

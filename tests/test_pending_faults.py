@@ -11,7 +11,7 @@ import torch
 from runs import records
 from stopped_runs import JOBS, stopping
 
-import main_pretrain
+import eval_pretrain
 from util.errors import EXIT_STOPPED
 from util.train import checkpoint, logger
 from util.train.checkpoint import LAST, load_file
@@ -82,7 +82,7 @@ def test_speed_is_of_all_steps_and_no_time_of_saving(
 
     takes(OptimizerStep, "__call__", 1.0)
     takes(checkpoint, "save_checkpoint", 100.0)
-    takes(main_pretrain, "evaluate", 100.0)
+    takes(eval_pretrain, "evaluate", 100.0)
     monkeypatch.setattr(logger, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     flags = [
         *FLAGS,

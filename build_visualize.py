@@ -9,12 +9,12 @@ from typing import Any
 from torch import Tensor
 
 import models_zoo
-from engine_pretrain import Masker, Stats, masker_of
+from engine_pretrain import Masker, masker_of
 from util.config.weights_flags import autoencoder_options
 from util.console import print_text
 from util.data.datasets import build_dataset
 from util.data.folders import image_files
-from util.data.images import IMAGENET_MEAN, IMAGENET_STD, read_image
+from util.data.images import read_image
 from util.data.randomness import evenly
 from util.data.source import Source
 from util.data.splits import hold_out_of
@@ -34,21 +34,6 @@ def open_model(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     return models_zoo.load_pretrained(
         args.checkpoint, weights_key=args.weights_key, **autoencoder_options(args)
     )
-
-
-def find_statistics(state: Mapping[str, Any], channels: int) -> tuple[Stats, Stats]:
-    """Mean and deviation of each channel, in 0..1 units, that a model's images are given by.
-
-    Args:
-        state: what its checkpoint holds.
-    """
-    data = state.get("data", {})
-    mean, std = data.get("mean"), data.get("std")
-    if mean is None:  # foreign weights do not say; MAE's were trained with ImageNet's
-        gray = channels == 1
-        mean = [sum(IMAGENET_MEAN) / 3] if gray else IMAGENET_MEAN
-        std = [sum(IMAGENET_STD) / 3] if gray else IMAGENET_STD
-    return mean, std
 
 
 def say_reading(args: argparse.Namespace, state: Mapping[str, Any]) -> None:

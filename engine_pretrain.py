@@ -3,18 +3,22 @@
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from models_protocols import PretrainModel
-from util.data.transforms import denormalize, normalize
+from util.data.images import IMAGENET_MEAN, IMAGENET_STD, read_image
+from util.data.randomness import generator_of
+from util.data.transforms import EvalTransform, denormalize, normalize
 from util.errors import RunFailed
 from util.float64 import float64_home
 from util.mask.cells import Cells, cells_of
 from util.mask.patches import patch_averages
-from util.mask.strategies import MaskStrategy, strategy_of
+from util.mask.strategies import STANDARD, MaskStrategy, strategy_of
 from util.measure.metrics import (
     FILLS,
     WHITE,
@@ -23,6 +27,7 @@ from util.measure.metrics import (
     fill,
     mask_pixels,
 )
+from util.measure.visualize import panels, picture_grid
 from util.spec import Shape
 
 Stats = Sequence[float]
@@ -228,3 +233,61 @@ def evaluate(
     if math.isnan(table["model"]["psnr"]):
         raise RunFailed(f"the model's reconstruction of held-out images {NOT_NUMBERS}")
     return table
+
+
+# ---- Pictures from Python ----------------------------------------------------------------------
+
+
+def find_statistics(state: Mapping[str, Any], channels: int) -> tuple[Stats, Stats]:
+    """Mean and deviation of each channel, in 0..1 units, that a model's images are given by.
+
+    Args:
+        state: what its checkpoint holds.
+    """
+    data = state.get("data", {})
+    mean, std = data.get("mean"), data.get("std")
+    if mean is None:  # foreign weights do not say; MAE's were trained with ImageNet's
+        gray = channels == 1
+        mean = [sum(IMAGENET_MEAN) / 3] if gray else IMAGENET_MEAN
+        std = [sum(IMAGENET_STD) / 3] if gray else IMAGENET_STD
+    return mean, std
+
+
+def show_reconstruction(
+    model: PretrainModel,
+    paths: Sequence[str | Path],
+    state: Mapping[str, Any],
+    *,
+    seed: int = 0,
+    **masks: Any,
+) -> Image.Image:
+    """A picture of images as a model sees and completes them: original, masked, reconstruction.
+
+    Args:
+        model, state: of `models_zoo.load_pretrained`.
+        paths: image files; they are scaled and cropped to the model's size.
+        seed: of the masks.
+        masks: settings of them with the names of `util.mask.strategies.STANDARD`; its own values
+            where none are given.
+
+    Raises:
+        BadInput: an unknown mask, or an image that cannot be read.
+    """
+    mean, std = find_statistics(state, model.input.channels)
+    masker = masker_of(STANDARD | masks, model)
+    transform = EvalTransform(model.input.image_size, margin=False)
+    images = torch.stack([transform(read_image(p, model.input.channels)) for p in paths])
+    noise = [
+        masker.strategy.draw(masker.cells.grid, generator_of(seed, "mask", 0, i, 0))
+        for i in range(len(images))
+    ]
+    device = next(iter(model.parameters())).device
+    images = images.to(device)
+    mask = masker(images, torch.stack(noise).to(device))
+    composite = reconstruct(model.eval(), images, mask, masker, mean, std)
+    return picture_grid(
+        panels(images, mask, composite, masker.place_size),
+        [Path(path).name for path in paths],
+        headers=("original", f"masked {masker.words}", "reconstruction"),
+        footer=model.note,
+    )

@@ -20,7 +20,6 @@ import torch
 
 from build_visualize import (
     choose_maskers,
-    find_statistics,
     gather_images,
     mask_settings,
     open_model,
@@ -33,6 +32,7 @@ from engine_pretrain import (
     Stats,
     evaluate,
     fills_of,
+    find_statistics,
     flat,
     lines_of,
     masker_of,

@@ -13,25 +13,18 @@ import pytest
 import torch
 from launch import launch, until, wait
 from PIL import Image
+from registries import registered_apart
 from runs import records
 
 import main_pretrain
 import submitit_pretrain
-from models_registry import CLASSIFIERS, ENCODER_KINDS, MODELS
-from models_targets import TARGETS
 from models_zoo import load_classifier, load_pretrained
 from util import plugins
-from util.data.datasets import DATASETS
-from util.data.segmentation_sets import SEGMENTATION_SETS
 from util.errors import BadInput
-from util.mask.strategies import STRATEGIES
 from util.names import Registry
 from util.train.checkpoint import LAST, load_file
 
 HERE = Path(__file__).parent / "plugins"
-REGISTRIES = (
-    MODELS, CLASSIFIERS, ENCODER_KINDS, TARGETS, DATASETS, SEGMENTATION_SETS, STRATEGIES,
-)  # fmt: skip
 RUN = [
     "--batch_size=6", "--epochs=2", "--warmup_epochs=1", "--log_every=1", "--num_workers=0",
     "--device=cpu",
@@ -42,16 +35,8 @@ PRETRAIN = [*RUN, "--picture_every=1", "--eval_every=1", "--eval_images=8"]
 @pytest.fixture(autouse=True)
 def apart() -> Iterator[None]:
     """What a test registers is gone after it."""
-    before = [(registry, dict(registry.things), dict(registry.owners)) for registry in REGISTRIES]
-    loaded, path = dict(plugins.LOADED), list(sys.path)
-    yield
-    for registry, things, owners in before:
-        registry.things, registry.owners = things, owners
-    for name in plugins.LOADED.keys() - loaded.keys():
-        sys.modules.pop(name, None)
-    plugins.LOADED.clear()
-    plugins.LOADED.update(loaded)
-    sys.path[:] = path
+    with registered_apart():
+        yield
 
 
 def with_plugins(*names: str) -> list[str]:

@@ -17,7 +17,7 @@ MADE := $(VENV)/.made
 DEMO := $(VENV)/.installed-demo
 DEV := $(VENV)/.installed-dev
 
-# Threads that wait by spinning starve the loading processes of a small machine; see the README.
+# Threads that wait by spinning starve the loading processes of a small machine; see docs/running.md.
 export OMP_WAIT_POLICY ?= PASSIVE
 # torch then asks for large pages: a training step maps gigabytes anew, 4 kB at a time otherwise.
 export THP_MEM_ALLOC_ENABLE ?= 1
@@ -26,7 +26,7 @@ export THP_MEM_ALLOC_ENABLE ?= 1
 .DELETE_ON_ERROR:
 # Two installations into one environment at once would break it.
 .NOTPARALLEL:
-.PHONY: help setup demo results study tables bench test test-all check clean
+.PHONY: help setup demo results study tables bench docs test test-all check clean
 
 help:
 	@echo "make setup   the virtual environment for everything below"
@@ -35,6 +35,7 @@ help:
 	@echo "make study   M-MAE's terms and settings, decided on Fashion-MNIST; resumable as well"
 	@echo "make bench   what this machine can do, and the training step beside transformers'"
 	@echo "make tables  the papers' tables, with a column for the runs in RUNS (output_dir)"
+	@echo "make docs    the pages of docs/ as a site with search, in site/"
 	@echo "make test    all tests; some of them: make test PYTEST_ARGS='-m smoke'"
 	@echo "make test-all  the same with every random repetition"
 	@echo "make check   ruff (lint, format) and mypy"
@@ -53,6 +54,9 @@ results: $(DEMO)
 bench: $(DEV)
 	$(BIN)/python -m lab.bench limits --json output_dir/bench/limits.json
 	$(BIN)/python -m lab.bench step --json output_dir/bench/step.json $(BENCH_ARGS)
+
+docs: $(DEV)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 study: $(DEMO)
 	$(BIN)/python -m lab.study --plan recipes/tables/study.yaml --jobs $(JOBS)

@@ -27,7 +27,7 @@ from util.weights.assumed import assumptions, set_statistics
 from util.weights.load_table import LOADED
 
 TASK = "finetune"
-# The recipes of the README's table, for what is warned of.
+# MAE's recipes, for what is warned of.
 PUBLISHED = {
     "scratch": Published(1e-4, 4096),
     "full": Published(1e-3, 1024),

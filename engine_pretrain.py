@@ -255,7 +255,7 @@ def find_statistics(state: Mapping[str, Any], channels: int) -> tuple[Stats, Sta
 
 def show_reconstruction(
     model: PretrainModel,
-    paths: Sequence[str | Path],
+    images: Sequence[str | Path | Image.Image],
     state: Mapping[str, Any],
     *,
     seed: int = 0,
@@ -265,7 +265,7 @@ def show_reconstruction(
 
     Args:
         model, state: of `models_zoo.load_pretrained`.
-        paths: image files; they are scaled and cropped to the model's size.
+        images: files or pictures; they are scaled and cropped to the model's size.
         seed: of the masks.
         masks: settings of them with the names of `util.mask.strategies.STANDARD`; its own values
             where none are given.
@@ -276,18 +276,21 @@ def show_reconstruction(
     mean, std = find_statistics(state, model.input.channels)
     masker = masker_of(STANDARD | masks, model)
     transform = EvalTransform(model.input.image_size, margin=False)
-    images = torch.stack([transform(read_image(p, model.input.channels)) for p in paths])
+    opened = [
+        i if isinstance(i, Image.Image) else read_image(i, model.input.channels) for i in images
+    ]
+    names = ["" if isinstance(i, Image.Image) else Path(i).name for i in images]
+    device = next(iter(model.parameters())).device
+    batch = torch.stack([transform(image) for image in opened]).to(device)
     noise = [
         masker.strategy.draw(masker.cells.grid, generator_of(seed, "mask", 0, i, 0))
-        for i in range(len(images))
+        for i in range(len(batch))
     ]
-    device = next(iter(model.parameters())).device
-    images = images.to(device)
-    mask = masker(images, torch.stack(noise).to(device))
-    composite = reconstruct(model.eval(), images, mask, masker, mean, std)
+    mask = masker(batch, torch.stack(noise).to(device))
+    composite = reconstruct(model.eval(), batch, mask, masker, mean, std)
     return picture_grid(
-        panels(images, mask, composite, masker.place_size),
-        [Path(path).name for path in paths],
+        panels(batch, mask, composite, masker.place_size),
+        names,
         headers=("original", f"masked {masker.words}", "reconstruction"),
         footer=model.note,
     )

@@ -47,8 +47,8 @@ def scaled(linear: nn.Linear, scale: nn.Module, x: Tensor) -> Tensor:
     return F.linear(x, scale.gamma.unsqueeze(1) * linear.weight, scale.gamma * linear.bias)
 
 
-# Pairs of a query and a key up to which `plain_attention` was the faster one (README, "Where the
-# time goes"); what it keeps for the backward pass grows with them.
+# Pairs of a query and a key up to which `plain_attention` was the faster one (docs/speed.md, "Where
+# the time goes"); what it keeps for the backward pass grows with them.
 MOST_PLAIN_PAIRS = 400 * 400
 
 

@@ -5,8 +5,13 @@ A page is read from top to bottom in one folder, as a reader would type it. Fold
 that needs what we lack says so in a comment before it: `<!-- needs: 8 GPUs -->`.
 """
 
+import glob
+import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +24,8 @@ from PIL import Image
 from registries import registered_apart
 
 import main_pretrain
-from models_zoo import CLASSIFIERS, MODELS
+from engine_pretrain import show_reconstruction
+from models_zoo import CLASSIFIERS, MODELS, load_pretrained
 from util.config.finetune_flags import build_parser as finetune_parser
 from util.config.segment_flags import build_parser as segment_parser
 
@@ -164,6 +170,7 @@ def small(main: str, words: list[str]) -> list[str]:
 
 def run_command(words: list[str], run_main: Callable[..., tuple[int, str, str]]) -> None:
     """Do what a line of a page says."""
+    words = [match for word in words for match in sorted(glob.glob(word)) or [word]]
     line = shlex.join(words)
     if words[0] in NOT_RUN:
         return
@@ -262,3 +269,48 @@ def test_the_page_of_checkpoints_has_every_key() -> None:
     told = {name for row in re.findall(r"^\| (`[^|]+) \|", text, re.M)
             for name in re.findall(r"`(\w+)`", row)}  # fmt: skip
     assert {key.pattern.split(".")[0] for key in KEYS} <= told
+
+
+@pytest.mark.smoke
+def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "search" / "search_index.json").stat().st_size > 50_000
+
+
+@pytest.mark.smoke
+def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All cells in one namespace, as its kernel does, with a training of one epoch."""
+    cells = json.loads((ROOT / "notebooks" / "first_run.ipynb").read_text())["cells"]
+    sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    assert all(len(source.splitlines()) <= 15 for source in sources)
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    namespace: dict[str, Any] = {"__name__": "notebook"}
+    for source in sources:
+        exec(compile(source.replace("EPOCHS = 12", "EPOCHS = 1"), "first_run", "exec"), namespace)
+    assert namespace["EPOCHS"] == 1 and namespace["picture"].width > 300
+    assert {p.name for p in Path("first_run").glob("*.png")} == {
+        "average.png", "block.png", "grid.png",
+    }  # fmt: skip
+
+
+def test_a_picture_from_python_is_the_commands(world: Path, tmp_path: Path, run_main: Any) -> None:
+    """`show_reconstruction` draws what `main_visualize.py` draws."""
+    model, state = load_pretrained(str(world / "RUN"))
+    paths = sorted((world / "MINE").iterdir())[:2]
+    picture = show_reconstruction(model, paths, state, seed=3, mask="block", mask_ratio=0.5)
+    folder = tmp_path / "seen"
+    flags = [f"--checkpoint={world / 'RUN'}", "--seed=3", "--mask=block", "--mask_ratio=.5"]
+    images = ["--images", *map(str, paths)]
+    code, _, err = run_main("main_visualize", [*flags, *images, f"--output_dir={folder}"])
+    assert code == 0, err
+    theirs = Image.open(folder / "grid.png").convert("RGB")
+    # The command has a title and captions of PSNR; the panels are the same.
+    panel = np.asarray(Image.open(next((folder / "panels").glob("000-*"))).convert("RGB"))
+    assert panel.size and theirs.width >= picture.width - 1
+    ours = {tuple(row) for row in np.asarray(picture.convert("RGB")).reshape(-1, 3)}
+    assert {tuple(row) for row in panel.reshape(-1, 3)} <= ours

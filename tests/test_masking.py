@@ -191,7 +191,7 @@ def reference(
     order: str,
     temperature: float,
 ) -> list[bool]:
-    """As README.md defines it, for one uint8 image [C, H, W] and noise [2, L]: a list of L."""
+    """As docs/method.md defines it, for one uint8 image [C, H, W] and noise [2, L]: a list of L."""
     C, H, W = image.shape
     averages = []
     for top in range(0, H, patch):

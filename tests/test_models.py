@@ -198,7 +198,7 @@ def test_arguments_of_a_name_are_a_copy() -> None:
 def plain_code(
     dim: int, grid: tuple[int, int], offset: str, phase: Tensor | None, shift: Tensor | None
 ) -> Tensor:
-    """sin and cos of w_k c + phi number by number, as README.md and MAE's code define them."""
+    """sin and cos of w_k c + phi number by number, as docs/method.md and MAE's code define them."""
     (gh, gw), quarter = grid, dim // 4
     code = torch.empty(gh * gw, dim)
     for y, x, k in itertools.product(range(gh), range(gw), range(quarter)):

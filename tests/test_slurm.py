@@ -286,7 +286,7 @@ def spoil(project: Path) -> None:
 
 
 def submit_script(folder: Path) -> str:
-    """A batch script without submitit, as the README has it; the job's number."""
+    """A batch script without submitit, as docs/running.md has it; the job's number."""
     script = folder / "job.sh"
     command = f"{sys.executable} {ROOT}/main_pretrain.py {' '.join(FLAGS)} --output_dir={folder}"
     script.write_text(

@@ -84,7 +84,7 @@ from util.train.schedule import CosineSchedule, scaled_lr
 from util.train.step import PRECISIONS, OptimizerStep
 
 WHAT = ("limits", "step", "data", "train", "scaling", "curves", "files", "jpegs")
-# The README's table: the peer, MAE, and what each switch gives.
+# The table of docs/speed.md: the peer, MAE, and what each switch gives.
 ARMS = ("transformers", "mae", "mmae", "mae,cross=.34", "mae,bf16", "mae,checkpointing")
 BLR = 1.5e-4  # of train and curves: base rate
 CROPS = 4  # of each decoded image, in data's row of several

@@ -417,7 +417,7 @@ def test_tables_in_docs_follow_from_their_numbers() -> None:
 
 
 def printed(metric: dict[str, Any]) -> str:
-    """Mean and deviation as the README prints them: 81.29 ± .57."""
+    """Mean and deviation as the page prints them: 81.29 ± .57."""
     return f"{metric['mean']:.2f} ± {metric['deviation']:.2f}".replace("± 0.", "± .")
 
 
@@ -427,25 +427,25 @@ def rows_in(name: str) -> Iterator[dict[str, Any]]:
         yield from table["rows"]
 
 
-def test_the_readme_prints_what_the_tables_hold() -> None:
+def test_the_page_of_results_prints_what_the_tables_hold() -> None:
     """Each row by its name, with the means and deviations of its values by seed."""
-    readme = (ROOT / "README.md").read_text().replace("*", "")
+    page = (DOCS / "results.md").read_text().replace("*", "")
     for row in rows_in("garments"):
         values = [printed(row["metrics"][k]) for k in ("miou", "pixel_accuracy", "class_accuracy")]
-        assert f"| {' | '.join(values)} |" in readme, row["label"]
+        assert f"| {' | '.join(values)} |" in page, row["label"]
     by_blocks = []
     for row in rows_in("fashion_mnist"):
         value = printed(row["metrics"]["top1"])
         if row["label"].startswith("K = "):
             by_blocks.append(value)
         else:
-            assert f"| {row['label']} | {value} |" in readme
-    assert len(by_blocks) == 6 and f"| top-1 | {' | '.join(by_blocks)} |" in readme
+            assert f"| {row['label']} | {value} |" in page
+    assert len(by_blocks) == 6 and f"| top-1 | {' | '.join(by_blocks)} |" in page
     cross = {row["run"]: printed(row["metrics"]["top1"]) for row in rows_in("cross")}
     names = {"full": "MAE's decoder", "cross": "`--decoder cross --predict_ratio .34`"}
     for decoder, name in names.items():
         values = f"{cross[f'linear_{decoder}']} | {cross[f'knn_{decoder}']}"
-        assert f"| {name} | {values} |" in readme, name
+        assert f"| {name} | {values} |" in page, name
 
 
 def test_the_same_run_of_two_plans_gives_the_same_digits() -> None:

@@ -1,0 +1,114 @@
+"""The GPU kit on a CPU: every part at a tiny size, its limits, and its going on past failure."""
+
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import lab.gpu.command as command
+import lab.gpu.parts as parts
+from lab.gpu.checks import stopping
+from lab.gpu.parts import PARTS, Part, Scale, run_part
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Of the whole kit, each part in its own process."""
+    folder = tmp_path_factory.mktemp("gpu")
+    command.main(["--tiny", "--device=cpu", f"--folder={folder}", "--seconds=100000"])
+    return json.loads((folder / "result.json").read_text())
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("part", PARTS, ids=lambda part: part.name)
+def test_every_part_runs_at_a_tiny_size(part: Part, result: dict[str, Any]) -> None:
+    found = {one["name"]: one for one in result["parts"]}[part.name]
+    if part.gpu_only:
+        assert (found["status"], found["why"]) == ("skipped", "it needs a GPU")
+        return
+    assert found["status"] == "done", found["why"]
+    assert found["found"].get("holds", True) is True and found["seconds"] > 0
+
+
+def test_what_was_found_is_there(result: dict[str, Any]) -> None:
+    found = {one["name"]: one["found"] for one in result["parts"]}
+    assert max(found["parity"]["fp32"].values()) < 1e-5
+    assert found["precisions"]["overflow"]["weights_kept"]
+    assert found["resume"]["eager"]["differing"] == 0 and found["resume"]["eager"]["tensors"] > 50
+    arms = {row["arm"].split(",")[0] for row in found["steps"]["base"]}
+    assert arms == {"transformers", "mae", "mmae"}
+    assert all(row["images_per_s"] > 0 for row in found["steps"]["large"])
+    assert len(found["switches"]["batches"]) == 2 and found["data"]["together"]
+    assert result["machine"]["versions"]["torch"]
+
+
+def test_limits_add_up_to_more_than_there_is_and_the_order_is_worth() -> None:
+    """So that a slow part takes time from those that matter less."""
+    assert sum(part.limit for part in PARTS) >= command.MOST_SECONDS
+    assert [part.name for part in PARTS][:5] == [
+        "parity", "precisions", "resume", "no_waits", "steps",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "why"),
+    [
+        ("raise ValueError('broken')", "failed", "ValueError: broken"),
+        ("import os; os.kill(os.getpid(), 9)", "failed", "exit code -9"),
+        ("import time; time.sleep(600)", "out of time", "after 8 s"),
+        ("import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(600)",
+         "out of time", "after 8 s"),
+    ],
+)  # fmt: skip
+def test_a_part_that_fails_or_hangs_is_said(
+    body: str, status: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process of a part runs another program here."""
+    monkeypatch.setattr(parts, "GRACE", 1)
+    program = tmp_path / "python"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{body}"\n')
+    program.chmod(0o755)
+    monkeypatch.setattr(parts.sys, "executable", str(program))
+    limit = 8 if status == "out of time" else 600
+    found = run_part(PARTS[0], Scale("cpu", True, tmp_path), limit, {})
+    assert found.status == status and why in found.why, found
+
+
+def test_what_is_missing_or_not_reached_is_said(tmp_path: Path) -> None:
+    scale = Scale("cpu", True, tmp_path)
+    lacking = Part("parity", "", 60, "checks", ["no_such_package_here"])
+    assert run_part(lacking, scale, 60, {}).why == "not installed: no_such_package_here"
+    assert run_part(PARTS[0], scale, 0, {}).status == "not reached"
+
+
+def test_the_kit_needs_neither_submitit_nor_pytest(tmp_path: Path) -> None:
+    """As on the image of the GPU machine: a part runs where importing them fails."""
+    (tmp_path / "lacking").mkdir()
+    for name in ("submitit", "pytest"):
+        text = f"raise ModuleNotFoundError('No module named {name!r}', name={name!r})"
+        (tmp_path / "lacking" / f"{name}.py").write_text(text)
+    scale = Scale("cpu", True, tmp_path)
+    path = {"PYTHONPATH": str(tmp_path / "lacking")}
+    found = run_part(next(p for p in PARTS if p.name == "resume"), scale, 600, path)
+    assert found.status == "done", found.why
+
+
+def test_there_is_no_gpu_here(tmp_path: Path, run_main: Any) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("gpu: there is one")
+    code, _, err = run_main("lab.gpu.command", [f"--folder={tmp_path / 'x'}"])
+    assert code == 2 and "--device cpu --tiny" in err and not (tmp_path / "x").exists()
+
+
+def test_stopping_leaves_no_trace() -> None:
+    from util.train.run import Run
+
+    before = Run.after_step
+    with stopping(3):
+        assert Run.after_step is not before
+    assert Run.after_step is before and signal.getsignal(signal.SIGTERM) is not None

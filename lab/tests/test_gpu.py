@@ -11,7 +11,9 @@ import pytest
 import lab.gpu.command as command
 import lab.gpu.parts as parts
 from lab.gpu.checks import stopping
-from lab.gpu.parts import PARTS, Part, Scale, run_part
+from lab.gpu.parts import PARTS, ROOT, Part, Scale, run_part
+from lab.gpu.roofline import DEVICES, layers_of, rows_of
+from models_zoo import model_arguments
 
 
 @pytest.fixture(scope="module")
@@ -112,3 +114,41 @@ def test_stopping_leaves_no_trace() -> None:
     with stopping(3):
         assert Run.after_step is not before
     assert Run.after_step is before and signal.getsignal(signal.SIGTERM) is not None
+
+
+# ---- The roofline on paper -----------------------------------------------------------------------
+
+
+def test_a_layer_by_hand() -> None:
+    """The first product of ViT-B's encoder: 512 images of 50 tokens, 768 to 2304, twelve times."""
+    found = layers_of(model_arguments("mae_vit_base_patch16"), 512, 0.75)
+    layers = {(layer.part, layer.name): layer for layer in found}
+    qkv = layers["encoder", "qkv"]
+    rows = 512 * 50
+    assert qkv.flops == 12 * 2 * rows * 768 * 2304
+    assert qkv.moved == 12 * 2 * (rows * 768 + 768 * 2304 + rows * 2304)
+    device = DEVICES["H100"]
+    assert qkv.seconds(device) == qkv.flops / device.flops  # 563 FLOP/B, the ridge is 295
+    norm = layers["encoder", "LayerNorm, both"]
+    assert norm.seconds(device) == norm.moved / device.bytes_per_s
+    scores = layers["decoder", "attention, fused"]
+    assert scores.flops == 8 * 2 * 2 * 512 * 197 * 197 * 512
+
+
+@pytest.mark.parametrize("name", ["mae_vit_base_patch16", "mae_vit_large_patch16"])
+def test_its_products_are_those_of_the_step(name: str) -> None:
+    """But for the decoder's last block, which computes masked tokens alone."""
+    layers = layers_of(model_arguments(name), 1, 0.75)
+    plain = ("LayerNorm, both", "residual additions, both", "GELU")
+    products = sum(layer.flops for layer in layers if layer.name not in plain)
+    counted = {"mae_vit_base_patch16": 19.07e9, "mae_vit_large_patch16": 40.6e9}[name]
+    assert products == pytest.approx(counted, rel=0.03)
+
+
+def test_the_page_of_speed_has_the_table(capsys: Any) -> None:
+    page = (ROOT / "docs" / "speed.md").read_text()
+    for size, batch in (("base", 512), ("large", 256)):
+        layers = layers_of(model_arguments(f"mae_vit_{size}_patch16"), batch, 0.75)
+        for row in rows_of(layers, DEVICES["H100"])[:-1]:
+            cells = f"| {row['part']}: {row['layer']} | {row['FLOP/B']:.3g} | {row['bound by']} |"
+            assert f"{cells} {row['share']} |" in page, (size, cells)

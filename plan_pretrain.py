@@ -10,6 +10,7 @@ import torch
 
 from build_pretrain import PUBLISHED, TASK, build_model, build_optimizer, open_set, peak_lr
 from engine_pretrain import masker_of
+from util.data.samples import Drawn
 from util.data.splits import hold_out_of
 from util.dry_run.cost import COUNTED, count_step
 from util.dry_run.training import (
@@ -39,6 +40,7 @@ def plan_run(args: argparse.Namespace, count: int, warnings: Sequence[str] = ())
     with torch.device("meta"):  # no memory and no time, whatever the size
         model, _ = build_model(args, args.in_chans or data.channels)
     masker = masker_of(vars(args), model)
+    Drawn(masker.strategy, masker.cells.grid, model.draws)  # names that the run would refuse
     lr = peak_lr(args, model, masker.num_visible, args.batch_size * count * args.accum_iter)
     rate, rate_note = rate_of(
         args.images_per_second,

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from launch import PATIENCE, ROOT
+from launch import PATIENCE, ROOT, TINY
 from PIL import Image
 
 from util.console import print_text, visible, visible_line
@@ -142,3 +142,19 @@ def test_a_folder_of_results_that_torch_cannot_name_is_bad_input(tmp_path):
     with pytest.raises(BadInput, match=r"cannot write to folder .*--output_dir or --log_dir"):
         RunLogger(tmp_path / "m.jsonl", folder)
     prepare_folder(tmp_path / "Näme 名前")
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("more", [["--dry_run"], []])
+def test_a_reader_who_leaves_ends_no_run(more: list[str], tmp_path: Path) -> None:
+    """`| head`, or a `tee` that dies: the training goes on, and its log has everything."""
+    words = ["main_pretrain.py", *TINY, "--log_every=1", *more, f"--output_dir={tmp_path}"]
+    child = subprocess.Popen(
+        [sys.executable, "-u", *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    child.stdout.close()
+    err = child.stderr.read().decode()
+    assert child.wait() == 0 and "Traceback" not in err, err
+    if not more:
+        assert "checkpoint" in (tmp_path / "log-rank0.txt").read_text()
+        assert (tmp_path / "checkpoint-last.pth").is_file()

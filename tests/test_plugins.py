@@ -292,6 +292,17 @@ def test_every_command_loads_them(command: str, tmp_path: Path, run_main: Any) -
         module.main.__wrapped__([f"--plugin={tmp_path / 'refuses.py'}"])
 
 
+def test_a_draw_with_a_name_that_is_taken_is_refused_by_the_plan(
+    tmp_path: Path, run_main: Any
+) -> None:
+    text = (HERE / "tokens.py").read_text().replace('"dim": (1,)', '"noise": (1,)')
+    (tmp_path / "own_draw.py").write_text(text)
+    flags = [f"--plugin={tmp_path / 'own_draw.py'}", "--model=tokens", "--dataset=digits"]
+    for more in (["--dry_run"], [*RUN]):
+        code, _, err = run_main("main_pretrain", [*flags, *more, f"--output_dir={tmp_path}"])
+        assert code == 2 and "cannot draw noise" in err, err
+
+
 def test_nothing_else_names_what_the_plugins_register() -> None:
     root = HERE.parent.parent
     words = ("conv_model", "made_clips", "ramp_pairs", "TokenModel", "stripe_width", "contrast_by")

@@ -4,6 +4,7 @@ File names, class names and decoders' messages come from outside. They may hold 
 and bytes that are no UTF-8, which Python keeps as lone surrogates.
 """
 
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -65,7 +66,20 @@ def printable(text: str, stream: TextIO) -> str:
 def print_text(text: str = "", *, stream: TextIO | None = None, end: str = "\n") -> None:
     """Print a text for people and flush; the default stream is standard output."""
     stream = sys.stdout if stream is None else stream
-    print(printable(text, stream), file=stream, end=end, flush=True)
+    try:
+        print(printable(text, stream), file=stream, end=end, flush=True)
+    except BrokenPipeError:
+        hang_up(stream)
+
+
+def hang_up(stream: TextIO) -> None:
+    """Nobody reads a stream any more (`| head`, a `tee` that died): what is written to it is lost.
+
+    A run that trains goes on; its log has everything.
+    """
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 # What the running command has said already, of what is said once.

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from tqdm import tqdm
 
-from util.console import first_time, printable
+from util.console import first_time, hang_up, printable
 
 log = logging.getLogger("mmae")
 log.setLevel(logging.INFO)
@@ -43,8 +43,11 @@ log.addHandler(EARLY)
 
 def say(text: str) -> None:
     """A line for the reader, which does not tear the progress bar, and for the process's log."""
-    tqdm.write(printable(text, sys.stdout), file=sys.stdout)
-    sys.stdout.flush()
+    try:
+        tqdm.write(printable(text, sys.stdout), file=sys.stdout)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        hang_up(sys.stdout)
     log.info(text)
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from util.config.flag_help import default_text
 from util.config.flags import FlagParser
+from util.console import print_text
+from util.files import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "flags.md"
@@ -60,8 +62,8 @@ def page() -> str:
 
 def main() -> None:
     """Write the page."""
-    PAGE.write_text(page(), encoding="utf-8")
-    print(f"written  {PAGE}")
+    write_text(PAGE, page())
+    print_text(f"written  {PAGE}")
 
 
 if __name__ == "__main__":

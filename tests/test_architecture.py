@@ -81,7 +81,7 @@ EXTENDS: dict[str, str] = {}  # a method file: the one that it is a preset of
 # Folders of modules: a name of theirs goes on after the dot.
 PACKAGES = {
     pattern.rpartition("/")[0] for patterns, _ in PLACES.values() for pattern in patterns
-} | {"lab/bench", "lab/study"}
+} | {"lab/bench", "lab/study", "lab/gpu"}
 # A model knows nothing of data or optimisers, by itself or through what it imports.
 NOT_FOR_MODELS = (
     "util.data.datasets",
@@ -284,7 +284,8 @@ def args_stops_at_main(sources: Sources) -> list[str]:
         f"{path}:{line}: args; take named parameters"
         for path, text in sources.items()
         if not path.startswith(("main_", "submitit_", "build_", "plan_", "eval_"))
-        and path not in ("util/config/flags.py", "lab/bench/command.py", "lab/study/command.py")
+        and path not in ("util/config/flags.py", "lab/gpu/roofline.py")
+        and not re.fullmatch(r"lab/\w+/command\.py", path)
         for line, name in bound_names(ast.parse(text, path))
         if name == "args"
     ]

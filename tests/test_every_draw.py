@@ -808,6 +808,7 @@ DRAWN_IN = {
     ("engine_finetune.py", "model"),
     ("engine_segment.py", "model"),
     ("main_visualize.py", "mask"),
+    ("engine_pretrain.py", "mask"),  # a picture from Python: `test_a_picture_from_python_is...`
     ("lab/bench/step_speed.py", "mask"),  # a measurement of speed: any masks will do
 }
 # Where the stream is an argument of one's own, or another function is called `seeds_of`.
@@ -825,6 +826,7 @@ FROM_GLOBAL = {
     "plan_finetune.py": "a rate beforehand",
     "plan_segment.py": "a rate beforehand", "lab/bench/step_speed.py": "a measurement of speed",
     "lab/bench/limits.py": "a measurement of the machine",
+    "lab/gpu/checks.py": "images to compare models on",
 }  # fmt: skip
 GLOBAL_DRAWS = {
     "torch": {"rand", "randn", "randint", "randperm", "bernoulli", "multinomial", "normal",

@@ -18,6 +18,7 @@ from lab.bench.measuring import machine, machine_lines, table
 from lab.gpu.parts import PARTS, Result, Scale, run_part, save
 from util.config.flags import FlagParser, number
 from util.errors import EXIT_FAILED, BadInput, command
+from util.files import write_text
 from util.flag_types import expanded_path
 from util.progress import say
 from util.train.logger import prepare_folder
@@ -70,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         part = next(part for part in PARTS if part.name == args.part)
         module = importlib.import_module(f"lab.gpu.{part.module}")
         found = getattr(module, part.name)(scale)
-        (scale.folder / f"{part.name}.json").write_text(json.dumps(found))
+        write_text(scale.folder / f"{part.name}.json", json.dumps(found))
         return
     if args.device == "cuda" and not torch.cuda.is_available():
         raise BadInput("there is no GPU here; --device cpu --tiny goes through every part without")

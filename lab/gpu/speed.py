@@ -8,6 +8,7 @@ import torch
 
 from lab.bench import command as bench
 from lab.gpu.parts import Scale
+from util.files import write_text
 
 # Dense bf16 products of H100 SXM and H200, as NVIDIA states them; what else is there has no MFU.
 PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0}
@@ -121,4 +122,4 @@ def data(scale: Scale) -> dict[str, Any]:
 
 def keep(scale: Scale, name: str, found: dict[str, Any]) -> None:
     """What a part has so far: if it runs out of time, this is what is left of it."""
-    (scale.folder / f"{name}.json").write_text(json.dumps(found))
+    write_text(scale.folder / f"{name}.json", json.dumps(found))

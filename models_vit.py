@@ -90,7 +90,7 @@ class VisionTransformer(PartlyTuned, TimmVisionTransformer):
             norm_layer=LayerNorm,
             block_fn=EncoderBlock,
         )
-        self.img_size, self.patch_size = size, patch
+        self.img_size, self.patch_size, self.in_chans = size, patch, in_chans
         self.grid = (size[0] // patch[0], size[1] // patch[1])
         with torch.no_grad():
             self.pos_embed.zero_()

@@ -50,7 +50,8 @@ def create_in_memory(create: Callable[[], M]) -> M:
     Raises:
         BadInput: they are larger; or what `create` raises.
     """
-    if torch.get_default_device().type != "meta":
+    # What a tensor is made on: torch 2.6 does not tell the default of a `with torch.device`.
+    if torch.empty(0).device.type != "meta":
         with torch.device("meta"):
             size = sum(p.numel() * p.element_size() for p in create().parameters())
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -35,8 +35,8 @@ class HubPairs(Source):
 
     Args:
         name: as given, for messages.
-        data: the split, a `datasets.Dataset` of two columns of images that it does not decode:
-            image, mask.
+        images, masks: the split, two `datasets.Dataset` of one column each, files that they do not
+            decode.
         classes: names of the classes.
         first: the value in a mask that stands for class 0, see `check_label`.
         meanings: classes by stored value, see `values_of`; None: values are classes.
@@ -48,19 +48,20 @@ class HubPairs(Source):
         self,
         name: str,
         split: str,
-        data: Any,
+        images: Any,
+        masks: Any,
         classes: Sequence[str],
         first: int,
         meanings: dict[int, int] | None,
     ) -> None:
         super().__init__(f"hf:{name}", split, IMAGENET_MEAN, IMAGENET_STD, classes)
-        self.data, self.first, self.meanings = data, first, meanings
+        self.images, self.masks, self.first, self.meanings = images, masks, first, meanings
 
     def __len__(self) -> int:
-        return len(self.data)
+        return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, np.ndarray]:
-        image, most = self.data[index]["image"], self.max_pixels
+        (image,), most = self.images[index].values(), self.max_pixels
         if image["bytes"] is None:
             picture = read_image(image["path"], 3, paired=True, max_pixels=most)
         else:
@@ -73,7 +74,7 @@ class HubPairs(Source):
 
     def mask(self, index: int) -> np.ndarray:
         """The values of a label map as they are stored: [H, W]."""
-        mask = self.data[index]["mask"]
+        (mask,) = self.masks[index].values()
         path = mask["path"] if mask["bytes"] is None else self.mask_name(index)
         return read_label_map(path, self.max_pixels, mask["bytes"])
 
@@ -135,23 +136,23 @@ def _open(
 ) -> HubPairs:
     name, data, options = open_split(split, place, OPTIONS, SYNTAX)
     datasets = needs("datasets", "datasets")
-    images = [c for c, feature in data.features.items() if type(feature).__name__ == "Image"]
-    mask = options.get("mask") or next((c for c in MASK_NAMES if c in images), None)
-    others = [column for column in images if column != mask]
+    there = [c for c, feature in data.features.items() if type(feature).__name__ == "Image"]
+    mask = options.get("mask") or next((c for c in MASK_NAMES if c in there), None)
+    others = [column for column in there if column != mask]
     image = options.get("image") or ("image" if "image" in others else next(iter(others), None))
-    if mask not in images or image not in others:
+    if mask not in there or image not in others:
         raise BadInput(
-            f"hf:{name} has the columns of images {', '.join(images) or '(none)'}; expected an "
+            f"hf:{name} has the columns of images {', '.join(there) or '(none)'}; expected an "
             f"image and its mask; name them: hf:{name}?image=COLUMN&mask=COLUMN"
         )
     first = options.get("first", "0")
     if not first.isdecimal() or int(first) >= MOST_CLASSES:
         raise BadInput(f"hf:{place}: first={first} is not a value of a mask")
-    data = data.select_columns([image, mask]).with_format(None)
-    data = data.rename_columns({image: "image ", mask: "mask "})  # one may have the other's name
-    data = data.rename_columns({"image ": "image", "mask ": "mask"})
-    for column in ("image", "mask"):
-        data = data.cast_column(column, datasets.Image(decode=False))
-    source = HubPairs(name, split, data, classes, int(first), meanings)
+    files = datasets.Image(decode=False)
+    images, masks = (
+        data.select_columns([column]).with_format(None).cast_column(column, files)
+        for column in (image, mask)
+    )
+    source = HubPairs(name, split, images, masks, classes, int(first), meanings)
     source.max_pixels = max_pixels
     return source

@@ -22,7 +22,6 @@ from util.dry_run.cost import COUNTED, count_step
 from util.dry_run.training import (
     Data,
     DryRun,
-    limited,
     look_at_data,
     measure_rate,
     parameters_by_part,
@@ -47,8 +46,8 @@ def plan_run(args: argparse.Namespace, count: int, warnings: Sequence[str] = ())
         args.dry_run_images,
         lambda: open_set(everything, "train", args.in_chans),
         hold_out_of(vars(args)),
+        args.train_images,
     )
-    data = limited(data, args.train_images)
     model, arguments, start = planned_model(args, data)
     tuned = model.freeze_to(args.tune)
     h, w = model.img_size

@@ -2,7 +2,7 @@
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,6 @@ from util.data.splits import hold_out_of
 from util.dry_run.cost import COUNTED, count_step
 from util.dry_run.training import (
     DryRun,
-    limited,
     look_at_data,
     measure_rate,
     parameters_by_part,
@@ -35,8 +34,8 @@ def plan_run(args: argparse.Namespace, count: int, warnings: Sequence[str] = ())
         args.dry_run_images,
         lambda: open_set(everything, "train", args.in_chans),
         hold_out_of(vars(args)),
+        args.train_images,
     )
-    data = limited(data, args.train_images)
     with torch.device("meta"):  # no memory and no time, whatever the size
         model, _ = build_model(args, args.in_chans or data.channels)
     masker = masker_of(vars(args), model)
@@ -87,9 +86,21 @@ def plan_run(args: argparse.Namespace, count: int, warnings: Sequence[str] = ())
 
 def drawn_loss(model: Any, batch_size: int, num_visible: int) -> torch.Tensor:
     """The loss of so many drawn images, as a training step computes it."""
-    mask = torch.rand(batch_size, math.prod(model.mask_grid)).argsort(dim=1) >= num_visible
-    drawn = {name: torch.rand(batch_size, *shape) - 0.5 for name, shape in model.draws.items()}
-    return model(torch.rand(batch_size, *model.input.shape), mask, num_visible, **drawn)["loss"]
+    return step_on_drawn(model, batch_size, num_visible, torch.device("cpu"))()
+
+
+def step_on_drawn(
+    model: Any, batch_size: int, num_visible: int, device: torch.device
+) -> Callable[[], torch.Tensor]:
+    """A function that computes the loss of drawn images under drawn masks, always the same."""
+    images = torch.rand(batch_size, *model.input.shape, device=device)
+    places = torch.rand(batch_size, math.prod(model.mask_grid), device=device)
+    mask = places.argsort(dim=1) >= num_visible
+    drawn = {
+        name: torch.rand(batch_size, *shape, device=device) - 0.5
+        for name, shape in model.draws.items()
+    }
+    return lambda: model(images, mask, num_visible, **drawn)["loss"]
 
 
 def rate_here(args: argparse.Namespace, channels: int) -> float:
@@ -97,16 +108,9 @@ def rate_here(args: argparse.Namespace, channels: int) -> float:
     device = choose_device(args.device, 0)
     model, _ = build_model(args, args.in_chans or channels)
     model.to(device).set_grad_checkpointing(args.grad_checkpointing)
-    masker = masker_of(vars(args), model)
-    B, K = args.batch_size, masker.num_visible
-    images = torch.randn(B, *model.input.shape, device=device)
-    mask = torch.rand(B, math.prod(model.mask_grid), device=device).argsort(dim=1) >= K
-    drawn = {name: torch.rand(B, *s, device=device) - 0.5 for name, s in model.draws.items()}
+    loss = step_on_drawn(model, args.batch_size, masker_of(vars(args), model).num_visible, device)
     optimizer = build_optimizer(args, model, 0.0)
     step = OptimizerStep(model, optimizer, device=device, precision=args.precision)
     return measure_rate(
-        lambda: step(lambda x: model(x, mask, K, **drawn)["loss"], [images], 0.0),
-        B,
-        args.dry_run_measure,
-        device,
+        lambda: step(lambda _: loss(), [None], 0.0), args.batch_size, args.dry_run_measure, device
     )

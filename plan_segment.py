@@ -15,7 +15,6 @@ from util.dry_run.cost import COUNTED, count_step
 from util.dry_run.training import (
     Data,
     DryRun,
-    limited,
     look_at_data,
     measure_rate,
     parameters_by_part,
@@ -41,8 +40,8 @@ def plan_run(args: argparse.Namespace, count: int, warnings: Sequence[str] = ())
         args.dry_run_images,
         lambda: open_set(everything, "train"),
         hold_out_of(vars(args)),
+        args.train_images,
     )
-    data = limited(data, args.train_images)
     model, start = planned_model(args, data)
     arguments = model.arguments
     (h, w), (ph, pw) = arguments["img_size"], model.patch_size

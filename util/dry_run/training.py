@@ -64,10 +64,12 @@ def look_at_data(
     given: int | None,
     open_source: Callable[[], Counted],
     hold_out: HoldOut = NOTHING_HELD_OUT,
+    limit: int | None = None,
 ) -> Data:
     """Count the training set where it is there, else what is known of it.
 
     Args:
+        limit: images of it that --train_images asks for; None: all.
         given: images that the user wants to assume; None: count.
         open_source: lists the set, without what is held out; is not called where that could
             download it.
@@ -76,6 +78,20 @@ def look_at_data(
     Raises:
         BadInput: it is not there, and nothing is known of a set of this name.
     """
+    data = _whole(dataset, data_path, given, open_source, hold_out)
+    if limit is None:
+        return data
+    note = f"{limit:,} by --train_images, of {data.images:,}: {data.note}"
+    return replace(data, images=min(limit, data.images), note=note)
+
+
+def _whole(
+    dataset: str,
+    data_path: str | None,
+    given: int | None,
+    open_source: Callable[[], Counted],
+    hold_out: HoldOut,
+) -> Data:
     there = data_path is not None and (":" in data_path or Path(data_path).expanduser().exists())
     known = KNOWN.get(dataset)
     given = None if given is None else hold_out.left(given)
@@ -97,14 +113,6 @@ def look_at_data(
         why = "there is no --data_path" if data_path is None else f"{data_path} is not there"
         return Data(found, channels, classes, f"ImageNet-1K's: {why}", True)
     return Data(found, channels, classes, "as published; not counted")
-
-
-def limited(data: Data, limit: int | None) -> Data:
-    """As much of the set as --train_images asks for; None: all."""
-    if limit is None:
-        return data
-    note = f"{limit:,} by --train_images, of {data.images:,}: {data.note}"
-    return replace(data, images=min(limit, data.images), note=note)
 
 
 def start_of_plan(checkpoint: str | None, model: str | None) -> tuple[bool, str]:

@@ -19,6 +19,7 @@ from util.config.flags import (
     number,
     size_pair,
 )
+from util.config.weights_flags import add_pos_resize_flag
 from util.data.datasets import DATASETS
 from util.flag_types import (
     LEAST_CROP,
@@ -138,13 +139,7 @@ def add_model_flags(parser: FlagParser) -> None:
         metavar="CHECKPOINT",
         help="path or https URL of weights to start from; default: from scratch",
     )
-    group.add_argument(
-        "--pos_resize",
-        choices=("rescale", "extend"),
-        default="rescale",
-        help="positions at another size: rescale keeps the image's extent, extend the distance of "
-        "patches",
-    )
+    add_pos_resize_flag(group)
     group.add_argument(
         "--nb_classes",
         type=number(int, 1, MOST_CLASSES),

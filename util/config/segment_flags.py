@@ -18,6 +18,7 @@ from util.config.flags import (
     number,
     size_pair,
 )
+from util.config.weights_flags import add_pos_resize_flag
 from util.data.label_values import label_pair
 from util.data.segmentation_sets import SEGMENTATION_SETS
 from util.flag_types import (
@@ -96,13 +97,7 @@ def build_parser(argv: Sequence[str] | None = ()) -> FlagParser:
         metavar="CHECKPOINT",
         help="encoder to start from: path or https URL; default: from scratch",
     )
-    group.add_argument(
-        "--pos_resize",
-        choices=("rescale", "extend"),
-        default="rescale",
-        help="positions at another size: rescale keeps the image's extent, extend the distance of "
-        "patches",
-    )
+    add_pos_resize_flag(group)
     add_heads_flag(group)
     add_weights_key_flag(group)
     group.add_argument("--patch_size", type=size_pair, help="from scratch; default: the name's")

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from models_protocols import PretrainModel
-from util.data.images import IMAGENET_MEAN, IMAGENET_STD, read_image
+from util.data.images import IMAGENET_MEAN, IMAGENET_STD, as_channels, read_image
 from util.data.randomness import generator_of
 from util.data.transforms import EvalTransform, denormalize, normalize
 from util.errors import RunFailed
@@ -253,6 +253,19 @@ def find_statistics(state: Mapping[str, Any], channels: int) -> tuple[Stats, Sta
     return mean, std
 
 
+def draw_masks(images: Tensor, masker: Masker, seed: int) -> Tensor:
+    """Masks of images that come one after the other: uint8 [B, C, *size] to bool [B, L].
+
+    Args:
+        seed: of the masks, each a function of it and of the image's place.
+    """
+    noise = [
+        masker.strategy.draw(masker.cells.grid, generator_of(seed, "mask", 0, i, 0))
+        for i in range(len(images))
+    ]
+    return masker(images, torch.stack(noise).to(images.device))
+
+
 def show_reconstruction(
     model: PretrainModel,
     images: Sequence[str | Path | Image.Image],
@@ -267,8 +280,7 @@ def show_reconstruction(
         model, state: of `models_zoo.load_pretrained`.
         images: files or pictures; they are scaled and cropped to the model's size.
         seed: of the masks.
-        masks: settings of them with the names of `util.mask.strategies.STANDARD`; its own values
-            where none are given.
+        masks: settings of them, with the names and defaults of `util.mask.strategies.STANDARD`.
 
     Raises:
         BadInput: an unknown mask, or an image that cannot be read.
@@ -276,17 +288,15 @@ def show_reconstruction(
     mean, std = find_statistics(state, model.input.channels)
     masker = masker_of(STANDARD | masks, model)
     transform = EvalTransform(model.input.image_size, margin=False)
+    channels = model.input.channels
     opened = [
-        i if isinstance(i, Image.Image) else read_image(i, model.input.channels) for i in images
+        as_channels(i, channels) if isinstance(i, Image.Image) else read_image(i, channels)
+        for i in images
     ]
     names = ["" if isinstance(i, Image.Image) else Path(i).name for i in images]
     device = next(iter(model.parameters())).device
     batch = torch.stack([transform(image) for image in opened]).to(device)
-    noise = [
-        masker.strategy.draw(masker.cells.grid, generator_of(seed, "mask", 0, i, 0))
-        for i in range(len(batch))
-    ]
-    mask = masker(batch, torch.stack(noise).to(device))
+    mask = draw_masks(batch, masker, seed)
     composite = reconstruct(model.eval(), batch, mask, masker, mean, std)
     return picture_grid(
         panels(batch, mask, composite, masker.place_size),

@@ -30,6 +30,7 @@ from engine_pretrain import (
     NOT_NUMBERS,
     OWN,
     Stats,
+    draw_masks,
     evaluate,
     fills_of,
     find_statistics,
@@ -44,7 +45,7 @@ from util.console import print_text
 from util.data.conversions import describe, take
 from util.data.datasets import DEFAULT
 from util.data.loading import say_conversions
-from util.data.randomness import EvalSampler, evenly, generator_of
+from util.data.randomness import EvalSampler, evenly
 from util.data.samples import Drawn, Samples, build_loader
 from util.data.transforms import EvalTransform
 from util.errors import BadInput, RunFailed, command
@@ -108,12 +109,8 @@ def show(
     masker = masker_of(own | given, model)
     take()  # what other readers noted is not these images'
     names, images = gather_images(args, model)
-    draws = [
-        masker.strategy.draw(masker.cells.grid, generator_of(args.seed, "mask", 0, i, 0))
-        for i in range(len(images))
-    ]
     batch = torch.stack(images).to(device)
-    mask = masker(batch, torch.stack(draws).to(device))
+    mask = draw_masks(batch, masker, args.seed)
 
     # --------------------------------------------------------------------------- pictures
     composites = {"model": reconstruct(model, batch, mask, masker, mean, std)}

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -257,8 +256,3 @@ def tests(scale: Scale) -> dict[str, Any]:
     lines = done.stdout.strip().splitlines()
     assert done.returncode == 0, done.stdout[-2000:]
     return {"said": lines[-1] if lines else "", "holds": True}
-
-
-def path_of(scale: Scale, name: str) -> Path:
-    """A file of the kit."""
-    return scale.folder / name

@@ -14,6 +14,7 @@ from timm.layers import Mlp
 from timm.models.vision_transformer import Block, LayerScale
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from util.errors import BadInput
@@ -68,10 +69,31 @@ def plain_attention(x: Tensor, dtype: torch.dtype, pairs: int) -> bool:
     return slow and pairs <= MOST_PLAIN_PAIRS and not isinstance(x, FakeTensor)
 
 
+# Tokens up to which torch's memory-efficient kernel was the fastest one on a GPU (docs/speed.md).
+# With all keys in one block its backward pass has one order of sums, which a resume needs.
+FEW_TOKENS = 64
+
+
+@torch.compiler.assume_constant_result
+def newer_gpu() -> bool:
+    """Whether the GPU has what torch's kernels of attention ask for in bf16 (A100 and later)."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+
+
+def few_tokens(q: Tensor, k: Tensor) -> bool:
+    """Whether attention is of so few tokens that another kernel than torch's choice is faster."""
+    half = q.dtype in (torch.bfloat16, torch.float16)
+    fits = max(q.shape[-2], k.shape[-2]) <= FEW_TOKENS and q.shape[-1] % 8 == 0
+    return q.device.type == "cuda" and half and fits and newer_gpu()
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Scaled dot-product attention: [B, heads, M, d] and twice [B, heads, N, d] to the first's."""
     if plain_attention(q, q.dtype, q.shape[-2] * k.shape[-2]):
         return ((q * q.shape[-1] ** -0.5) @ k.mT).softmax(dim=-1) @ v
+    if few_tokens(q, k):
+        with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
+            return F.scaled_dot_product_attention(q, k, v)
     return F.scaled_dot_product_attention(q, k, v)
 
 

@@ -199,7 +199,7 @@ def test_auto_is_what_is_there(
     assert choose_device("auto", 1, alone=alone) == torch.device(expected)
     if gpus:
         assert choose_device("cuda:0", 1, alone=alone) == torch.device("cuda:0")
-        with pytest.raises(BadInput, match="needs GPU 2, there are 2"):
+        with pytest.raises(BadInput, match="needs GPU 2, and it has 2"):
             choose_device("cuda", 2)
 
 

@@ -447,6 +447,38 @@ def attention_of(kind: Any, heads: list[Tensor], weight: Tensor) -> list[Tensor]
     return [mixed, *torch.autograd.grad(mixed, own, weight)]
 
 
+@pytest.mark.parametrize(("device", "dtype", "shape", "newer", "expected"), [
+    ("cuda", torch.bfloat16, (2, 4, 50, 64), True, True),
+    ("cuda", torch.float16, (2, 4, 64, 32), True, True),
+    ("cuda", torch.bfloat16, (2, 4, 65, 64), True, False),
+    ("cuda", torch.bfloat16, (2, 4, 50, 20), True, False),  # its kernel takes multiples of 8
+    ("cuda", torch.bfloat16, (2, 4, 50, 64), False, False),
+    ("cuda", torch.float32, (2, 4, 50, 64), True, False),
+    ("cpu", torch.bfloat16, (2, 4, 50, 64), True, False),
+])  # fmt: skip
+def test_few_tokens_on_a_gpu_have_a_kernel_of_their_own(
+    device: str, dtype: torch.dtype, shape: tuple[int, ...], newer: bool, expected: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """torch's memory-efficient one, and every other switched on again after it."""
+    asked: list[bool] = []
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        kinds = ("mem_efficient", "cudnn", "flash", "math")
+        on = [getattr(torch.backends.cuda, f"{kind}_sdp_enabled")() for kind in kinds]
+        asked.append(on == [True, False, False, False])
+        return q
+
+    monkeypatch.setattr(models_layers, "newer_gpu", lambda: newer)
+    monkeypatch.setattr(models_layers.F, "scaled_dot_product_attention", attention)
+    with FakeTensorMode():
+        q, k, v = (torch.empty(shape, device=device, dtype=dtype) for _ in range(3))
+        assert models_layers.few_tokens(q, k) == expected
+        attend(q, k, v)
+    assert asked == [expected]
+    assert torch.backends.cuda.flash_sdp_enabled() and torch.backends.cuda.math_sdp_enabled()
+
+
 @pytest.mark.parametrize(("M", "N", "d"), [(13, 13, 32), (37, 50, 24), (197, 197, 64)])
 def test_plain_attention_is_no_less_exact_than_the_fused_one(M: int, N: int, d: int) -> None:
     generator = torch.Generator().manual_seed(0)

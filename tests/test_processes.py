@@ -320,21 +320,3 @@ def test_agreement_of_one_is_immediate() -> None:
         assert agreement.after_step().save
     # One that comes after the end would make a failure of a run that is done.
     os.kill(os.getpid(), signal.SIGUSR1)
-
-
-@pytest.mark.gpu
-def test_a_step_on_a_gpu_never_waits(tmp_path: Path) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("gpu: none here")
-    original = main_pretrain.train_steps
-
-    def watched(*args, **kwargs) -> int:
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            return original(*args, **kwargs)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-
-    main_pretrain.train_steps = watched
-    flags = ["--device=cuda", "--log_every=1000", "--num_workers=2", "--precision=bf16"]
-    main_pretrain.main([*TINY, *flags, f"--output_dir={tmp_path}"])

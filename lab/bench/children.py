@@ -18,13 +18,16 @@ def _serve(link: Any, threads: int, build: Callable[..., Answer], given: Sequenc
     torch.set_num_threads(threads)
     try:
         answer = build(*given)
-        link.send((True, None))
+        link.send((None, None))
         while (request := link.recv()) is not None:
-            link.send((True, answer(request)))
+            link.send((None, answer(request)))
     except EOFError:  # the parent is gone
         return
     except BadInput as error:
-        link.send((False, str(error)))
+        link.send((BadInput, str(error)))
+    except Exception as error:
+        link.send((RunFailed, f"{type(error).__name__}: {error}"))
+        raise
 
 
 def preload_children() -> None:
@@ -47,6 +50,7 @@ class Children:
         given: picklable arguments.
         count: children; each gets its rank.
         threads: of torch in each.
+        wait: until they are built; otherwise `hear` waits, so that others can be built meanwhile.
 
     Raises:
         BadInput: a child said so.
@@ -54,7 +58,13 @@ class Children:
     """
 
     def __init__(
-        self, name: str, build: Callable[..., Answer], *given: Any, count: int = 1, threads: int
+        self,
+        name: str,
+        build: Callable[..., Answer],
+        *given: Any,
+        count: int = 1,
+        threads: int,
+        wait: bool = True,
     ) -> None:
         # Threads that wait by spinning would take the cores from whose turn it is.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -69,19 +79,25 @@ class Children:
             far.close()
             self.links.append(link)
             self.processes.append(process)
-        self._receive()
+        if wait:
+            self.hear()
 
     def ask(self, request: Any) -> list[Any]:
         """What each child answers, by rank; they work at the same time."""
+        self.tell(request)
+        return self.hear()
+
+    def tell(self, request: Any) -> None:
+        """Ask without waiting for the answer, which `hear` gives."""
         for link in self.links:
             link.send(request)
-        return self._receive()
 
-    def _receive(self) -> list[Any]:
+    def hear(self) -> list[Any]:
+        """What each child answers, by rank."""
         answers = []
         for link, process in zip(self.links, self.processes, strict=True):
             try:
-                fine, answer = link.recv()
+                fault, answer = link.recv()
             except (EOFError, OSError):
                 process.join()
                 self.close()
@@ -89,9 +105,10 @@ class Children:
                     f"the process that measured {self.name} ended with code {process.exitcode} "
                     "(-9: out of memory, most likely; lower --batch_size)"
                 ) from None
-            if not fine:
+            if fault is not None:
                 self.close()
-                raise BadInput(answer)
+                named = f"the process that measured {self.name}: " if fault is RunFailed else ""
+                raise fault(named + answer)
             answers.append(answer)
         return answers
 

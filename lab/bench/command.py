@@ -12,6 +12,8 @@ python -m lab.bench jpegs --made DIR --count 2000        a folder like ImageNet,
 
 import argparse
 import math
+import re
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -20,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -27,7 +30,7 @@ import models_zoo
 from engine_pretrain import Masker, PretrainLoss
 from engine_train import train_steps
 from lab.bench.children import Answer
-from lab.bench.contenders import Arm, name_of, parse_arms, strategy_of
+from lab.bench.contenders import ATTENTION, PEERS, Arm, name_of, parse_arms, strategy_of, terms_of
 from lab.bench.data_speed import (
     TurnSampler,
     compare_reads,
@@ -54,17 +57,17 @@ from lab.bench.measuring import (
     save_json,
     take_turns,
 )
-from lab.bench.peers import create_vitmae
+from lab.bench.peers import OfficialMAE, create_vitmae
 from lab.bench.step_speed import (
     count_flops,
     draw_sweeps,
     measure_steps,
+    options_of,
     our_step,
     peers_step,
     show_steps,
 )
 from lab.bench.training_speed import Train, compare_curves, measure_together
-from models_mmae import METHODS
 from util.config.flag_parser import load_plugins
 from util.config.flags import FlagParser, add_data_flags, add_device_flag, add_view_flags, number
 from util.data.datasets import DATASETS, build_dataset
@@ -87,6 +90,8 @@ WHAT = ("limits", "step", "data", "train", "scaling", "curves", "files", "jpegs"
 # The table of docs/speed.md: the peer, MAE, and what each switch gives.
 ARMS = ("transformers", "mae", "mmae", "mae,cross=.34", "mae,bf16", "mae,checkpointing")
 BLR = 1.5e-4  # of train and curves: base rate
+MOST_WARMING = 120  # seconds that an arm waits for the memory of others
+WARM_STEPS = 3  # CUDA graphs are recorded in the second, and replayed from the third on
 CROPS = 4  # of each decoded image, in data's row of several
 PACKED = {"dataset": "imagefolder", "train_images": None}  # flags of a copy: it holds what is read
 
@@ -108,9 +113,9 @@ def build_parser() -> FlagParser:
         nargs="+",
         default=argparse.SUPPRESS,
         metavar="ARM",
-        help="comma-separated words: transformers|mae|mmae, fp32|bf16|fp16, compile, "
-        "checkpointing, cross=SHARE, batch=, size=, mask=, model=, processes=; ratios are to the "
-        f"first; default of step: {' '.join(ARMS)}",
+        help="comma-separated words: transformers|official|mae|mmae, fp32|bf16|fp16, "
+        "compile[=MODE], checkpointing, cross=SHARE, adamw=, channels_last, shard, batch=, size=, "
+        f"mask=, model=, processes=; ratios are to the first; default of step: {' '.join(ARMS)}",
     )
     group.add_argument(
         "--model",
@@ -209,7 +214,7 @@ def build_parser() -> FlagParser:
 
 def arguments_of(arm: Arm, in_chans: int = 3) -> dict[str, Any]:
     """Arguments of the arm's model; the peer's sizes are MAE's."""
-    terms = METHODS["mae" if arm.method == "transformers" else arm.method]
+    terms = terms_of(arm)
     arguments = models_zoo.model_arguments(arm.model) | {
         "in_chans": in_chans,
         "norm_pix_loss": True,
@@ -228,6 +233,8 @@ def create_arm(arm: Arm, in_chans: int = 3) -> Any:
     arguments = arguments_of(arm, in_chans)
     if arm.method == "transformers":
         return create_vitmae(arguments, arguments["img_size"], arm.mask_ratio)
+    if arm.method == "official":
+        return OfficialMAE(arguments, arguments["img_size"], arm.mask_ratio)
     return models_zoo.create_model(arm.model, **arguments)
 
 
@@ -243,27 +250,76 @@ def build_step(rank: int, arm: Arm, device_name: str, meeting: str) -> Answer:
     """In a child: what takes so many steps, and gives seconds a step; "peak" gives bytes."""
     device = choose_device(device_name, rank)
     torch.manual_seed(0)
+    choose_attention(arm.attention)
     place = Place(rank, arm.processes, rank, arm.processes, f"file://{meeting}")
     procs = join(place, device)
+    if arm.sharded and arm.processes == 1:  # shards need a group, also one of a single process
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, init_method=place.rendezvous, rank=0, world_size=1)
     if arm.method == "transformers":  # what importing it takes is not the step's
         needs("transformers.models.vit_mae.modeling_vit_mae", "transformers")
     before = peak_resident()
     model = create_arm(arm).to(device)
-    if arm.method == "transformers":
-        step = peers_step(model, arm, procs)
+    if arm.method in PEERS:
+        step = peers_step(model, arm, procs, arguments_of(arm)["img_size"])
     else:
         strategy = strategy_of(arm)
         visible = count_visible(model.num_patches, arm.mask_ratio)
         masker = Masker(strategy, cells_of(model.grid, (1,)), visible, model.patch_size)
         step = our_step(model, arm, procs, strategy, masker, visible)
     seconds_of = stopwatch(device)
+    if device.type == "cuda":
+        return on_a_gpu(step, device)
 
     def answer(request: Any) -> Any:
         if request == "peak":
-            if device.type == "cuda":
-                return {"peak": torch.cuda.max_memory_allocated(device), "start": 0}
             return {"peak": peak_resident(), "start": before}
         return seconds_of(lambda: [step() for _ in range(request)]) / request
+
+    return answer
+
+
+def choose_attention(name: str | None) -> None:
+    """Leave torch one of its fused kernels of attention on a GPU; None: it chooses itself."""
+    for kernel in ATTENTION if name else ():
+        getattr(torch.backends.cuda, f"enable_{ATTENTION[kernel]}_sdp")(kernel == name)
+
+
+def on_a_gpu(step: Callable[[], Any], device: torch.device) -> Answer:
+    """What answers for a step whose GPU is shared with other arms, which take turns on it.
+
+    "warm up" compiles: all arms do it at the same time. Where the others' memory leaves none, an
+    arm waits and tries again. Before a turn one step is taken that does not count, and after it
+    the memory is given back, since that of all arms together does not fit.
+    """
+
+    def warm_up() -> None:
+        end = time.monotonic() + MOST_WARMING
+        while True:
+            try:
+                for _ in range(WARM_STEPS):
+                    step()
+                torch.cuda.synchronize(device)
+                return
+            except RuntimeError as error:  # cuBLAS and cuDNN have errors of their own for it
+                full = re.search(r"out of memory|ALLOC_FAILED", str(error), re.I)
+                if full is None or time.monotonic() > end:
+                    raise
+            torch.cuda.empty_cache()
+            time.sleep(1)
+
+    def answer(request: Any) -> Any:
+        if request == "peak":
+            return {"peak": torch.cuda.max_memory_allocated(device), "start": 0}
+        if request == "warm up":
+            warm_up()
+            seconds = 0.0
+            torch.cuda.reset_peak_memory_stats(device)
+        else:
+            step()
+            seconds = stopwatch(device)(lambda: [step() for _ in range(request)]) / request
+        torch.cuda.empty_cache()
+        return seconds
 
     return answer
 
@@ -353,7 +409,7 @@ def open_samples(args: argparse.Namespace, arm: Arm, source: Source) -> Samples:
         margin=source.eval_margin,
     )
     draws = {}
-    if arm.method != "transformers":
+    if arm.method not in PEERS:
         with torch.device("meta"):  # no weights, and no random numbers for them
             draws = models_zoo.create_model(arm.model, **arguments).draws
     grid = (side // patch,) * 2
@@ -430,7 +486,7 @@ def only(arms: dict[str, Arm], what: str) -> Arm:
         BadInput: several, the peer, or several processes.
     """
     arm = next(iter(arms.values()))
-    if len(arms) > 1 or arm.method == "transformers" or arm.processes > 1:
+    if len(arms) > 1 or arm.method in PEERS or arm.processes > 1:
         raise BadInput(
             f"{what} takes one arm of ours on one process (mae or mmae), not {' '.join(arms)}"
         )
@@ -443,7 +499,9 @@ def open_training(args: argparse.Namespace, arm: Arm, data: Data, total_steps: i
     torch.manual_seed(args.seed)
     model = create_arm(arm, data.source.channels).to(device)
     model.set_grad_checkpointing(arm.checkpointing)
-    trained = distribute(model, Processes(0, 1, 0, 1, device), compiled=arm.compiled)
+    procs = Processes(0, 1, 0, 1, device)
+    compiled, options = arm.compiled is not None, options_of(arm)
+    trained = distribute(model, procs, compiled=compiled, options=options)
     lr = scaled_lr(BLR, arm.batch)
     optimizer = create_adamw(parameter_groups(model, 0.05), lr, betas=(0.9, 0.95))
     step = OptimizerStep(trained, optimizer, device=device, precision=arm.precision)
@@ -523,8 +581,7 @@ def benchmark_limits(args: argparse.Namespace, arms: dict[str, Arm], threads: in
         for p, limit in limits.items()
     }
     turns["copy, GB/s read and written"] = partial(scaled, copy_rate(device), 1e-9)
-    files = decode_rates(list(jpegs_like_imagenet(64, args.seed)))
-    turns |= {f"{name}, images/s a core": measure for name, measure in files.items()}
+    turns |= decode_rates(list(jpegs_like_imagenet(64, args.seed)), device)
     return show_limits(take_turns(turns, args.repeats, args.warmup))
 
 

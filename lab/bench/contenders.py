@@ -1,6 +1,6 @@
 """The arms of the step benchmark: what each trains, said in a few words."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -11,7 +11,15 @@ from util.flag_types import MOST_IN_BATCH, MOST_SIDE, PER_CORE, most_processes
 from util.mask.strategies import MaskStrategy, create_strategy
 from util.train.step import PRECISIONS
 
-METHODS = ("mae", "mmae", "transformers")
+PEERS = ("transformers", "official")
+METHODS = ("mae", "mmae", *PEERS)
+# torch.compile's own names of its ways; a word alone is the first, which training has.
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+# Words for torch's kernels of attention, and its own names of them.
+ATTENTION = {
+    "cudnn": "cudnn", "flash": "flash", "efficient": "mem_efficient", "math": "math",
+}  # fmt: skip
+ADAMW = ("fused", "foreach", "plain")
 
 
 @dataclass(frozen=True)
@@ -19,28 +27,48 @@ class Arm:
     """One way to take a training step.
 
     Attributes:
-        method: mae | mmae | transformers (the peer: its ViTMAE of the same sizes).
+        method: mae | mmae, or a peer of the same sizes: transformers (its ViTMAE), official
+            (`lab.bench.peers.OfficialMAE`: MAE as its authors compute it).
         model: name in the zoo.
         precision: fp32 | bf16 | fp16.
-        compiled: through torch.compile.
+        compiled: through torch.compile, in this of its `MODES`; None: not.
         checkpointing: activations are computed again in the backward pass.
         predict_ratio: None: MAE's decoder; otherwise the cross decoder and its share.
         batch: images of each process.
         size: side of the image, pixels; None: the model's.
         mask_ratio: share of the patches that is masked.
         processes: training together; the cores are divided among them.
+        adamw: fused | foreach | plain: how torch computes the update.
+        attention: cudnn | flash | efficient | math, torch's kernels on a GPU; None: its choice.
+        channels_last: images come with their channels innermost, as they are decoded.
+        sharded: parameters go through `fully_shard` also where one process has them all.
     """
 
     method: str = "mae"
     model: str = "mae_vit_base_patch16"
     precision: str = "fp32"
-    compiled: bool = False
+    compiled: str | None = None
     checkpointing: bool = False
     predict_ratio: float | None = None
     batch: int = 32
     size: int | None = None
     mask_ratio: float = 0.75
     processes: int = 1
+    adamw: str = "fused"
+    attention: str | None = None
+    channels_last: bool = False
+    sharded: bool = False
+
+
+def one_of(names: Sequence[str]) -> Callable[[str], str]:
+    """What reads a value that is one of these names."""
+
+    def read(text: str) -> str:
+        if text not in names:
+            raise ValueError(f"one of {', '.join(names)}")
+        return text
+
+    return read
 
 
 # Words with a value, and how it is read; the others are words alone.
@@ -51,12 +79,17 @@ VALUES: dict[str, tuple[str, Any]] = {
     "size": ("size", int),
     "mask": ("mask_ratio", float),
     "processes": ("processes", int),
+    "compile": ("compiled", one_of(MODES)),
+    "adamw": ("adamw", one_of(ADAMW)),
+    "attention": ("attention", one_of(tuple(ATTENTION))),
 }
 WORDS: dict[str, tuple[str, Any]] = {
     **{name: ("method", name) for name in METHODS},
     **{name: ("precision", name) for name in PRECISIONS},
-    "compile": ("compiled", True),
+    "compile": ("compiled", MODES[0]),
     "checkpointing": ("checkpointing", True),
+    "channels_last": ("channels_last", True),
+    "shard": ("sharded", True),
     "cross": ("predict_ratio", 1.0),
 }
 
@@ -79,8 +112,9 @@ def parse_arm(text: str, base: Arm) -> Arm:
         field, meaning = known[name]
         try:
             given[field] = meaning(value) if equals else meaning
-        except ValueError:
-            raise BadInput(f"{word.strip()!r} in the arm {text!r} needs a number") from None
+        except ValueError as error:
+            wanted = str(error) if str(error).startswith("one of") else "a number"
+            raise BadInput(f"{word.strip()!r} in the arm {text!r} needs {wanted}") from None
     arm = replace(base, **given)
     check_arm(arm, text)
     return arm
@@ -101,13 +135,22 @@ def check_arm(arm: Arm, text: str) -> None:
             f"arm {text!r}: batch, size and processes are at least 1; mask lies between 0 and 1, "
             "cross above 0 and at most 1"
         )
-    if arm.method == "transformers" and arm.predict_ratio is not None:
-        raise BadInput(f"arm {text!r}: transformers has no cross decoder")
+    if arm.method in PEERS and arm.predict_ratio is not None:
+        raise BadInput(f"arm {text!r}: {arm.method} has no cross decoder")
+    if arm.method in PEERS and (arm.sharded or arm.channels_last or arm.adamw != "fused"):
+        raise BadInput(f"arm {text!r}: shard, channels_last and adamw= are of mae and mmae")
+    if arm.method == "official" and arm.checkpointing:
+        raise BadInput(f"arm {text!r}: MAE's own code has no checkpointing")
+
+
+def terms_of(arm: Arm) -> Mapping[str, Any]:
+    """What the arm's method presets; the peers are MAE."""
+    return PRESETS["mae" if arm.method in PEERS else arm.method]
 
 
 def strategy_of(arm: Arm) -> MaskStrategy:
     """The masks of the arm's method."""
-    terms = PRESETS[arm.method]
+    terms = terms_of(arm)
     names = ("avg_share", "avg_order", "avg_temperature")
     return create_strategy(terms["mask"], **{name: terms[name] for name in names})
 
@@ -116,12 +159,13 @@ def name_of(arm: Arm, base: Arm) -> str:
     """An arm by what differs from the common settings; always with its method and precision."""
     words = [arm.method, arm.precision]
     written = {field: word for word, (field, _) in VALUES.items()}
+    alone = {field: word for word, (field, _) in WORDS.items()}
     for field in fields(arm):
         value = getattr(arm, field.name)
         if field.name in ("method", "precision") or value == getattr(base, field.name):
             continue
-        if isinstance(value, bool):
-            words.append("compile" if field.name == "compiled" else field.name)
+        if value is True or value == MODES[0]:
+            words.append(alone[field.name])
         else:
             words.append(f"{written[field.name]}={value}")
     return ",".join(words)

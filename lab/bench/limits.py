@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.io import decode_jpeg
+from torchvision.io import ImageReadMode, decode_jpeg
 
 from lab.bench.measuring import spread, summary, table
 from util.progress import say
@@ -99,8 +99,12 @@ def copy_rate(device: torch.device) -> Callable[[], float]:
     return lambda: 2 * COPIED / seconds_of(lambda: target.copy_(source))
 
 
-def decode_rates(files: Sequence[bytes]) -> dict[str, Callable[[], float]]:
-    """Functions that measure images a second decoded to RGB, on one core: PIL's, torchvision's."""
+def decode_rates(files: Sequence[bytes], device: torch.device) -> dict[str, Callable[[], float]]:
+    """Functions that measure images a second decoded to RGB.
+
+    On one core: PIL's, torchvision's. With a GPU, `device`, also its own decoder, which gets all
+    files at once.
+    """
 
     def by_pil(data: bytes) -> Any:
         return Image.open(io.BytesIO(data)).convert("RGB")
@@ -119,10 +123,17 @@ def decode_rates(files: Sequence[bytes]) -> dict[str, Callable[[], float]]:
     def by_torchvision(data: Tensor) -> Tensor:
         return decode_jpeg(data)
 
-    return {
-        "decode, PIL": rate(by_pil, files),
-        "decode, torchvision": rate(by_torchvision, tensors),
+    rates = {
+        "decode, PIL, images/s a core": rate(by_pil, files),
+        "decode, torchvision, images/s a core": rate(by_torchvision, tensors),
     }
+    if device.type == "cuda":
+        seconds_of = stopwatch(device)
+        rates["decode, the GPU's decoder, images/s"] = lambda: (
+            len(tensors)
+            / seconds_of(lambda: decode_jpeg(tensors, mode=ImageReadMode.RGB, device=device))
+        )
+    return rates
 
 
 def show_limits(found: Mapping[str, Sequence[float]]) -> dict[str, Any]:

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.flop_counter import (
     FlopCounterMode,
     flop_registry,
@@ -18,16 +20,17 @@ from torch.utils.flop_counter import (
 )
 
 from lab.bench.children import Answer, Children
-from lab.bench.contenders import Arm
+from lab.bench.contenders import PEERS, Arm
 from lab.bench.measuring import ratios, spread, summary, table, take_turns
 from util.data.randomness import generator_of
 from util.data.transforms import normalize
-from util.errors import BadInput, needs
+from util.errors import BadInput, RunFailed, needs
 from util.mask.strategies import MaskStrategy, count_visible
 from util.progress import say
-from util.train.dist import Processes, distribute
+from util.train.dist import Processes, choose_device, distribute
 from util.train.memory import keep_freed_memory
 from util.train.optim import create_adamw, parameter_groups
+from util.train.shard import cut
 from util.train.step import PRECISIONS, OptimizerStep
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -53,12 +56,23 @@ def our_step(
     """
     keep_freed_memory(procs.device)  # as every main does, see `util.train.dist.processes`
     model.set_grad_checkpointing(arm.checkpointing)
-    trained = distribute(model, procs, compiled=arm.compiled).train()
-    optimizer = create_adamw(parameter_groups(model, 0.05), 1e-4, betas=(0.9, 0.95))
+    if arm.sharded:
+        assert dist.group.WORLD is not None
+        cut(model, DeviceMesh.from_group(dist.group.WORLD, procs.device.type))
+    trained = distribute(
+        model, procs, compiled=arm.compiled is not None, options=options_of(arm)
+    ).train()
+    groups = parameter_groups(model, 0.05)
+    if arm.adamw == "fused":
+        optimizer = create_adamw(groups, 1e-4, betas=(0.9, 0.95))
+    else:
+        foreach = arm.adamw == "foreach"
+        optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), foreach=foreach)
     optimizer_step = OptimizerStep(trained, optimizer, device=procs.device, precision=arm.precision)
     patches = model.grid[0] * model.grid[1]
     size = (arm.batch, 3, *model.img_size)
     images = torch.randint(0, 256, size, dtype=torch.uint8).to(procs.device)
+    layout = torch.channels_last if arm.channels_last else torch.contiguous_format
     drawn = [strategy.draw(model.grid, generator_of(0, "mask", i)) for i in range(arm.batch)]
     noise = torch.stack(drawn).to(procs.device)
     order = None
@@ -67,16 +81,25 @@ def our_step(
 
     def forward(batch: Any) -> Tensor:
         mask = masker(images, noise)
-        return trained(normalize(images, MEAN, STD), mask, num_visible, None, order)["loss"]
+        x = normalize(images, MEAN, STD).contiguous(memory_format=layout)
+        return trained(x, mask, num_visible, None, order)["loss"]
 
     return lambda: optimizer_step(forward, [None], 1e-4)
 
 
-def peers_step(model: Any, arm: Arm, procs: Processes) -> Callable[[], Any]:
-    """One step of transformers' ViTMAE, with a fused AdamW and autocast as ours.
+def options_of(arm: Arm) -> dict[str, Any]:
+    """torch.compile's options that its mode of this name stands for."""
+    if arm.compiled in (None, "default"):
+        return {}
+    return dict(torch._inductor.list_mode_options(arm.compiled))
+
+
+def peers_step(model: Any, arm: Arm, procs: Processes, side: int) -> Callable[[], Any]:
+    """One step of a peer, with a fused AdamW and autocast as ours.
 
     Args:
-        model: of `lab.bench.peers.create_vitmae`, on the device.
+        model: of `lab.bench.peers`, on the device.
+        side: of the image, pixels.
 
     Raises:
         BadInput: a precision that is not measured.
@@ -84,9 +107,10 @@ def peers_step(model: Any, arm: Arm, procs: Processes) -> Callable[[], Any]:
     model.train()
     if arm.checkpointing:
         model.gradient_checkpointing_enable()
-    trained = distribute(model, procs, compiled=arm.compiled, fullgraph=False)
+    trained = distribute(
+        model, procs, compiled=arm.compiled is not None, fullgraph=False, options=options_of(arm)
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True)
-    side = model.config.image_size
     images = torch.randn(arm.batch, 3, side, side).to(procs.device)
     dtype = PRECISIONS[arm.precision]
     if arm.precision == "fp16":
@@ -94,12 +118,17 @@ def peers_step(model: Any, arm: Arm, procs: Processes) -> Callable[[], Any]:
 
     def step() -> None:
         with torch.autocast(procs.device.type, dtype, enabled=arm.precision != "fp32"):
-            loss = trained(pixel_values=images).loss
+            loss = peers_loss(trained(images))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
     return step
+
+
+def peers_loss(output: Any) -> Tensor:
+    """Of what a peer gives: the loss, or transformers' output that has it."""
+    return output if isinstance(output, Tensor) else output.loss
 
 
 def flop_counter() -> FlopCounterMode:
@@ -137,8 +166,8 @@ def count_flops(create: Callable[[], Any], arm: Arm, side: int) -> int:
     with FakeTensorMode(), flop_counter() as counter:
         model = create()
         images = torch.empty(1, 3, side, side)
-        if arm.method == "transformers":
-            loss = model(images).loss
+        if arm.method in PEERS:
+            loss = peers_loss(model(images))
         else:
             patches = model.grid[0] * model.grid[1]
             mask = torch.ones(1, patches, dtype=torch.bool)
@@ -180,13 +209,14 @@ def measure_steps(
     Returns:
         `step_row` of each.
     """
-    base = next(iter(arms))
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
+        # Compiling is work of the processor, of which a GPU's machine has many cores.
+        at_once = choose_device(device, 0).type == "cuda"
 
         def team_of(name: str, *given: Any, count: int = 1) -> Children:
             share = max(1, threads // count)
-            team = Children(name, *given, count=count, threads=share)
+            team = Children(name, *given, count=count, threads=share, wait=not at_once)
             stack.callback(team.close)
             return team
 
@@ -198,6 +228,11 @@ def measure_steps(
             bound: team_of(f"limit of {arm}", build_limit, bound, device)
             for arm, bound in ((name, bound_of(arm)) for name, arm in arms.items())
         }
+        if at_once:
+            for team in limits.values():
+                team.hear()
+            arms = {name: arms[name] for name in warm_up(teams)}
+            teams = {name: teams[name] for name in arms}
         turns: dict[str, Callable[[], float]] = {
             name: partial(rate_of, team, arms[name], steps) for name, team in teams.items()
         }
@@ -205,9 +240,33 @@ def measure_steps(
         found = take_turns(turns, repeats, warmup)
         peaks = {name: team.ask("peak") for name, team in teams.items()}
     return [
-        step_row(name, arm, flops_of(arm), found, peaks[name], base, peak_tflops)
+        step_row(name, arm, flops_of(arm), found, peaks[name], next(iter(arms)), peak_tflops)
         for name, arm in arms.items()
     ]
+
+
+def warm_up(teams: Mapping[str, Children]) -> list[str]:
+    """Let all arms be built and compile at the same time.
+
+    Returns:
+        names of those that could; of the others it is said why, and they are left out.
+
+    Raises:
+        RunFailed: none could.
+    """
+    names = list(teams)
+    for request in (None, "warm up"):  # what their processes answer first is that they are built
+        for name in names if request else ():
+            teams[name].tell(request)
+        for name in tuple(names):
+            try:
+                teams[name].hear()
+            except (BadInput, RunFailed) as error:
+                names.remove(name)
+                say(f"{name} is left out: {str(error).splitlines()[0]}")
+    if not names:
+        raise RunFailed("no arm could be measured")
+    return names
 
 
 def bound_of(arm: Arm) -> Arm:

@@ -1,9 +1,6 @@
 """Whether the framework is right on a device: one function for each part."""
 
-import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -14,7 +11,7 @@ from torch import Tensor
 
 import main_pretrain
 from lab.bench.peers import create_vitmae
-from lab.gpu.parts import ROOT, Scale
+from lab.gpu.parts import Scale
 from models_zoo import create_model, model_arguments
 from util.errors import EXIT_STOPPED
 from util.styles import STYLES
@@ -225,34 +222,36 @@ def flat_tensors(value: Any, prefix: str = "") -> dict[str, Tensor]:
     return found
 
 
-# ---- No waits, and the tests' own tier -----------------------------------------------------------
+# ---- No waits ------------------------------------------------------------------------------------
 
 
 def no_waits(scale: Scale) -> dict[str, Any]:
-    """Steps with every call forbidden that would wait for the device."""
+    """Steps with every call forbidden that would wait for the device.
+
+    Compiled ones from the second step on: compiling itself waits, in the first.
+    """
     original = main_pretrain.train_steps
 
-    def watched(*rest: Any, **more: Any) -> int:
-        torch.cuda.set_sync_debug_mode("error")
+    def watched(*rest: Any, after_step: Any, **more: Any) -> int:
+        def forbidden(report: Any) -> bool:
+            torch.cuda.set_sync_debug_mode("default")  # a record may wait
+            try:
+                return after_step(report)
+            finally:
+                torch.cuda.set_sync_debug_mode("error")
+
+        if not compiled:
+            torch.cuda.set_sync_debug_mode("error")
         try:
-            return original(*rest, **more)
+            return original(*rest, after_step=forbidden, **more)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
     main_pretrain.train_steps = watched
     try:
-        flags = [*flags_of(scale, "no-waits"), "--log_every=1000", "--epochs=1"]
-        assert ends(flags) == 0
+        for compiled in (False, True):
+            flags = [*flags_of(scale, f"no-waits-{compiled}"), "--log_every=1000", "--epochs=1"]
+            assert ends([*flags, "--compile" if compiled else "--no-compile"]) == 0
     finally:
         main_pretrain.train_steps = original
     return {"holds": True}
-
-
-def tests(scale: Scale) -> dict[str, Any]:
-    """The tests that are marked `gpu`."""
-    words = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"]
-    environment = os.environ | {"CI": ""}
-    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
-    lines = done.stdout.strip().splitlines()
-    assert done.returncode == 0, done.stdout[-2000:]
-    return {"said": lines[-1] if lines else "", "holds": True}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from typing import Any
 
 import torch
@@ -24,11 +25,26 @@ AIMS = {
 ARMS = {
     "base": (
         "transformers,bf16,compile", "mae,bf16,compile", "mmae,bf16,compile",
-        "mae,bf16,compile,cross=.34", "transformers,bf16",
+        "mae,bf16,compile,cross=.34", "transformers,bf16", "official,bf16",
     ),
-    "large": ("mae,bf16,compile", "mmae,bf16,compile", "transformers,bf16,compile"),
+    "large": (
+        "transformers,bf16,compile", "mae,bf16,compile", "mmae,bf16,compile",
+    ),
 }  # fmt: skip
-SWITCHES = ("mae,bf16,compile", "mae,bf16", "mae,fp32", "mae,bf16,compile,checkpointing")
+SWITCHES = (
+    "mae,bf16,compile", "mae,bf16", "mae,fp32", "mae,bf16,compile,checkpointing",
+    "mae,bf16,compile,adamw=foreach", "mae,bf16,compile,channels_last",
+    "mae,bf16,compile=reduce-overhead", "mae,bf16,shard",
+)  # fmt: skip
+# The search for the fastest kernels takes minutes, so these come last.
+MODES = (
+    "mae,bf16,compile", "mae,bf16,compile=max-autotune-no-cudagraphs",
+    "mae,bf16,compile=max-autotune",
+)  # fmt: skip
+BATCHES = {"base": (256, 512, 1024), "large": (128, 256, 512)}
+# Large enough that the processor starts kernels faster than the GPU runs them, which at 256 it
+# seemed not to do for the cross decoder of ViT-B.
+BATCH = {"base": 512, "large": 256}
 TINY = ["--model=mae_vit_micro_patch8", "--input_size=32", "--batch_size=4", "--repeats=1",
         "--warmup=1", "--steps=1", "--threads=1"]  # fmt: skip
 
@@ -64,59 +80,77 @@ def row_of(row: dict[str, Any]) -> dict[str, Any]:
     return kept | ({"mfu": row["mfu"]} if "mfu" in row else {})
 
 
-def step_flags(scale: Scale, arms: tuple[str, ...], batch: int, size: str) -> list[str]:
+def step_flags(scale: Scale, arms: tuple[str, ...], size: str) -> list[str]:
     """Flags of `lab.bench step` for these arms."""
     if scale.tiny:
-        plain = [arm.replace(",compile", "").replace("bf16", "fp32") for arm in arms]
+        plain = [re.sub(r",compile[^,]*", "", arm).replace("bf16", "fp32") for arm in arms]
         return ["step", "--arms", *dict.fromkeys(plain), *TINY]
     return [
-        "step", "--arms", *arms, f"--model=mae_vit_{size}_patch16", f"--batch_size={batch}",
-        "--repeats=5", "--warmup=3", "--steps=10", *peak_flags(scale),
+        "step", "--arms", *arms, f"--model=mae_vit_{size}_patch16", f"--batch_size={BATCH[size]}",
+        "--repeats=5", "--warmup=0", "--steps=20", *peak_flags(scale),
     ]  # fmt: skip
+
+
+def rows_of(scale: Scale, name: str, arms: tuple[str, ...], size: str) -> list[dict[str, Any]]:
+    """The rows of some arms."""
+    return [row_of(row) for row in measured(scale, name, step_flags(scale, arms, size))]
 
 
 def steps(scale: Scale) -> dict[str, Any]:
     """ViT-B and ViT-L: ours, M-MAE's, the partial decoder, the peers; one group after the other."""
     found: dict[str, Any] = {"aims": AIMS}
-    for size, batch in (("base", 512), ("large", 256)):
-        arms = ARMS[size][:1] if scale.tiny and size == "large" else ARMS[size]
-        result = measured(scale, f"steps-{size}", step_flags(scale, arms, batch, size))
-        found[size] = [row_of(row) for row in result]
+    for size, arms in ARMS.items():
+        some = arms[:1] if scale.tiny and size == "large" else arms
+        found[size] = rows_of(scale, f"steps-{size}", some, size)
         keep(scale, "steps", found)
     return found
 
 
 def switches(scale: Scale) -> dict[str, Any]:
-    """What compiling, precision and checkpointing give; then the batch, for the best of them."""
-    flags = step_flags(scale, SWITCHES, 256, "base")
-    found: dict[str, Any] = {"arms": [row_of(row) for row in measured(scale, "switches", flags)]}
-    keep(scale, "switches", found)
-    batches = (2, 4) if scale.tiny else (256, 512, 1024)
-    arms = tuple(f"mae,bf16,compile,batch={batch}" for batch in batches)
-    flags = step_flags(scale, arms, 256, "base")
-    found["batches"] = [row_of(row) for row in measured(scale, "batches", flags)]
+    """What compiling, precision, checkpointing, AdamW, layout, CUDA graphs and shards give."""
+    return {"arms": rows_of(scale, "switches", SWITCHES, "base")}
+
+
+def batches(scale: Scale) -> dict[str, Any]:
+    """Which batch is the best."""
+    found: dict[str, Any] = {}
+    for size, counts in BATCHES.items():
+        arms = tuple(f"mae,bf16,compile,batch={2 if scale.tiny else n}" for n in counts)
+        found[size] = rows_of(scale, f"batches-{size}", arms[: 1 if scale.tiny else 3], size)
+        keep(scale, "batches", found)
     return found
 
 
+def modes(scale: Scale) -> dict[str, Any]:
+    """What a search for the fastest kernels gives."""
+    return {"arms": rows_of(scale, "modes", MODES, "base")}
+
+
 def data(scale: Scale) -> dict[str, Any]:
-    """JPEG files, four crops a decode, packed JPEG and raw on one core; then with the step."""
-    jpegs = scale.folder / "jpegs"
-    count = 24 if scale.tiny else 4096
-    bench.main(["jpegs", f"--made={jpegs}", f"--count={count}"])
-    small = [*TINY, "--images=8", "--num_workers=0"] if scale.tiny else ["--images=512"]
-    found: dict[str, Any] = {
-        "one core": measured(scale, "data", ["data", f"--data_path={jpegs}", *small])
-    }
+    """One core, by files and packed sets; the decoders; then all cores, and the step with them."""
+    jpegs, packed = scale.folder / "jpegs", scale.folder / "packed"
+    bench.main(["jpegs", f"--made={jpegs}", f"--count={24 if scale.tiny else 4096}"])
+    small = [*TINY, "--images=8", "--num_workers=0"] if scale.tiny else []
+    one = small or ["--images=512", "--repeats=3"]
+    flags = ["data", f"--data_path={jpegs}", f"--packed_path={packed}", *one]
+    found: dict[str, Any] = {"one core": measured(scale, "data", flags)}
     keep(scale, "data", found)
-    workers = 0 if scale.tiny else len(os.sched_getaffinity(0))
-    if scale.tiny:
-        both = ["train", f"--data_path={jpegs}", "--arms", "mae", *small]
-    else:
-        both = [
-            "train", f"--data_path={jpegs}", "--arms", "mae,bf16,compile", "--batch_size=512",
-            f"--num_workers={workers}", "--repeats=3", "--images=8192",
-        ]  # fmt: skip
-    found["together"] = measured(scale, "train", both)
+    limits = ["limits", *(TINY if scale.tiny else ["--repeats=5", "--batch_size=512"])]
+    found["limits"] = measured(scale, "limits", limits)
+    keep(scale, "data", found)
+    workers = len(os.sched_getaffinity(0))
+    all_cores = small or [
+        "--arms", "mae,bf16,compile", "--batch_size=512", "--repeats=3", "--images=8192",
+        f"--num_workers={workers}",
+    ]  # fmt: skip
+    for name, more in (
+        ("files", [f"--data_path={jpegs}"]),
+        ("files, 4 crops a decode", [f"--data_path={jpegs}", "--crops_per_decode=4"]),
+        ("packed JPEG", [f"--data_path=packed:{packed / 'jpeg'}"]),
+        ("packed raw", [f"--data_path=packed:{packed / 'raw'}"]),
+    ):
+        found[name] = measured(scale, "train", ["train", *more, *all_cores])
+        keep(scale, "data", found)
     return found
 
 

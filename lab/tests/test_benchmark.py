@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,13 @@ from PIL import Image
 
 import lab.bench.command as lab_bench
 import main_pack
-from lab.bench import data_speed, limits, training_speed
+from lab.bench import data_speed, limits, step_speed, training_speed
 from lab.bench import measuring as benchmark
 from lab.bench.children import Answer, Children
 from lab.bench.contenders import Arm, name_of, parse_arm, parse_arms
 from lab.bench.made_images import jpegs_like_imagenet, make_jpegs, make_tiny_files
 from lab.bench.peers import UsualFiles
+from models_mmae import MaskedAutoencoderViT
 from util.data.datasets import build_dataset
 from util.data.images import IMAGENET_MEAN, IMAGENET_STD
 from util.data.samples import Drawn, Samples
@@ -95,12 +97,15 @@ def test_machine_says_what_torch_was_told(monkeypatch: pytest.MonkeyPatch) -> No
 def test_arms_are_said_in_words() -> None:
     base = Arm(batch=8)
     arm = parse_arm("mmae,bf16,compile,checkpointing,cross=.34,size=64,mask=.5,processes=2", base)
-    assert arm == Arm("mmae", base.model, "bf16", True, True, 0.34, 8, 64, 0.5, 2)
+    assert arm == Arm("mmae", base.model, "bf16", "default", True, 0.34, 8, 64, 0.5, 2)
     assert name_of(arm, base) == (
         "mmae,bf16,compile,checkpointing,cross=0.34,size=64,mask=0.5,processes=2"
     )
     assert parse_arm(name_of(arm, base), base) == arm
     assert parse_arm("cross", base).predict_ratio == 1
+    more = "mae,fp32,compile=reduce-overhead,adamw=foreach,attention=flash,channels_last,shard"
+    assert name_of(parse_arm(more, base), base) == more
+    assert name_of(parse_arm("batch=1", base), base) == "mae,fp32,batch=1"
     assert list(parse_arms(["mae", "mae,batch=4"], base)) == ["mae,fp32", "mae,fp32,batch=4"]
 
 
@@ -108,6 +113,8 @@ def test_arms_are_said_in_words() -> None:
     ("maa", "unknown word 'maa'"), ("mae,batch=x", "needs a number"), ("mae,batch=0", "at least 1"),
     ("mae,mask=1", "mask lies between"), ("mae,cross=1.5", "cross above 0"),
     ("transformers,cross", "no cross decoder"), ("mae,fp32=1", "unknown word 'fp32=1'"),
+    ("official,cross", "no cross decoder"), ("official,checkpointing", "no checkpointing"),
+    ("official,shard", "of mae and mmae"), ("mae,compile=fast", "needs one of default, reduce"),
 ])  # fmt: skip
 def test_wrong_arms_are_refused(text: str, said: str) -> None:
     with pytest.raises(BadInput, match=said):
@@ -173,6 +180,170 @@ def test_peer_has_our_sizes() -> None:
     assert peer.config.norm_pix_loss and ours.norm_pix_loss
 
 
+def test_the_official_graph_is_mae() -> None:
+    """Loss and gradients with our weights and its masks; both in float64."""
+    arm = Arm("mae", "mae_vit_micro_patch4", size=16)
+    ours = lab_bench.create_arm(arm).double()
+    peer = lab_bench.create_arm(replace(arm, method="official")).double()
+    peer.load_state_dict(ours.state_dict())
+    images = torch.randn(5, 3, 16, 16, dtype=torch.float64)
+    noise = torch.rand(5, 16)
+    mask = noise.argsort(dim=1).argsort(dim=1) >= 4
+    loss = ours(images, mask, 4)["loss"]
+    expected = peer(images, noise)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+    loss.backward()
+    expected.backward()
+    others = dict(peer.named_parameters())
+    for name, parameter in ours.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter.grad, others[name].grad, rtol=1e-9, atol=1e-12)
+    torch.manual_seed(0)
+    first = peer(images)
+    torch.manual_seed(1)
+    assert first != peer(images)  # masks of its own
+
+
+def test_the_official_graph_pays_for_what_is_cut_off() -> None:
+    arm = Arm(model="mae_vit_micro_patch4", size=16)
+    ours, official = (lab_bench.flops_of(replace(arm, method=m)) for m in ("mae", "official"))
+    assert 1.05 < official / ours < 1.25
+
+
+def test_words_of_an_arm_reach_its_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each switch changes what it is named for."""
+    seen: dict[str, Any] = {}
+    whole, create = step_speed.distribute, torch.optim.AdamW.__init__
+
+    def distribute(model: Any, procs: Any, **more: Any) -> Any:
+        seen.update(more)
+        return whole(model, procs)
+
+    groups: list[Any] = []
+
+    def init(self: Any, *given: Any, **more: Any) -> None:
+        groups.append({name: more.get(name) for name in ("fused", "foreach")})
+        create(self, *given, **more)
+
+    monkeypatch.setattr(step_speed, "distribute", distribute)
+    monkeypatch.setattr(torch.optim.AdamW, "__init__", init)
+    base = Arm(model="mae_vit_micro_patch4", size=16, batch=2)
+    for text in ("mae", "mae,compile", "mae,compile=max-autotune", "mae,adamw=foreach",
+                 "mae,adamw=plain", "official"):  # fmt: skip
+        assert lab_bench.build_step(0, parse_arm(text, base), "cpu", "/nowhere")(1) > 0
+        assert seen["compiled"] == ("compile" in text)
+        assert bool(seen["options"]) == ("max-autotune" in text)
+    assert step_speed.options_of(Arm(compiled="reduce-overhead")) == {"triton.cudagraphs": True}
+    fused, foreach = [g["fused"] for g in groups], [g["foreach"] for g in groups]
+    assert fused == [True, True, True, None, None, True]
+    assert foreach == [None, None, None, True, False, None]
+    assert layout_of("mae") == torch.contiguous_format
+    assert layout_of("mae,channels_last") == torch.channels_last
+
+
+def layout_of(text: str) -> torch.memory_format:
+    """In which an arm's model gets its images."""
+    arm = parse_arm(text, Arm(model="mae_vit_micro_patch4", size=16, batch=2))
+    given: list[torch.Tensor] = []
+    whole = MaskedAutoencoderViT.forward
+
+    def forward(model: Any, images: torch.Tensor, *rest: Any) -> Any:
+        given.append(images)
+        return whole(model, images, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MaskedAutoencoderViT, "forward", forward)
+        lab_bench.build_step(0, arm, "cpu", "/nowhere")(1)
+    innermost = given[-1].is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if innermost else torch.contiguous_format
+
+
+def test_attention_can_be_left_one_kernel() -> None:
+    cuda = torch.backends.cuda
+    kinds = ("cudnn", "flash", "mem_efficient", "math")
+    before = {kind: getattr(cuda, f"{kind}_sdp_enabled")() for kind in kinds}
+    try:
+        lab_bench.choose_attention(None)
+        assert {kind: getattr(cuda, f"{kind}_sdp_enabled")() for kind in kinds} == before
+        lab_bench.choose_attention("efficient")
+        now = {kind: getattr(cuda, f"{kind}_sdp_enabled")() for kind in kinds}
+        assert now == {kind: kind == "mem_efficient" for kind in kinds}
+    finally:
+        for kind, value in before.items():
+            getattr(cuda, f"enable_{kind}_sdp")(value)
+
+
+# ---- On a GPU: arms share its memory -------------------------------------------------------------
+
+
+@pytest.fixture
+def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What `on_a_gpu` asks of CUDA, noted."""
+    noted: list[str] = []
+    for name in ("synchronize", "empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, name=name: noted.append(name))
+    monkeypatch.setattr(lab_bench.time, "sleep", lambda seconds: noted.append("sleep"))
+    monkeypatch.setattr(lab_bench, "stopwatch", lambda device: lambda work: (work(), 6.0)[1])
+    return noted
+
+
+def test_an_arm_waits_for_the_memory_of_others_and_gives_its_own_back(
+    pretend_gpu: list[str],
+) -> None:
+    errors: list[Exception] = [
+        torch.cuda.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ]
+
+    def step() -> None:
+        pretend_gpu.append("step")
+        if errors:
+            raise errors.pop()
+
+    answer = lab_bench.on_a_gpu(step, torch.device("cpu"))
+    answer("warm up")
+    tried = ["step", "empty_cache", "sleep"]
+    warm = ["step"] * lab_bench.WARM_STEPS
+    after = ["synchronize", "reset_peak_memory_stats", "empty_cache"]
+    assert pretend_gpu == [*tried, *tried, *warm, *after]
+    pretend_gpu.clear()
+    assert answer(3) == 2.0
+    assert pretend_gpu == ["step", "step", "step", "step", "empty_cache"]
+
+
+def test_other_faults_and_too_long_a_wait_end_an_arm(
+    pretend_gpu: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(text: str) -> Callable[[], None]:
+        def step() -> None:
+            raise RuntimeError(text)
+
+        return step
+
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        lab_bench.on_a_gpu(fails("an illegal memory access"), torch.device("cpu"))("warm up")
+    monkeypatch.setattr(lab_bench, "MOST_WARMING", -1)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        lab_bench.on_a_gpu(fails("CUDA out of memory"), torch.device("cpu"))("warm up")
+
+
+def test_an_arm_that_cannot_be_warmed_up_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    def team(word: str) -> Children:
+        return Children(word, build_echo, word, threads=1, wait=False)
+
+    teams = {"good": team("hello"), "bad": team("bad"), "late": team("fails later")}
+    try:
+        assert step_speed.warm_up(teams) == ["good"]
+    finally:
+        for one in teams.values():
+            one.close()
+    said = capsys.readouterr().out
+    assert "bad is left out: not this word" in said
+    assert "late is left out: the process that measured fails later: ValueError: later" in said
+    with pytest.raises(RunFailed, match="no arm could be measured"):
+        step_speed.warm_up({"bad": team("bad")})
+
+
 # ---- Children ------------------------------------------------------------------------------------
 
 
@@ -184,6 +355,8 @@ def build_echo(rank: int, word: str) -> Answer:
     def answer(request: Any) -> Any:
         if request == "die":
             raise SystemExit(3)
+        if word == "fails later":
+            raise ValueError("later")
         return rank, word, request, torch.get_num_threads()
 
     return answer

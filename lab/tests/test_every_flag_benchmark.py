@@ -137,7 +137,7 @@ class Benchmark(Command):
             return iter(())
 
         patch.setattr(lab_bench, "jpegs_like_imagenet", jpegs)
-        patch.setattr(lab_bench, "decode_rates", lambda files: {})
+        patch.setattr(lab_bench, "decode_rates", lambda files, device: {})
 
     @staticmethod
     def steps(trace: Trace, arms: Any, *rest: Any, **more: Any) -> list[Any]:

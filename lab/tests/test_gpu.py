@@ -2,15 +2,19 @@
 
 import json
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import lab.gpu.checks as checks
 import lab.gpu.command as command
 import lab.gpu.parts as parts
 from lab.gpu.checks import stopping
-from lab.gpu.parts import PARTS, ROOT, Part, Scale, run_part
+from lab.gpu.kernels import busy_share, by_kind
+from lab.gpu.parts import PARTS, ROOT, Part, Result, Scale, run_part
 from lab.gpu.roofline import DEVICES, layers_of, rows_of
 from models_zoo import model_arguments
 
@@ -40,9 +44,18 @@ def test_what_was_found_is_there(result: dict[str, Any]) -> None:
     assert found["precisions"]["overflow"]["weights_kept"]
     assert found["resume"]["eager"]["differing"] == 0 and found["resume"]["eager"]["tensors"] > 50
     arms = {row["arm"].split(",")[0] for row in found["steps"]["base"]}
-    assert arms == {"transformers", "mae", "mmae"}
+    assert arms == {"transformers", "official", "mae", "mmae"}
     assert all(row["images_per_s"] > 0 for row in found["steps"]["large"])
-    assert len(found["switches"]["batches"]) == 2 and found["data"]["together"]
+    switched = {row["arm"] for row in found["switches"]["arms"]}
+    assert {"mae,fp32,adamw=foreach", "mae,fp32,channels_last", "mae,fp32,shard"} <= switched
+    assert found["batches"]["large"] and found["modes"]["arms"]
+    assert {"files", "packed JPEG", "packed raw", "limits"} <= found["data"].keys()
+    assert found["attention"]["decoder"]["math"]["median"] > 0
+    assert "refused" in found["attention"]["decoder"]["cudnn"]
+    (profiled,) = found["kernels"].values()
+    assert 0 < profiled["busy"] <= 1 and sum(profiled["by_kind"].values()) == pytest.approx(
+        profiled["ms_a_step"]
+    )
     assert result["machine"]["versions"]["torch"]
 
 
@@ -52,6 +65,41 @@ def test_limits_add_up_to_more_than_there_is_and_the_order_is_worth() -> None:
     assert [part.name for part in PARTS][:5] == [
         "parity", "precisions", "resume", "no_waits", "steps",
     ]  # fmt: skip
+    assert [part.timed for part in PARTS] == [False] * 4 + [True] * (len(PARTS) - 4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("part", [part for part in PARTS if not part.timed], ids=lambda p: p.name)
+def test_a_gpu_is_right(part: Part, tmp_path: Path) -> None:
+    """The same checks as the kit's, at their full size."""
+    if not torch.cuda.is_available():
+        pytest.skip("gpu: none here")
+    assert getattr(checks, part.name)(Scale("cuda", False, tmp_path))["holds"]
+
+
+def test_what_measures_no_time_runs_at_once_on_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the others one after the other, after them."""
+    running: list[str] = []
+    most: dict[str, int] = {}
+    both = threading.Barrier(4)
+
+    def run(part: Part, scale: Scale, limit: float, more: Any) -> Result:
+        running.append(part.name)
+        if not part.timed and scale.device == "cuda":
+            both.wait(60)  # never passes where they come one by one
+        most[part.name] = len(running)
+        running.remove(part.name)
+        return Result(part.name, "done")
+
+    monkeypatch.setattr(command, "run_part", run)
+    names = [part.name for part in PARTS]
+    for device in ("cuda", "cpu"):
+        results = command.run_parts(Scale(device, True, tmp_path), names, 1e6, {})
+        assert sorted(result.name for result in results) == sorted(names)
+        assert [result.name for result in results][4:] == names[4:]
+        assert all(most[part.name] == 1 for part in PARTS if part.timed or device == "cpu")
 
 
 @pytest.mark.parametrize(
@@ -98,12 +146,24 @@ def test_the_kit_needs_neither_submitit_nor_pytest(tmp_path: Path) -> None:
 
 
 def test_there_is_no_gpu_here(tmp_path: Path, run_main: Any) -> None:
-    import torch
-
     if torch.cuda.is_available():
         pytest.skip("gpu: there is one")
     code, _, err = run_main("lab.gpu.command", [f"--folder={tmp_path / 'x'}"])
     assert code == 2 and "--device cpu --tiny" in err and not (tmp_path / "x").exists()
+
+
+def test_kernels_by_kind_and_the_share_in_which_one_runs() -> None:
+    times = {
+        "nvjet_sm90_tst_256x128": 3.0, "cudnn_generated_sdpa_sm90_flash_bprop": 2.0,
+        "void cudnn::fusion::compute_dot_do_o": 0.5, "triton_poi_fused_gelu_view_11": 1.0,
+        "multi_tensor_apply_kernel<FusedAdam": 0.25, "something": 0.125,
+    }  # fmt: skip
+    assert by_kind(times) == {
+        "matrix products": 3.0, "attention": 2.5, "fused by the compiler": 1.0, "optimiser": 0.25,
+        "other": 0.125,
+    }  # fmt: skip
+    assert busy_share([(0, 10)]) == 1
+    assert busy_share([(5, 9), (0, 4), (1, 2), (8, 10)]) == 0.9
 
 
 def test_stopping_leaves_no_trace() -> None:

@@ -152,8 +152,8 @@ def choose_device(name: str, local_rank: int, *, alone: bool = True) -> torch.de
         index = local_rank if device.index is None else device.index
         if index >= torch.cuda.device_count():
             raise BadInput(
-                f"process {local_rank} of this machine needs GPU {index}, there are "
-                f"{torch.cuda.device_count()}"
+                f"--device {name}: process {local_rank} of this machine needs GPU {index}, and it "
+                f"has {torch.cuda.device_count()}, numbered from 0"
             )
         return torch.device("cuda", index)
     return device
@@ -262,7 +262,12 @@ def join(place: Place, device: torch.device) -> Processes:
 
 
 def distribute(
-    model: nn.Module, procs: Processes, *, compiled: bool = False, fullgraph: bool = True
+    model: nn.Module,
+    procs: Processes,
+    *,
+    compiled: bool = False,
+    fullgraph: bool = True,
+    options: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """The model as it is trained: compiled if asked for, its gradients those of all processes.
 
@@ -276,6 +281,7 @@ def distribute(
         compiled: through torch.compile, which must get the model as one graph; batches have one
             shape. Random draws are those of the uncompiled model.
         fullgraph: False lets a foreign model's graph be cut.
+        options: more of torch.compile's, for benchmarks.
 
     Raises:
         BadInput: there is no C++ compiler, which torch.compile calls.
@@ -285,7 +291,10 @@ def distribute(
         model = cast(
             nn.Module,
             torch.compile(
-                model, fullgraph=fullgraph, dynamic=False, options={"fallback_random": True}
+                model,
+                fullgraph=fullgraph,
+                dynamic=False,
+                options={"fallback_random": True, **(options or {})},
             ),
         )
     if procs.world_size == 1 or isinstance(model, FSDPModule):

@@ -24,6 +24,15 @@ from util.train.dist import Processes
 BLOCKS = ("blocks", "decoder_blocks", "encoder.blocks")
 
 
+def cut(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Cut a model into shards in place: each transformer block, then what is left of it."""
+    modules: dict[str, Any] = dict(model.named_modules())
+    for name in BLOCKS:
+        for block in modules.get(name, ()):
+            fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
 class Placed:
     """A model on the device of each process; what needs all of its weights asks here.
 
@@ -52,12 +61,7 @@ class Placed:
             dist.broadcast(tensor, 0, group=procs.control)
         world = dist.group.WORLD
         assert world is not None
-        mesh = DeviceMesh.from_group(world, procs.device.type)
-        modules: dict[str, Any] = dict(model.named_modules())
-        for name in BLOCKS:
-            for block in modules.get(name, ()):
-                fully_shard(block, mesh=mesh)
-        fully_shard(model, mesh=mesh)
+        cut(model, DeviceMesh.from_group(world, procs.device.type))
 
     def __str__(self) -> str:
         return f"in {self.procs.world_size} shards" if self.sharded else "whole on each process"

@@ -827,6 +827,8 @@ FROM_GLOBAL = {
     "plan_segment.py": "a rate beforehand", "lab/bench/step_speed.py": "a measurement of speed",
     "lab/bench/limits.py": "a measurement of the machine",
     "lab/gpu/checks.py": "images to compare models on",
+    "lab/gpu/attention.py": "numbers to attend to",
+    "lab/bench/peers.py": "masks as the authors' code draws them",
 }  # fmt: skip
 GLOBAL_DRAWS = {
     "torch": {"rand", "randn", "randint", "randperm", "bernoulli", "multinomial", "normal",

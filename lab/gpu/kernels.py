@@ -1,6 +1,5 @@
 """Where a step's time goes on a device: its kernels, by kind and one by one."""
 
-import json
 import re
 import tempfile
 from collections.abc import Iterable
@@ -12,9 +11,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from lab.bench.command import build_step
 from lab.bench.contenders import Arm, parse_arm
-from lab.gpu.parts import Scale
+from lab.gpu.parts import Scale, keep
 from lab.gpu.speed import BATCH
-from util.files import write_text
 
 # What a kernel is of, by the first pattern that its name has.
 KINDS = (
@@ -47,7 +45,7 @@ def kernels(scale: Scale) -> dict[str, Any]:
         if scale.tiny:
             base, text = Arm(model="mae_vit_micro_patch8", size=32, batch=4), "mae"
         found[f"{size},{text}"] = kernels_of(parse_arm(text, base), scale.device)
-        write_text(scale.folder / "kernels.json", json.dumps(found))
+        keep(scale, "kernels", found)
     return found
 
 

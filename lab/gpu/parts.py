@@ -164,3 +164,8 @@ def save(path: Path, about: Mapping[str, Any], results: Sequence[Result]) -> Non
     """All results so far, whole."""
     content = {"machine": about, "parts": [asdict(result) for result in results]}
     write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def keep(scale: Scale, name: str, found: dict[str, Any]) -> None:
+    """What a part has so far: if it runs out of time, this is what is left of it."""
+    write_text(scale.folder / f"{name}.json", json.dumps(found))

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 from lab.bench import command as bench
-from lab.gpu.parts import Scale
-from util.files import write_text
+from lab.gpu.parts import Scale, keep
 
 # Dense bf16 products of H100 SXM and H200, as NVIDIA states them; what else is there has no MFU.
 PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0}
@@ -152,8 +151,3 @@ def data(scale: Scale) -> dict[str, Any]:
         found[name] = measured(scale, "train", ["train", *more, *all_cores])
         keep(scale, "data", found)
     return found
-
-
-def keep(scale: Scale, name: str, found: dict[str, Any]) -> None:
-    """What a part has so far: if it runs out of time, this is what is left of it."""
-    write_text(scale.folder / f"{name}.json", json.dumps(found))

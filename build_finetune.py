@@ -9,7 +9,7 @@ from timm.data.random_erasing import RandomErasing
 
 import models_zoo
 from engine_finetune import BatchAugmentation
-from models_protocols import blocks_of
+from models_protocols import count_tuned_blocks
 from util.config.finetune_flags import FULL, LINEAR
 from util.config.flag_parser import fill_unset
 from util.data.class_names import need_labels
@@ -17,7 +17,7 @@ from util.data.datasets import DATASETS, build_dataset
 from util.data.randomness import evenly
 from util.data.samples import Samples
 from util.data.source import Source, Subset
-from util.data.splits import hold_out_of
+from util.data.splits import read_hold_out
 from util.data.transforms import FinetuneTransform
 from util.errors import BadInput
 from util.train.advice import Published, need_two, warn_of_start
@@ -37,7 +37,7 @@ PUBLISHED = {
 
 def resolve_tune(args: argparse.Namespace) -> None:
     """Fill the flags that were not set from --tune, in place."""
-    linear = blocks_of(args.tune) == 0
+    linear = count_tuned_blocks(args.tune) == 0
     if linear:
         args.tune = "linear"
     fill_unset(args, LINEAR if linear else FULL)
@@ -67,7 +67,7 @@ def open_set(args: argparse.Namespace, split: str, channels: int | None) -> Sour
         mean=args.mean,
         std=args.std,
         max_pixels=args.max_pixels,
-        hold_out=hold_out_of(vars(args)),
+        hold_out=read_hold_out(vars(args)),
     )
     unlabelled = ("photos", "stl10_unlabeled", "garments")
     need_labels(source, args.data_path, [name for name in DATASETS if name not in unlabelled])
@@ -93,7 +93,7 @@ def new_model(
         given = [f"--{n}" for n in ("lscale_init", "patch_size", "in_chans") if getattr(args, n)]
         if given:
             raise BadInput(f"{', '.join(given)} with --finetune: the checkpoint says what it is")
-        model, arguments, _ = models_zoo.classifier_of(
+        model, arguments, _ = models_zoo.build_classifier(
             origin,
             args.finetune,
             args.model,
@@ -131,7 +131,7 @@ def new_model(
     return model, arguments
 
 
-def said_of(args: argparse.Namespace, state: dict[str, Any], path: str) -> list[str]:
+def describe_loading(args: argparse.Namespace, state: dict[str, Any], path: str) -> list[str]:
     """What became of the tensors of a file, and what was assumed of its model; for the reader."""
     return [*state[LOADED], *assumptions(state, path, set_statistics(args.mean))]
 

@@ -14,9 +14,9 @@ from util.console import counted
 from util.data.class_names import check_splits
 from util.data.datasets import SPLITS, build_dataset
 from util.data.randomness import evenly
-from util.data.replace import fault_of
+from util.data.replace import find_fault
 from util.data.source import Source, Subset
-from util.data.splits import hold_out_of
+from util.data.splits import read_hold_out
 from util.errors import BadInput
 from util.progress import say
 from util.weights.assumed import set_statistics
@@ -46,7 +46,7 @@ def open_sets(args: argparse.Namespace) -> tuple[dict[str, Source], str | None]:
                 split,
                 args.data_path,
                 max_pixels=args.max_pixels,
-                hold_out=hold_out_of(vars(args)),
+                hold_out=read_hold_out(vars(args)),
             )
         except BadInput as error:
             absent.append(error)
@@ -149,7 +149,7 @@ def report_broken(source: Source, broken: Sequence[int], *, votes: bool, speaks:
         BadInput: some of those that are to be classified.
     """
     named = broken[:NAMED] if votes else broken
-    names = [f"{source.file_name(i)}: {fault_of(source, i)}" for i in named]
+    names = [f"{source.file_name(i)}: {find_fault(source, i)}" for i in named]
     if broken and votes and source.split == "val":
         raise BadInput(
             f"{len(broken)} of {counted(len(source), 'image')} to classify cannot be decoded, and "

@@ -11,7 +11,7 @@ from util.data.datasets import build_dataset
 from util.data.randomness import EvalSampler, evenly
 from util.data.samples import Drawn, Samples, build_loader
 from util.data.source import Source, Subset
-from util.data.splits import hold_out_of
+from util.data.splits import read_hold_out
 from util.data.transforms import normalize, pretrain_transform
 from util.progress import say
 from util.train.advice import Published
@@ -37,7 +37,7 @@ def open_set(
         mean=args.mean,
         std=args.std,
         max_pixels=args.max_pixels,
-        hold_out=hold_out_of(vars(args)),
+        hold_out=read_hold_out(vars(args)),
     ).with_decoder(decoder)
     limit = args.train_images if split == "train" else None
     return source if limit is None else Subset(source, evenly(len(source), limit))

@@ -16,7 +16,7 @@ from util.data.samples import Samples
 from util.data.segmentation_sets import build_segmentation_set, check_pairs
 from util.data.segmentation_transforms import SegmentTransform
 from util.data.source import Source, Subset
-from util.data.splits import hold_out_of
+from util.data.splits import read_hold_out
 from util.errors import BadInput
 from util.progress import say
 from util.train.advice import Published
@@ -55,7 +55,7 @@ def open_set(args: argparse.Namespace, split: str, classes: Sequence[str] | None
         classes: of the model that is there already; they tell how many a folder has.
     """
     count = len(classes) if classes is not None and is_users_own(args) else args.nb_classes
-    source = hold_out_of(vars(args)).open(
+    source = read_hold_out(vars(args)).open(
         lambda part: build_segmentation_set(
             args.dataset,
             part,
@@ -117,7 +117,7 @@ def new_model(args: argparse.Namespace, num_classes: int) -> tuple[Any, list[str
     )
     if args.lscale_init is not None:
         model.add_lscale(args.lscale_init)
-    models_segmenters.segmenter_encoder_of(state, model, args.finetune, args.pos_resize)
+    models_segmenters.build_segmenter_encoder(state, model, args.finetune, args.pos_resize)
     statistics = set_statistics(args.mean)
     return model, [*state[LOADED], *assumptions(state, args.finetune, statistics)]
 
@@ -128,7 +128,7 @@ def build_optimizer(args: argparse.Namespace, model: Any, lr: float) -> torch.op
     return create_adamw(groups, lr, betas=(args.betas[0], args.betas[1]))
 
 
-def inference_of(args: argparse.Namespace) -> Inference:
+def build_inference(args: argparse.Namespace) -> Inference:
     """How label maps are made, from the flags."""
     scales = SCALES if args.multi_scale else ()
     sliding = args.inference == "slide"

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 import models_zoo
-from engine_pretrain import Masker, masker_of
+from engine_pretrain import Masker, build_masker
 from util.config.weights_flags import autoencoder_options
 from util.console import print_text
 from util.data.datasets import build_dataset
@@ -17,7 +17,7 @@ from util.data.folders import image_files
 from util.data.images import read_image
 from util.data.randomness import evenly
 from util.data.source import Source
-from util.data.splits import hold_out_of
+from util.data.splits import read_hold_out
 from util.data.transforms import EvalTransform
 from util.errors import BadInput
 from util.mask.strategies import STANDARD
@@ -50,7 +50,7 @@ def open_set(args: argparse.Namespace, channels: int) -> Source:
         args.data_path,
         channels=channels,
         max_pixels=args.max_pixels,
-        hold_out=hold_out_of(vars(args)),
+        hold_out=read_hold_out(vars(args)),
     )
 
 
@@ -101,7 +101,7 @@ def choose_maskers(
     """
     given, own = mask_settings(args, state)
     settings = STANDARD | given
-    maskers = [masker_of(settings, model)]
-    if not given and masker_of(own, model).differs_from(maskers[0]):
-        maskers.append(masker_of(own, model))
+    maskers = [build_masker(settings, model)]
+    if not given and build_masker(own, model).differs_from(maskers[0]):
+        maskers.append(build_masker(own, model))
     return settings, maskers

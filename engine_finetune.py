@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from util.data.loading import say_conversions
-from util.data.randomness import EvalSampler, seed_of, seeded
+from util.data.randomness import EvalSampler, derive_seed, seeded
 from util.data.replace import refuse_bad
 from util.data.samples import Samples, build_loader
 from util.data.source import Source
@@ -77,7 +77,7 @@ class FinetuneLoss:
         """Of a batch of `Samples`, a scalar."""
         images = batch["x"].to(self.device, non_blocking=True)
         labels = batch["y"].to(self.device, non_blocking=True)
-        with seeded(seed_of(self.seed, "model", step, number, self.rank), self.device):
+        with seeded(derive_seed(self.seed, "model", step, number, self.rank), self.device):
             # Normalisation in float32, outside autocast's reach: it only touches matrix products.
             x, target = self.augmentation(normalize(images, self.mean, self.std), labels)
             return self.augmentation.loss(model(x), target)

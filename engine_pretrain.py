@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from models_protocols import PretrainModel
 from util.data.images import IMAGENET_MEAN, IMAGENET_STD, as_channels, read_image
-from util.data.randomness import generator_of
+from util.data.randomness import make_generator
 from util.data.transforms import EvalTransform, denormalize, normalize
 from util.errors import RunFailed
 from util.float64 import float64_home
-from util.mask.cells import Cells, cells_of
+from util.mask.cells import Cells, make_cells
 from util.mask.patches import patch_averages
-from util.mask.strategies import STANDARD, MaskStrategy, strategy_of
+from util.mask.strategies import STANDARD, MaskStrategy, build_strategy
 from util.measure.metrics import (
     FILLS,
     WHITE,
@@ -71,7 +71,7 @@ class Masker:
         return self.cells.to_patches(mask).to(images.device)
 
 
-def masker_of(settings: Mapping[str, Any], model: Any) -> Masker:
+def build_masker(settings: Mapping[str, Any], model: Any) -> Masker:
     """Masks of a model's grid.
 
     Args:
@@ -81,14 +81,14 @@ def masker_of(settings: Mapping[str, Any], model: Any) -> Masker:
     Raises:
         BadInput: no such strategy, cells that do not fit, or nothing would be visible or masked.
     """
-    cells = cells_of(model.mask_grid, settings.get("mask_cell", (1,)))
+    cells = make_cells(model.mask_grid, settings.get("mask_cell", (1,)))
     count = math.prod(cells.grid)
     visible = model.num_visible(count, settings["mask_ratio"])
     words = f"{1 - visible / count:.0%} {settings['mask']}"
     if cells.patches_each > 1:
         words += f" cells of {' x '.join(map(str, cells.size))}"
     places = tuple(n // m for n, m in zip(model.input.size, model.mask_grid, strict=True))
-    return Masker(strategy_of(settings), cells, visible, places, words)
+    return Masker(build_strategy(settings), cells, visible, places, words)
 
 
 OWN = "own_mask_"  # before the names of what was measured under a run's own masks
@@ -99,7 +99,7 @@ def flat(table: Mapping[str, Mapping[str, float]], prefix: str = "") -> dict[str
     return {f"{prefix}{arm}_{name}": v for arm, row in table.items() for name, v in row.items()}
 
 
-def lines_of(table: Mapping[str, Mapping[str, float]]) -> list[str]:
+def format_table(table: Mapping[str, Mapping[str, float]]) -> list[str]:
     """The same for the reader."""
     return [
         f"{arm:8s} PSNR {row['psnr']:6.2f} dB   SSIM {row['ssim']:.4f}"
@@ -165,7 +165,7 @@ def at_home(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor.to(float64_home(tensor.device)) for tensor in tensors)
 
 
-def fills_of(
+def make_fills(
     model: PretrainModel, images: Tensor, mask: Tensor, masker: Masker, mean: Stats, std: Stats
 ) -> dict[str, Tensor]:
     """The trivial fills by name, on the model's own terms; arguments as `reconstruct`."""
@@ -224,7 +224,7 @@ def evaluate(
         mask = masker(images, batch["noise"].to(device))
         original = at_home(images)[0].float()
         pictures = {"model": reconstruct(model, images, mask, masker, mean, std)}
-        pictures |= fills_of(model, images, mask, masker, mean, std)
+        pictures |= make_fills(model, images, mask, masker, mean, std)
         for name, picture in pictures.items():
             meter.update(name, original, picture, at_home(mask)[0], masker.place_size)
     total = ReconstructionMeter(meter.arms)
@@ -260,7 +260,7 @@ def draw_masks(images: Tensor, masker: Masker, seed: int) -> Tensor:
         seed: of the masks, each a function of it and of the image's place.
     """
     noise = [
-        masker.strategy.draw(masker.cells.grid, generator_of(seed, "mask", 0, i, 0))
+        masker.strategy.draw(masker.cells.grid, make_generator(seed, "mask", 0, i, 0))
         for i in range(len(images))
     ]
     return masker(images, torch.stack(noise).to(images.device))
@@ -286,7 +286,7 @@ def show_reconstruction(
         BadInput: an unknown mask, or an image that cannot be read.
     """
     mean, std = find_statistics(state, model.input.channels)
-    masker = masker_of(STANDARD | masks, model)
+    masker = build_masker(STANDARD | masks, model)
     transform = EvalTransform(model.input.image_size, margin=False)
     channels = model.input.channels
     opened = [

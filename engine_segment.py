@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from util.data.images import BadImage
 from util.data.label_maps import IGNORE, overlay, palette, save_label_map
 from util.data.loading import say_conversions
-from util.data.randomness import EvalSampler, seed_of, seeded
+from util.data.randomness import EvalSampler, derive_seed, seeded
 from util.data.replace import refuse_bad
 from util.data.samples import Samples, build_loader, default_workers
 from util.data.segmentation_sets import UnlabelledSource
@@ -136,7 +136,7 @@ class SegmentLoss:
     def __call__(self, model: nn.Module, batch: dict[str, Any], step: int, number: int) -> Tensor:
         """Of a batch of `Samples`, a scalar."""
         label = batch["y"].to(self.device, non_blocking=True)
-        with seeded(seed_of(self.seed, "model", step, number, self.rank), self.device):
+        with seeded(derive_seed(self.seed, "model", step, number, self.rank), self.device):
             images = prepare(batch, self.mean, self.std, self.device)
             return self.loss(model(images), label, self.pixels)
 

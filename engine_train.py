@@ -6,7 +6,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from util.train.logger import StepReport
-from util.train.step import OptimizerStep, Stopwatch, steps_of
+from util.train.step import OptimizerStep, Stopwatch, group_steps
 
 Batch = dict[str, Any]
 
@@ -67,7 +67,7 @@ def train_steps(
         return loss(model, batch, step, number)
 
     waiting = Stopwatch()
-    for micro_batches in steps_of(waiting.around(loader), optimizer_step.accum_iter):
+    for micro_batches in group_steps(waiting.around(loader), optimizer_step.accum_iter):
         lr = schedule(step)
         if before_step is not None:
             before_step(micro_batches)

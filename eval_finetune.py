@@ -9,19 +9,19 @@ from typing import Any
 import torch
 
 import models_zoo
-from build_finetune import TASK, open_set, said_of
+from build_finetune import TASK, describe_loading, open_set
 from engine_finetune import eval_loader, measurement, say_accuracy
 from util.data.class_names import as_trained
 from util.data.samples import default_workers
 from util.data.source import Source
-from util.data.splits import hold_out_of
+from util.data.splits import read_hold_out
 from util.errors import BadInput
 from util.measure.accuracy import EVAL_FILES, RUN_FILES, Accuracy, save_accuracy
 from util.progress import say
 from util.train import checkpoint as ckpt
 from util.train.dist import Processes
 from util.train.logger import prepare_folder
-from util.train.results import MEASURED, chosen_on, identity_of, measured_on, set_others_aside
+from util.train.results import MEASURED, chosen_on, make_identity, measured_on, set_others_aside
 from util.weights.assumed import check_given
 from util.weights.files import load_state
 
@@ -41,7 +41,7 @@ def evaluate_checkpoint(args: argparse.Namespace, procs: Processes) -> None:
     whole = load_state(path, args.weights_key)
 
     def read(weights: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        model, _, state = models_zoo.classifier_of(
+        model, _, state = models_zoo.build_classifier(
             whole | {"model": weights},
             path,
             args.model,
@@ -59,7 +59,7 @@ def evaluate_checkpoint(args: argparse.Namespace, procs: Processes) -> None:
         path,
     )
     if procs.main:
-        for line in said_of(args, state, path):
+        for line in describe_loading(args, state, path):
             say(line)
     # Images are normalised as in training, also those of another set.
     trained_on = state.get("data", {})
@@ -79,7 +79,7 @@ def evaluate_checkpoint(args: argparse.Namespace, procs: Processes) -> None:
     if "ema" in state:
         arms["ema_"] = read(whole["ema"])[0].state_dict()  # at this size too
     prepare_folder(folder)
-    identity = identity_of(path, state.get("step"), measured_settings(args, model))
+    identity = make_identity(path, state.get("step"), measured_settings(args, model))
     if procs.main:
         set_others_aside(folder, EVAL_FILES, identity)
     more: dict[str, Any] = {"checkpoint": str(path), "dataset": args.dataset, MEASURED: identity}
@@ -133,7 +133,7 @@ def save_result(
         source: training images, for the names of the classes.
         more: to be written beside it.
     """
-    folder, where = Path(args.output_dir), hold_out_of(vars(args)).words
+    folder, where = Path(args.output_dir), read_hold_out(vars(args)).words
     more |= {"dataset": args.dataset, "measured_on": where, "best_chosen_on": where}
     more[MEASURED] = {"task": TASK}  # tasks may share a folder
     set_others_aside(folder, RUN_FILES, more[MEASURED])

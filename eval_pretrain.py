@@ -11,7 +11,7 @@ import torch
 
 import models_zoo
 from build_pretrain import open_set
-from engine_pretrain import OWN, Masker, evaluate, flat, lines_of, masker_of, reconstruct
+from engine_pretrain import OWN, Masker, build_masker, evaluate, flat, format_table, reconstruct
 from util.data.loading import say_conversions
 from util.data.randomness import EvalSampler, evenly
 from util.data.samples import Drawn, Samples, build_loader
@@ -68,7 +68,7 @@ def held_out_parts(
     """Under the standard masks, and under the run's own where these are others; [] of no source."""
     if source is None:
         return []
-    standard = masker_of(STANDARD, model)
+    standard = build_masker(STANDARD, model)
     maskers = [standard, masker] if masker.differs_from(standard) else [standard]
     size = args.eval_images, args.batch_size, procs
     return [held_out_set(source, model, m, *size) for m in maskers]
@@ -134,7 +134,7 @@ def report(
         return
     for whose, part, table in zip(("", "the run's own "), parts, tables, strict=False):
         say(f"held-out reconstruction, {whose}{part.masker.words} masks, masked pixels only:")
-        for line in lines_of(table):
+        for line in format_table(table):
             say(f"  {line}")
 
 

@@ -9,16 +9,16 @@ import numpy as np
 import torch
 
 import models_segmenters
-from build_segment import TASK, inference_of, is_users_own, open_set
+from build_segment import TASK, build_inference, is_users_own, open_set
 from engine_segment import eval_loader, evaluate, predict, write_label_maps
-from util.config.flags import settings_of
+from util.config.flags import collect_settings
 from util.config.segment_flags import LOOKS
 from util.data.class_names import check_classes
 from util.data.label_maps import palette
 from util.data.randomness import evenly
 from util.data.samples import default_workers
 from util.data.source import Source, Subset
-from util.data.splits import hold_out_of
+from util.data.splits import read_hold_out
 from util.errors import BadInput
 from util.files import save_png
 from util.measure.confusion import Segmentation
@@ -27,7 +27,7 @@ from util.progress import say
 from util.train import checkpoint as ckpt
 from util.train.dist import Processes
 from util.train.logger import prepare_folder
-from util.train.results import MEASURED, chosen_on, identity_of, measured_on, set_others_aside
+from util.train.results import MEASURED, chosen_on, make_identity, measured_on, set_others_aside
 from util.weights.assumed import assumptions, check_given, set_statistics
 from util.weights.load_table import LOADED
 
@@ -66,7 +66,7 @@ def use_checkpoint(args: argparse.Namespace, procs: Processes, given: Container[
     trained_on = state.get("data", {})
     args.mean, args.std = (args.mean or trained_on.get("mean"), args.std or trained_on.get("std"))
     look_as_trained(args, trained_on, given)
-    inference_of(args)  # refuses windows that cannot work
+    build_inference(args)  # refuses windows that cannot work
     classes = state.get("classes")
     if args.predict:
         if procs.main:
@@ -76,7 +76,7 @@ def use_checkpoint(args: argparse.Namespace, procs: Processes, given: Container[
             [Path(place) for place in args.predict],
             folder,
             classes,
-            inference_of(args),
+            build_inference(args),
             procs,
             flag="--predict",
             scale=args.resize,
@@ -96,8 +96,10 @@ def use_checkpoint(args: argparse.Namespace, procs: Processes, given: Container[
     prepare_folder(folder)
     result = measure(model)
     if procs.main:
-        say_result(f"{source.name} {hold_out_of(vars(args)).words}", result, len(source))
-        identity = identity_of(path, state.get("step"), {n: getattr(args, n) for n in MEASURED_BY})
+        say_result(f"{source.name} {read_hold_out(vars(args)).words}", result, len(source))
+        identity = make_identity(
+            path, state.get("step"), {n: getattr(args, n) for n in MEASURED_BY}
+        )
         set_others_aside(folder, EVAL_FILES, identity)
         more = {"checkpoint": str(path), "dataset": source.name, "images": len(source)}
         more |= {MEASURED: identity, "chosen_on": chosen_on(path, state)}
@@ -117,7 +119,7 @@ def look_as_trained(
     changed = {name: value for name, value in own.items() if value != getattr(args, name)}
     vars(args).update(changed)
     if changed:
-        texts = settings_of(argparse.Namespace(**changed))
+        texts = collect_settings(argparse.Namespace(**changed))
         words = [
             f"--{name} {' '.join(map(str, texts[name]))}"
             if isinstance(texts[name], list)
@@ -139,7 +141,7 @@ def measurement(
             model,
             loader,
             num_classes,
-            inference_of(args),
+            build_inference(args),
             mean=source.mean,
             std=source.std,
             device=procs.device,
@@ -174,7 +176,7 @@ def draw(
     found = predict(
         model,
         eval_loader(shown, args.resize, 0, alone),
-        inference_of(args),
+        build_inference(args),
         mean=source.mean,
         std=source.std,
         device=procs.device,
@@ -205,7 +207,7 @@ def save_result(
         source: training images, for the names of the classes.
         more: to be written beside it.
     """
-    folder, where = Path(args.output_dir), hold_out_of(vars(args)).words
+    folder, where = Path(args.output_dir), read_hold_out(vars(args)).words
     more |= {"dataset": source.name, "measured_on": where, "best_chosen_on": where}
     more[MEASURED] = {"task": TASK}  # tasks may share a folder
     set_others_aside(folder, RUN_FILES, more[MEASURED])

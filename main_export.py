@@ -18,7 +18,7 @@ import torch
 
 import models_zoo
 from models_layers import pair
-from models_segmenters import holds_segmenter, mmseg_config, segmenter_of, to_mmseg_names
+from models_segmenters import build_segmenter, holds_segmenter, mmseg_config, to_mmseg_names
 from models_upernet import UperNet
 from util.config.flag_parser import load_plugins
 from util.config.flags import FlagParser, size_pair
@@ -29,7 +29,7 @@ from util.config.weights_flags import (
     encoder_options,
 )
 from util.console import print_text
-from util.data.preprocessing import preprocessing_of
+from util.data.preprocessing import find_preprocessing
 from util.errors import BadInput, command
 from util.flag_types import expanded_path
 from util.styles import EPS
@@ -117,7 +117,7 @@ def read_segmenter(args: argparse.Namespace) -> tuple[UperNet, dict[str, Any]] |
         return None
     if args.input_size is not None:
         raise BadInput("--input_size resizes encoders (--part encoder); a segmenter takes any size")
-    return segmenter_of(state, args.checkpoint, args.model, args.num_heads, args.weights_key)
+    return build_segmenter(state, args.checkpoint, args.model, args.num_heads, args.weights_key)
 
 
 @torch.inference_mode()
@@ -136,7 +136,7 @@ def write_segmenter(
     images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     with appearing(path) as temporary:
         write_signed(temporary, contents)
-        again, _ = segmenter_of(load_file(temporary), str(path))
+        again, _ = build_segmenter(load_file(temporary), str(path))
         expected, found = model.eval()(images), again.eval()(images)
         line = check_same(expected, found, BOUND, "the new file")
     print_text(f"{args.checkpoint}: segmenter to {args.to}")
@@ -154,7 +154,7 @@ def read_autoencoder(args: argparse.Namespace, state: dict[str, Any]) -> tuple[A
     if args.input_size is not None and "model_args" in state:
         raise BadInput("--input_size resizes encoders; a model with its decoder keeps its size")
     options = autoencoder_options(args) | {"img_size": args.input_size}
-    model, state = models_zoo.autoencoder_of(state, args.checkpoint, **options)
+    model, state = models_zoo.build_autoencoder(state, args.checkpoint, **options)
     if TARGETS[args.to].like_mae and (unlike := unlike_mae(model)):
         raise BadInput(
             f"--to {args.to} takes MAE's decoder, and this one has {unlike}; leave it out with "
@@ -185,7 +185,7 @@ def read_source(args: argparse.Namespace) -> LoadedModel:
     if part == "decoder":
         model, arguments = read_autoencoder(args, state)
     else:
-        model, arguments, state = models_zoo.classifier_of(
+        model, arguments, state = models_zoo.build_classifier(
             state, path, head=head, **encoder_options(args)
         )
         arguments |= {name: pair(arguments[name]) for name in ("img_size", "patch_size")}
@@ -195,13 +195,13 @@ def read_source(args: argparse.Namespace) -> LoadedModel:
     def read_again(place: Path, name: str) -> Any:
         again = load_state(str(place))
         if part == "decoder":
-            return models_zoo.autoencoder_of(again, name)[0]
-        return models_zoo.classifier_of(again, name, head=head)[0]
+            return models_zoo.build_autoencoder(again, name)[0]
+        return models_zoo.build_classifier(again, name, head=head)[0]
 
     print_text("\n".join(describe_reading(state, path)))
     lost = list_losses(state, part, other="other" if args.ema else "averaged (--ema)")
     size, channels = arguments["img_size"], arguments["in_chans"]
-    seen, said = preprocessing_of(state.get("data", {}), size, channels)
+    seen, said = find_preprocessing(state.get("data", {}), size, channels)
     return LoadedModel(
         model.eval(), arguments, state, part, state.get("norm_eps", EPS), seen, said, read_again,
         args.keep_lscale, lost,

@@ -28,11 +28,11 @@ from build_finetune import (
     build_optimizer,
     build_samples,
     check_batch,
+    describe_loading,
     new_model,
     open_set,
     published_for,
     resolve_tune,
-    said_of,
 )
 from engine_finetune import FinetuneLoss, eval_loader, measurement, say_accuracy
 from engine_train import train_steps
@@ -44,7 +44,7 @@ from util.config.session_flags import session_settings
 from util.console import counted, print_text
 from util.data.class_names import check_classes, check_splits
 from util.dry_run.report import describe
-from util.dry_run.training import processes_of
+from util.dry_run.training import plan_processes
 from util.errors import BadInput, command
 from util.progress import say
 from util.train import checkpoint as ckpt
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_settings(vars(args))
     warnings = warn_of_flags(vars(args), parser.given)
     if args.dry_run:
-        count, speaks = processes_of(args.dry_run_processes, Path(args.output_dir))
+        count, speaks = plan_processes(args.dry_run_processes, Path(args.output_dir))
         if speaks:
             print_text(describe(plan_run(args, count, warnings)))
         return
@@ -122,7 +122,7 @@ def finetune(
     else:
         model, model_args = new_model(args, origin, source.channels, num_classes)
         if origin is not None:
-            start.notes += said_of(args, origin, args.finetune)
+            start.notes += describe_loading(args, origin, args.finetune)
     origin = None  # its weights are in the model now
     tuned = model.freeze_to(args.tune)
     ema = None

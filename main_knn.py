@@ -33,7 +33,7 @@ from util.console import counted, print_text
 from util.data.datasets import SPLITS
 from util.data.samples import default_workers
 from util.data.source import Source
-from util.dry_run.training import processes_of
+from util.dry_run.training import plan_processes
 from util.errors import BadInput, command
 from util.files import write_text
 from util.measure.features import (
@@ -42,13 +42,13 @@ from util.measure.features import (
     feature_width,
     write_file_names,
 )
-from util.measure.knn import Bank, neighbours, rank_of, vote
+from util.measure.knn import Bank, neighbours, rank_label, vote
 from util.progress import Progress, say
 from util.train.advice import check_settings, say_warnings, warn_of_flags
 from util.train.dist import Processes, processes
 from util.train.logger import prepare_folder
 from util.train.rank_log import rank_log
-from util.train.results import MEASURED, identity_of, measured_on, set_others_aside
+from util.train.results import MEASURED, make_identity, measured_on, set_others_aside
 from util.weights.assumed import ASSUMED
 
 # Flags that decide what is measured.
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not args.checkpoint:
         raise BadInput("--checkpoint is missing: whose features are to be measured?")
     if args.dry_run:
-        count, speaks = processes_of(args.dry_run_processes, Path(args.output_dir))
+        count, speaks = plan_processes(args.dry_run_processes, Path(args.output_dir))
         if speaks:
             print_text(plan_run(args, count))
         return
@@ -179,7 +179,7 @@ def count_hits(
             bank_chunk=args.bank_chunk,
         ):
             for row, k in zip(hits, args.k, strict=True):
-                rank = rank_of(vote(found, k, args.temperature, classes), label)
+                rank = rank_label(vote(found, k, args.temperature, classes), label)
                 row += torch.stack([(rank < 1).sum(), (rank < 5).sum()])
             bar.update(len(label))
     return procs.sum(hits)
@@ -224,7 +224,7 @@ def save_result(
     settings = {name: settled[name] for name in MEASURED_BY}
     if args.weights_key:
         summary["weights_key"] = args.weights_key
-    summary[MEASURED] = identity_of(args.checkpoint, state.get("step"), settings)
+    summary[MEASURED] = make_identity(args.checkpoint, state.get("step"), settings)
     set_others_aside(folder, [RESULT], summary[MEASURED])
     write_text(folder / RESULT, json.dumps(summary, indent=1) + "\n")
     say(

@@ -48,7 +48,7 @@ from util.train import checkpoint as ckpt
 from util.train.advice import check_settings, say_warnings, warn_of_flags
 from util.train.dist import Processes, processes
 from util.train.logger import prepare_folder
-from util.train.results import MEASURED, identity_of, set_others_aside
+from util.train.results import MEASURED, make_identity, set_others_aside
 from util.weights.files import load_state, take_averaged, weights_file
 from util.weights.load_table import describe_reading
 
@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def segment_files(args: argparse.Namespace, procs: Processes, state: dict[str, Any]) -> None:
     """Write label maps, as main_segment.py --predict does with the checkpoint's own settings."""
-    model, state = models_segmenters.segmenter_of(
+    model, state = models_segmenters.build_segmenter(
         state, args.checkpoint, args.model, args.num_heads, args.weights_key
     )
     say_assumed(args, state, procs)
@@ -135,7 +135,7 @@ def read_classifier(
         )
     if args.ema:
         take_averaged(state, args.checkpoint)
-    model, _, state = models_zoo.classifier_of(
+    model, _, state = models_zoo.build_classifier(
         state, args.checkpoint, head="own", **encoder_options(args)
     )
     return model, state
@@ -219,7 +219,7 @@ def save_predictions(
     folder = Path(args.output_dir)
     bad = [one for one in found if one.fault]
     settings = {name: getattr(args, name) for name in PREDICTED_BY}
-    identity = identity_of(args.checkpoint, state.get("step"), settings)
+    identity = make_identity(args.checkpoint, state.get("step"), settings)
     set_others_aside(folder, (ABOUT, RESULT), identity)
     write_predictions(folder / RESULT, names, found, classes, top)
     about = {"images": len(found), "cannot_be_decoded": len(bad), MEASURED: identity}

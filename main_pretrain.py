@@ -25,7 +25,7 @@ from build_pretrain import (
     open_set,
     peak_lr,
 )
-from engine_pretrain import PretrainLoss, masker_of
+from engine_pretrain import PretrainLoss, build_masker
 from engine_train import train_steps
 from eval_pretrain import held_out_parts, held_out_source, last_picture, measure, save_picture
 from plan_pretrain import plan_run
@@ -35,7 +35,7 @@ from util.config.flags import FlagParser, compiles
 from util.config.session_flags import session_settings
 from util.console import counted, print_text
 from util.dry_run.report import describe
-from util.dry_run.training import processes_of
+from util.dry_run.training import plan_processes
 from util.errors import command, needs
 from util.progress import say
 from util.train.advice import check_settings, warn_of_flags
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_settings(vars(args))
     warnings = warn_of_flags(vars(args), parser.given)
     if args.dry_run:
-        count, speaks = processes_of(args.dry_run_processes, Path(args.output_dir))
+        count, speaks = plan_processes(args.dry_run_processes, Path(args.output_dir))
         if speaks:
             print_text(describe(plan_run(args, count, warnings)))
         return
@@ -98,7 +98,7 @@ def pretrain(
         source = open_set(args, "train", args.in_chans, args.decode)
         val_source = held_out_source(args, source)
     model, model_args = build_model(args, source.channels)
-    masker = masker_of(vars(args), model)
+    masker = build_masker(vars(args), model)
     samples = build_samples(args, source, model, masker)
     parts = held_out_parts(args, val_source, model, masker, procs)
 

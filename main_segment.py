@@ -23,10 +23,10 @@ from build_segment import (
     POOL,
     PUBLISHED,
     TASK,
+    build_inference,
     build_optimizer,
     build_samples,
     check_data,
-    inference_of,
     new_model,
     open_set,
     peak_lr,
@@ -41,7 +41,7 @@ from util.config.session_flags import session_settings
 from util.console import counted, print_text
 from util.data.class_names import check_classes, check_splits
 from util.dry_run.report import describe
-from util.dry_run.training import processes_of
+from util.dry_run.training import plan_processes
 from util.errors import BadInput, command
 from util.progress import say
 from util.train import checkpoint as ckpt
@@ -75,11 +75,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.eval and args.predict:
         raise BadInput("--eval and --predict are two commands; give one of them")
     if not (args.eval or args.predict):  # which may have theirs from the checkpoint
-        inference_of(args)  # refuses windows that cannot work
+        build_inference(args)  # refuses windows that cannot work
     check_settings(vars(args))
     warnings = warn_of_flags(vars(args), parser.given)
     if args.dry_run:
-        count, speaks = processes_of(args.dry_run_processes, Path(args.output_dir))
+        count, speaks = plan_processes(args.dry_run_processes, Path(args.output_dir))
         if speaks:
             print_text(describe(plan_run(args, count, warnings)))
         return
@@ -202,7 +202,7 @@ def segment(
                     after_step=run.after_step,
                     before_step=loss.before_step,
                 )
-                run.end_epoch(run.timeline.epoch_of(step), step)
+                run.end_epoch(run.timeline.find_epoch(step), step)
                 measuring = measure is not None and is_due(args.eval_every, step, total)
                 numbered = step if is_due(args.save_every, step, total) else None
                 run.save(step, "measuring" if measuring else "done", numbered)

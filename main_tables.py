@@ -45,7 +45,7 @@ from util.runs.curves import (
 )
 from util.runs.paper_tables import commands, find_runs, look_up, read_paper, to_csv
 from util.runs.paper_tables import markdown as papers_markdown
-from util.runs.plan import STARTS, Cell, Plan, cells_of, check_unchanged, choose, read_plan
+from util.runs.plan import STARTS, Cell, Plan, check_unchanged, choose, list_cells, read_plan
 from util.runs.tables import check_metrics, fill_tables, markdown, show
 from util.train.lease import Lease, acquire
 from util.train.logger import prepare_folder
@@ -151,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     output = Path(args.output_dir or f"output_dir/tables/{plan.path.stem}").resolve()
     seeds = list(dict.fromkeys(args.seeds or plan.seeds))
     # The tables hold all seeds of the plan also when only some are to be run.
-    cells = cells_of(plan, list(dict.fromkeys([*plan.seeds, *seeds])), output)
+    cells = list_cells(plan, list(dict.fromkeys([*plan.seeds, *seeds])), output)
     wanted = choose(cells, seeds, args.only or ["*"])
     if args.list:
         say_list(cells, wanted)

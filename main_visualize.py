@@ -30,13 +30,13 @@ from engine_pretrain import (
     NOT_NUMBERS,
     OWN,
     Stats,
+    build_masker,
     draw_masks,
     evaluate,
-    fills_of,
     find_statistics,
     flat,
-    lines_of,
-    masker_of,
+    format_table,
+    make_fills,
     reconstruct,
 )
 from util.config.flag_parser import load_plugins
@@ -55,7 +55,7 @@ from util.measure.visualize import panels, picture_grid, save_panels
 from util.train.advice import check_settings, say_warnings, warn_of_flags
 from util.train.dist import choose_device
 from util.train.logger import prepare_folder
-from util.train.results import MEASURED, identity_of, measured_on, set_others_aside
+from util.train.results import MEASURED, make_identity, measured_on, set_others_aside
 
 MEASURED_AT_ONCE = 64
 # Flags that decide what is measured, beside those of the masks.
@@ -106,7 +106,7 @@ def show(
     # --------------------------------------------------------------------- masks and images
     folder, (mean, std) = Path(args.output_dir), stats
     given, own = mask_settings(args, state)
-    masker = masker_of(own | given, model)
+    masker = build_masker(own | given, model)
     take()  # what other readers noted is not these images'
     names, images = gather_images(args, model)
     batch = torch.stack(images).to(device)
@@ -116,7 +116,7 @@ def show(
     composites = {"model": reconstruct(model, batch, mask, masker, mean, std)}
     if composites["model"].isnan().any():
         raise RunFailed(f"the reconstruction of {args.checkpoint} {NOT_NUMBERS}")
-    composites |= fills_of(model, batch, mask, masker, mean, std)
+    composites |= make_fills(model, batch, mask, masker, mean, std)
     psnr = {
         arm: masked_psnr(batch, picture, mask, masker.place_size)
         for arm, picture in composites.items()
@@ -162,7 +162,7 @@ def measure(
     settings, maskers = choose_maskers(args, model, state)
     settings |= {name: getattr(args, name) for name in MEASURED_BY}
     settings["own_mask"] = maskers[-1].words if len(maskers) > 1 else None
-    identity = identity_of(args.checkpoint, state.get("step"), settings)
+    identity = make_identity(args.checkpoint, state.get("step"), settings)
     where = measured_on(vars(args), state, args.checkpoint, speaks=True)
     if not args.dataset:
         raise BadInput(
@@ -184,7 +184,7 @@ def measure(
         say_conversions(loader, lambda found: [found])
         result |= flat(table, prefix) | ({"own_mask": masker.words} if prefix else {})
         print_text(f"{masker.words} masks{', as the run trained' if prefix else ''}:")
-        print_text("\n".join(lines_of(table)))
+        print_text("\n".join(format_table(table)))
     folder = Path(args.output_dir)
     prepare_folder(folder)
     set_others_aside(folder, [RESULT], identity)

@@ -26,10 +26,10 @@ from util.weights.assumed import ASSUMED, settle_number
 from util.weights.convert import (
     HEAD_KEYS,
     NORM_KEYS,
-    flags_of,
-    grid_of,
     in_our_names,
+    infer_grid,
     read_encoder,
+    read_flags,
 )
 from util.weights.files import OPENERS, load_state, weights_file
 from util.weights.load_table import LOADED, Loading, positions_resized
@@ -64,7 +64,7 @@ def load_pretrained(
             raise BadInput(f"{path} is a {state['model_name']}, not a {name}; leave --model out")
         rest = {k: v for k, v in state.items() if k not in ("model", "optimizer")}
         return model, rest | {ASSUMED: [], LOADED: []}
-    return autoencoder_of(load_state(path, weights_key, state), path, name, **overrides)
+    return build_autoencoder(load_state(path, weights_key, state), path, name, **overrides)
 
 
 def read_pretraining(path: str) -> dict[str, Any] | None:
@@ -113,7 +113,7 @@ def open_encoder(state: dict[str, Any], path: str) -> dict[str, Any] | None:
 OPENERS.append(open_encoder)
 
 
-def autoencoder_of(
+def build_autoencoder(
     state: dict[str, Any], path: str, name: str | None = None, **overrides: Any
 ) -> tuple[Any, dict[str, Any]]:
     """`load_pretrained` of what `load_state` has read."""
@@ -124,7 +124,7 @@ def autoencoder_of(
             f"{path} holds no decoder: encoder-only weights cannot reconstruct; use a pretraining "
             "checkpoint of ours or official weights with their decoder (mae_visualize_*)"
         )
-    flags = flags_of(state)
+    flags = read_flags(state)
     given = {k: v for k, v in overrides.items() if v is not None}
     arguments = dict(state.get("model_args", {}))
     if "model_args" in state:
@@ -138,15 +138,15 @@ def autoencoder_of(
             _check_name(name, arguments | {"patch_size": pair(arguments["patch_size"])}, path)
     else:
         reason = "--model" if name else "its flags" if flags.get("model") else "its shapes"
-        name = name or flags.get("model") or _name_of(weights)
+        name = name or flags.get("model") or _find_name(weights)
         if name is None:
             raise BadInput(
                 f"{path} does not say which model it is; name it, for example --model {DEFAULT}"
             )
         arguments = model_arguments(name)
         arguments["norm_pix_loss"] = flags.get("norm_pix_loss", False)
-        arguments["img_size"] = flags.get("input_size", _side_of(weights, arguments))
-        state[ASSUMED] = _assumed_of(arguments, f"as {name}, by {reason}", flags | given)
+        arguments["img_size"] = flags.get("input_size", _find_side(weights, arguments))
+        state[ASSUMED] = _list_assumptions(arguments, f"as {name}, by {reason}", flags | given)
         arguments |= given
     name = name or state.get("model_name")
     kind, known = MODELS.get(name or "", (MaskedAutoencoderViT, {}))
@@ -159,7 +159,9 @@ def autoencoder_of(
     return model, state
 
 
-def _assumed_of(arguments: Mapping[str, Any], reason: str, said: Mapping[str, Any]) -> list[str]:
+def _list_assumptions(
+    arguments: Mapping[str, Any], reason: str, said: Mapping[str, Any]
+) -> list[str]:
     """What is taken for granted of an autoencoder whose file has weights alone.
 
     Args:
@@ -175,7 +177,7 @@ def _assumed_of(arguments: Mapping[str, Any], reason: str, said: Mapping[str, An
     return [*texts, f"LayerNorm eps {EPS:g}", "GELU"]
 
 
-def _name_of(weights: Mapping[str, Any]) -> str | None:
+def _find_name(weights: Mapping[str, Any]) -> str | None:
     """The listed autoencoder of these shapes; None: no or several, or not the official names."""
     projection, embed = weights.get("patch_embed.proj.weight"), weights.get("decoder_embed.weight")
     if projection is None or projection.ndim != 4 or embed is None or not embed.ndim:
@@ -200,10 +202,10 @@ def _name_of(weights: Mapping[str, Any]) -> str | None:
     return names[0] if len(names) == 1 else None
 
 
-def _side_of(weights: Mapping[str, Any], arguments: dict[str, Any]) -> Any:
+def _find_side(weights: Mapping[str, Any], arguments: dict[str, Any]) -> Any:
     """The image side of a square grid of positions; the model's own where they are none."""
     table, patch = weights.get("pos_embed"), pair(arguments["patch_size"])
-    grid = None if table is None else grid_of(table.shape[1] - 1, patch, None, None)
+    grid = None if table is None else infer_grid(table.shape[1] - 1, patch, None, None)
     return arguments["img_size"] if grid is None else (grid[0] * patch[0], grid[1] * patch[1])
 
 
@@ -254,7 +256,7 @@ def load_classifier(
 
     The LayerNorms get the file's epsilon, but 1e-6 with a new head: what is trained here is ours.
     """
-    return classifier_of(
+    return build_classifier(
         load_state(path, weights_key),
         path,
         name,
@@ -266,7 +268,7 @@ def load_classifier(
     )
 
 
-def classifier_of(
+def build_classifier(
     state: dict[str, Any],
     path: str,
     name: str | None = None,
@@ -321,14 +323,14 @@ def classifier_of(
 
 
 def count_channels(state: Mapping[str, Any], path: str, img_size: Pair | None) -> int:
-    """Channels of the images that the encoder in a file takes; arguments as `classifier_of`."""
+    """Channels of the images that the encoder in a file takes; arguments as `build_classifier`."""
     if state.get("encoder_kind", "vit") != "vit":
         return int(state["model_args"]["in_chans"])
     return int(read_encoder(state, path, img_size).arguments["in_chans"])
 
 
 def count_classes(state: Mapping[str, Any], path: str, img_size: Pair | None) -> int:
-    """Outputs of the head in a file, 0: it has none; arguments as `classifier_of`."""
+    """Outputs of the head in a file, 0: it has none; arguments as `build_classifier`."""
     if state.get("encoder_kind", "vit") != "vit":
         return next((len(state["model"][k]) for k in HEAD_WEIGHTS if k in state["model"]), 0)
     return read_encoder(state, path, img_size).classes
@@ -347,7 +349,7 @@ def _encoder_of_kind(
     num_heads: int | None,
     overrides: Mapping[str, Any],
 ) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-    """`classifier_of` for an encoder that is no vision transformer."""
+    """`build_classifier` for an encoder that is no vision transformer."""
     kind = state["encoder_kind"]
     encoder = ENCODER_KINDS.find(kind)
     if name is not None and CLASSIFIERS.find(name)[0] is not encoder:

@@ -307,7 +307,7 @@ class Encoder(PartlyTuned, nn.Module):
 
     def tuned_names(self, tune: str) -> set[str]:
         """See `PartlyTuned`; the units are the stages."""
-        count = blocks_of(tune, len(self.stages))
+        count = count_tuned_blocks(tune, len(self.stages))
         first, *stages, after = self.layer_groups()
         if count is None or count == len(stages):
             return {name for group in (first, *stages, after) for name in group}
@@ -329,7 +329,7 @@ class Encoder(PartlyTuned, nn.Module):
         return self
 
 
-def blocks_of(tune: str, depth: int | None = None) -> float | None:
+def count_tuned_blocks(tune: str, depth: int | None = None) -> float | None:
     """How many blocks `tune` trains: None for full, 0 for linear, K for partial:K.
 
     Raises:

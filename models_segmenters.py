@@ -15,8 +15,8 @@ from util.weights.convert import (
     HEAD_KEYS,
     NORM_KEYS,
     PLACE,
-    assumed_of,
     beside_weights,
+    list_assumptions,
     read_encoder,
 )
 from util.weights.convert_upernet import (
@@ -55,10 +55,10 @@ def load_segmenter_encoder(
     Raises:
         BadInput: unreadable, of another architecture, or weights that do not fit.
     """
-    return segmenter_encoder_of(load_state(path, weights_key), model, path, pos_resize)
+    return build_segmenter_encoder(load_state(path, weights_key), model, path, pos_resize)
 
 
-def segmenter_encoder_of(
+def build_segmenter_encoder(
     state: dict[str, Any], model: UperNet, path: str, pos_resize: str = "rescale"
 ) -> dict[str, Any]:
     """`load_segmenter_encoder` of what `load_state` has read."""
@@ -118,10 +118,10 @@ def load_segmenter(
         BadInput: unreadable, of another architecture, or weights that do not fit.
     """
     state = load_file(weights_file(path))
-    return segmenter_of(state, path, name, num_heads, weights_key)
+    return build_segmenter(state, path, name, num_heads, weights_key)
 
 
-def segmenter_of(
+def build_segmenter(
     state: Mapping[str, Any],
     path: str,
     name: str | None = None,
@@ -144,7 +144,7 @@ def segmenter_of(
     arguments = dict(said or segmenter_arguments(weights, path))
     arguments["num_heads"], assumed = settle_heads(arguments, path, name, num_heads)
     if said is None:
-        assumed += assumed_of(state, arguments["img_size"])
+        assumed += list_assumptions(state, arguments["img_size"])
     model = segmenter_from(arguments)
     if name is not None:
         _check_name(model, name, path)

@@ -195,7 +195,7 @@ class UperNet(nn.Module):
         relative_bias: bool = False,
     ) -> None:
         super().__init__()
-        self.taps = tuple(taps_of(len(encoder.blocks)) if taps is None else taps)
+        self.taps = tuple(choose_taps(len(encoder.blocks)) if taps is None else taps)
         _check(encoder, self.taps, num_classes, channels, aux_channels, aux_tap, pool_scales)
         self.num_classes, self.aux_tap = num_classes, aux_tap
         self.grid, self.patch_size, self.in_chans = (
@@ -208,7 +208,7 @@ class UperNet(nn.Module):
         encoder.num_classes = 0
         self.encoder = encoder
         D = encoder.num_features
-        self.neck = Pyramid(D, finest_of(self.patch_size))
+        self.neck = Pyramid(D, choose_finest_scale(self.patch_size))
         self.decode_head = UperHead([D] * 4, channels, num_classes, pool_scales, dropout)
         self.auxiliary_head = FcnHead(D, aux_channels, num_classes, dropout)
         heads = encoder.blocks[0].attn.num_heads
@@ -330,7 +330,7 @@ class UperNet(nn.Module):
         }
 
 
-def taps_of(depth: int) -> list[int]:
+def choose_taps(depth: int) -> list[int]:
     """The four blocks, counted from 0, that are read in an encoder of some depth.
 
     Raises:
@@ -344,7 +344,7 @@ def taps_of(depth: int) -> list[int]:
     return taps
 
 
-def finest_of(patch_size: Pair) -> int:
+def choose_finest_scale(patch_size: Pair) -> int:
     """How many times as fine as the patches the neck's first map is, for a stride of about 4."""
     return min(FINEST, max(1, 2 ** round(math.log2(min(patch_size) / 4))))
 
@@ -362,7 +362,7 @@ def _check(
     if len(taps) != 4 or list(taps) != sorted(set(taps)) or taps[0] < 0 or taps[-1] != last:
         raise BadInput(
             f"taps {list(taps)} must be four blocks in order, counted from 0, of which the last is "
-            f"the encoder's last, {last}; for example {taps_of(last + 1)}"
+            f"the encoder's last, {last}; for example {choose_taps(last + 1)}"
         )
     if min(num_classes, channels, aux_channels, *pool_scales, 1) < 1 or not pool_scales:
         raise BadInput(

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from models_batchnorm import GlobalBatchNorm
 from models_layers import EncoderBlock, LayerNorm, check_lscale, pair
-from models_protocols import PartlyTuned, blocks_of
+from models_protocols import PartlyTuned, count_tuned_blocks
 from util.errors import BadInput
 from util.mask.pos_embed import resize_table, sincos_2d
 from util.spec import Pair
@@ -117,7 +117,7 @@ class VisionTransformer(PartlyTuned, TimmVisionTransformer):
         """See `PartlyTuned`."""
         *early, last, after = self.layer_groups()
         depth = len(self.blocks)
-        blocks = blocks_of(tune, depth)
+        blocks = count_tuned_blocks(tune, depth)
         if blocks is None or blocks == depth:
             return {name for group in (*early, last, after) for name in group}
         if blocks == 0:

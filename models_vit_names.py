@@ -188,7 +188,7 @@ def from_transformers(weights: Mapping[str, Tensor], source: str) -> tuple[Weigh
     return _without_doubles(pairs, source), notes
 
 
-def config_of(
+def make_config(
     arguments: Mapping[str, Any], eps: float, classes: list[str] | None
 ) -> dict[str, Any]:
     """transformers' config.json of a plain model.
@@ -233,7 +233,7 @@ def config_of(
     }
 
 
-def arguments_of(config: Mapping[str, Any], source: str) -> dict[str, Any]:
+def read_config(config: Mapping[str, Any], source: str) -> dict[str, Any]:
     """What a config.json of transformers says of the model.
 
     Returns:
@@ -295,5 +295,5 @@ def is_mmseg(weights: Mapping[str, Any]) -> bool:
     return any(k.removeprefix("backbone.").startswith("patch_embed.projection.") for k in weights)
 
 
-TRANSFORMERS = Style(is_transformers, from_transformers, to_transformers, arguments_of, config_of)
+TRANSFORMERS = Style(is_transformers, from_transformers, to_transformers, read_config, make_config)
 MMSEG = Style(is_mmseg, from_mmseg, to_mmseg)

@@ -8,8 +8,8 @@ from typing import Any
 
 from models_layers import pair
 from models_load import (
-    autoencoder_of,
-    classifier_of,
+    build_autoencoder,
+    build_classifier,
     count_channels,
     count_classes,
     load_classifier,
@@ -53,8 +53,8 @@ __all__ = [
     "SIZES",
     "Encoder",
     "PretrainModel",
-    "autoencoder_of",
-    "classifier_of",
+    "build_autoencoder",
+    "build_classifier",
     "count_channels",
     "count_classes",
     "create_model",
@@ -167,4 +167,4 @@ def create_model(
     own = count_classes(state, pretrained, kwargs.get("img_size"))
     wanted = kwargs.get("num_classes")
     head = "new" if wanted and wanted != own else ("none" if wanted == 0 or not own else "own")
-    return classifier_of(state, pretrained, name, head=head, **kwargs)[0]
+    return build_classifier(state, pretrained, name, head=head, **kwargs)[0]

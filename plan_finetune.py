@@ -11,21 +11,21 @@ from build_finetune import (
     TASK,
     build_optimizer,
     check_batch,
+    describe_loading,
     new_model,
     open_set,
     published_for,
-    said_of,
 )
 from engine_finetune import BatchAugmentation
-from util.data.splits import hold_out_of
+from util.data.splits import read_hold_out
 from util.dry_run.cost import COUNTED, count_step
 from util.dry_run.training import (
-    Data,
     DryRun,
+    PlannedData,
+    estimate_rate,
     look_at_data,
     measure_rate,
     parameters_by_part,
-    rate_of,
     start_of_plan,
 )
 from util.progress import say
@@ -45,7 +45,7 @@ def plan_run(args: argparse.Namespace, count: int, warnings: Sequence[str] = ())
         args.data_path,
         args.dry_run_images,
         lambda: open_set(everything, "train", args.in_chans),
-        hold_out_of(vars(args)),
+        read_hold_out(vars(args)),
         args.train_images,
     )
     model, arguments, start = planned_model(args, data)
@@ -55,7 +55,7 @@ def plan_run(args: argparse.Namespace, count: int, warnings: Sequence[str] = ())
     patch_size = getattr(model, "patch_size", None)
     patches = "" if patch_size is None else f", patches {patch_size[0]} x {patch_size[1]}"
     global_batch = args.batch_size * count * args.accum_iter
-    rate, rate_note = rate_of(
+    rate, rate_note = estimate_rate(
         args.images_per_second,
         (lambda: rate_here(args, type(model), arguments)) if args.dry_run_measure else None,
         count,
@@ -104,14 +104,14 @@ def plan_run(args: argparse.Namespace, count: int, warnings: Sequence[str] = ())
     )
 
 
-def planned_model(args: argparse.Namespace, data: Data) -> tuple[Any, dict[str, Any], str]:
+def planned_model(args: argparse.Namespace, data: PlannedData) -> tuple[Any, dict[str, Any], str]:
     """The model of a plan, its arguments, and where it starts; see `start_of_plan`."""
     num_classes = args.nb_classes or data.classes
     there, start = start_of_plan(args.finetune, args.model)
     if there:
         origin = load_state(args.finetune, args.weights_key)
         model, arguments = new_model(args, origin, data.channels, num_classes)
-        for line in said_of(args, origin, args.finetune):
+        for line in describe_loading(args, origin, args.finetune):
             say(line)
         return model, arguments, start
     args = argparse.Namespace(

@@ -9,7 +9,7 @@ import torch
 import models_zoo
 from build_knn import describe_encoder, open_encoder
 from util.data.datasets import build_dataset
-from util.data.splits import hold_out_of
+from util.data.splits import read_hold_out
 from util.dry_run.cost import count_forward
 from util.dry_run.report import Features, describe_features
 from util.dry_run.training import look_at_data
@@ -27,9 +27,9 @@ def plan_run(args: argparse.Namespace, count: int) -> str:
         args.data_path,
         args.dry_run_images,
         lambda: build_dataset(
-            args.dataset, "train", args.data_path, hold_out=hold_out_of(vars(args))
+            args.dataset, "train", args.data_path, hold_out=read_hold_out(vars(args))
         ),
-        hold_out_of(vars(args)),
+        read_hold_out(vars(args)),
     )
     if args.checkpoint.startswith("https:") or Path(args.checkpoint).exists():
         model, state = open_encoder(args)

@@ -9,16 +9,16 @@ from typing import Any
 import torch
 
 from build_pretrain import PUBLISHED, TASK, build_model, build_optimizer, open_set, peak_lr
-from engine_pretrain import masker_of
+from engine_pretrain import build_masker
 from util.data.samples import Drawn
-from util.data.splits import hold_out_of
+from util.data.splits import read_hold_out
 from util.dry_run.cost import COUNTED, count_step
 from util.dry_run.training import (
     DryRun,
+    estimate_rate,
     look_at_data,
     measure_rate,
     parameters_by_part,
-    rate_of,
 )
 from util.train.advice import warn_of_shards
 from util.train.dist import choose_device
@@ -33,15 +33,15 @@ def plan_run(args: argparse.Namespace, count: int, warnings: Sequence[str] = ())
         args.data_path,
         args.dry_run_images,
         lambda: open_set(everything, "train", args.in_chans),
-        hold_out_of(vars(args)),
+        read_hold_out(vars(args)),
         args.train_images,
     )
     with torch.device("meta"):  # no memory and no time, whatever the size
         model, _ = build_model(args, args.in_chans or data.channels)
-    masker = masker_of(vars(args), model)
+    masker = build_masker(vars(args), model)
     Drawn(masker.strategy, masker.cells.grid, model.draws)  # names that the run would refuse
     lr = peak_lr(args, model, masker.num_visible, args.batch_size * count * args.accum_iter)
-    rate, rate_note = rate_of(
+    rate, rate_note = estimate_rate(
         args.images_per_second,
         (lambda: rate_here(args, data.channels)) if args.dry_run_measure else None,
         count,
@@ -108,7 +108,9 @@ def rate_here(args: argparse.Namespace, channels: int) -> float:
     device = choose_device(args.device, 0)
     model, _ = build_model(args, args.in_chans or channels)
     model.to(device).set_grad_checkpointing(args.grad_checkpointing)
-    loss = step_on_drawn(model, args.batch_size, masker_of(vars(args), model).num_visible, device)
+    loss = step_on_drawn(
+        model, args.batch_size, build_masker(vars(args), model).num_visible, device
+    )
     optimizer = build_optimizer(args, model, 0.0)
     step = OptimizerStep(model, optimizer, device=device, precision=args.precision)
     return measure_rate(

@@ -10,15 +10,15 @@ import torch
 import models_zoo
 from build_segment import POOL, PUBLISHED, TASK, build_optimizer, new_model, open_set, peak_lr
 from engine_segment import PixelLoss
-from util.data.splits import hold_out_of
+from util.data.splits import read_hold_out
 from util.dry_run.cost import COUNTED, count_step
 from util.dry_run.training import (
-    Data,
     DryRun,
+    PlannedData,
+    estimate_rate,
     look_at_data,
     measure_rate,
     parameters_by_part,
-    rate_of,
     start_of_plan,
 )
 from util.errors import BadInput
@@ -39,14 +39,14 @@ def plan_run(args: argparse.Namespace, count: int, warnings: Sequence[str] = ())
         args.data_path,
         args.dry_run_images,
         lambda: open_set(everything, "train"),
-        hold_out_of(vars(args)),
+        read_hold_out(vars(args)),
         args.train_images,
     )
     model, start = planned_model(args, data)
     arguments = model.arguments
     (h, w), (ph, pw) = arguments["img_size"], model.patch_size
     global_batch = args.batch_size * count * args.accum_iter
-    rate, rate_note = rate_of(
+    rate, rate_note = estimate_rate(
         args.images_per_second,
         (lambda: rate_here(args, arguments)) if args.dry_run_measure else None,
         count,
@@ -96,7 +96,7 @@ def plan_run(args: argparse.Namespace, count: int, warnings: Sequence[str] = ())
     )
 
 
-def planned_model(args: argparse.Namespace, data: Data) -> tuple[Any, str]:
+def planned_model(args: argparse.Namespace, data: PlannedData) -> tuple[Any, str]:
     """The model of a plan, and where it starts; see `start_of_plan`."""
     there, start = start_of_plan(args.finetune, args.model)
     num_classes = args.nb_classes or data.classes

@@ -31,19 +31,19 @@ def cell(text: str) -> str:
     return " ".join(text.split())
 
 
-def default_of(action: argparse.Action, parser: FlagParser) -> str:
+def describe_default(action: argparse.Action, parser: FlagParser) -> str:
     """What counts where the flag is not given; empty: the help text says it."""
     return default_text(action, parser.presets).removeprefix("(default").strip("(): ")
 
 
-def rows_of(parser: FlagParser, group: argparse._ArgumentGroup) -> Iterator[str]:
+def make_rows(parser: FlagParser, group: argparse._ArgumentGroup) -> Iterator[str]:
     """The flags of a group as rows of a table."""
     for action in group._group_actions:
         words = [f"`{word}`" for word in action.option_strings] or [f"`{action.dest}`"]
         text = (action.help or "") % {"prog": parser.prog, "default": action.default}
         if action.choices is not None and action.metavar is None:
             text = f"{text}; one of {', '.join(map(str, action.choices))}"
-        yield f"| {', '.join(words)} | {cell(text)} | {cell(default_of(action, parser))} |"
+        yield f"| {', '.join(words)} | {cell(text)} | {cell(describe_default(action, parser))} |"
 
 
 def page() -> str:
@@ -53,7 +53,7 @@ def page() -> str:
         parser: FlagParser = importlib.import_module(name).build_parser()
         lines += [f"## {name}.py\n", f"{parser.description}\n"]
         for group in parser._action_groups:
-            if rows := list(rows_of(parser, group)):
+            if rows := list(make_rows(parser, group)):
                 title = "" if group.title == "options" else f"**{group.title}**\n\n"
                 table = "\n".join(["| flag | what | default |", "|---|---|---|", *rows])
                 lines.append(f"{title}{table}\n")

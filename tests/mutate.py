@@ -199,7 +199,7 @@ class Places(ast.NodeVisitor):
                 self.add(keyword, "argument not handed on", "", comma=True)
         if self.name(node) in NAMES and isinstance(node.func, ast.Name):
             self.add(node.func, "other function", NAMES[self.name(node)])
-        if self.name(node) in ("seed_of", "generator_of", "seeded") and len(node.args) > 2:
+        if self.name(node) in ("derive_seed", "make_generator", "seeded") and len(node.args) > 2:
             for argument in node.args[2:]:
                 self.add(argument, "part of a key lost", "", comma=True)
         self.generic_visit(node)

@@ -79,12 +79,12 @@ def flag_rows(parser: argparse.ArgumentParser) -> dict[str, dict[str, Any]]:
 
 def free_on_resume(main: Any) -> list[str]:
     """Flags of a training main that may differ on resume; all others are refused if changed."""
-    from util.config.flags import NOT_KEPT, arithmetic_of
+    from util.config.flags import NOT_KEPT, select_arithmetic
 
     dests = {action.dest for action in main.build_parser()._actions} - {"help", "help_all"}
-    # `settings_of` leaves out what holds for one start alone.
+    # `collect_settings` leaves out what holds for one start alone.
     kept = dict.fromkeys(dests - NOT_KEPT)
-    return sorted(dests - arithmetic_of(kept, main.HOUSEKEEPING).keys())
+    return sorted(dests - select_arithmetic(kept, main.HOUSEKEEPING).keys())
 
 
 def is_plain(value: Any) -> bool:

@@ -115,7 +115,7 @@ def module_of(path: str) -> str:
     return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
 
 
-def place_of(path: str) -> str | None:
+def find_place(path: str) -> str | None:
     """The place that a file belongs to; None: to none."""
     for place, (patterns, _) in PLACES.items():
         if any(fnmatch(path, pattern) and path.count("/") == pattern.count("/")
@@ -154,7 +154,7 @@ def project_module(name: str) -> str | None:
         while depth < len(parts) and "/".join(parts[:depth]) in PACKAGES:
             depth += 1
         return ".".join(parts[:depth])
-    return parts[0] if place_of(f"{parts[0]}.py") else None
+    return parts[0] if find_place(f"{parts[0]}.py") else None
 
 
 # ---- Rules -------------------------------------------------------------------------------------
@@ -164,9 +164,9 @@ def imports_fit(sources: Sources) -> list[str]:
     """Each place imports what `PLACES` names; engines get models as arguments."""
     found = []
     for path, text in sources.items():
-        here = place_of(path)
+        here = find_place(path)
         if here is None and path.endswith("__init__.py"):
-            here = place_of(path.replace("__init__", "face"))
+            here = find_place(path.replace("__init__", "face"))
         if here is None:
             found.append(f"{path}: belongs to no place; see PLACES")
             continue
@@ -174,7 +174,7 @@ def imports_fit(sources: Sources) -> list[str]:
             module = project_module(name)
             if module is None or module == module_of(path):
                 continue
-            place = place_of(f"{module.replace('.', '/')}.py")
+            place = find_place(f"{module.replace('.', '/')}.py")
             among = here not in ALONE or module == EXTENDS.get(module_of(path))
             if place is None or not (place in PLACES[here][1] or (place == here and among)):
                 found.append(f"{path}:{line}: imports {module}")

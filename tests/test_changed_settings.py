@@ -331,7 +331,7 @@ def test_what_is_said_of_images_is_what_happens(crops: int, batch_before: int, b
         elif not said:
             assert not twice
         if goes_on > epoch:  # what is still due after it, and saved, is that epoch's
-            assert moved.epoch_of(step) == epoch
+            assert moved.find_epoch(step) == epoch
         if done < before.steps_per_epoch and crops == 1:
             assert not twice
 

@@ -818,7 +818,7 @@ def newest_step(folder: Path, task: str) -> int:
     return state["step"]
 
 
-def steps_of(folder: Path, task: str) -> set[int]:
+def group_steps(folder: Path, task: str) -> set[int]:
     states = [load_file(path) for path in folder.glob("*.pth")]
     return {state["step"] for state in states if state["task"] == task}
 
@@ -831,7 +831,7 @@ def test_tasks_in_one_folder_lose_nothing(tmp_path: Path) -> None:
         save_step(tmp_path, "finetune", epoch + 1, epoch)
         assert newest_step(tmp_path, "pretrain") == 35
         assert newest_step(tmp_path, "finetune") == epoch + 1
-    assert steps_of(tmp_path, "pretrain") == {10, 20, 30, 35}
+    assert group_steps(tmp_path, "pretrain") == {10, 20, 30, 35}
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {
         "checkpoint-0.pth", "checkpoint-1.pth", "checkpoint-2.pth", LAST,
@@ -845,7 +845,7 @@ def test_tasks_in_one_folder_lose_nothing(tmp_path: Path) -> None:
     save_step(tmp_path, "finetune", 3)
     assert newest_step(tmp_path, "pretrain") == 40
     assert newest_step(tmp_path, "finetune") == 3
-    assert steps_of(tmp_path, "pretrain") == {10, 20, 30, 40}
+    assert group_steps(tmp_path, "pretrain") == {10, 20, 30, 40}
     assert newest(tmp_path, "segment").path is None
 
 
@@ -854,8 +854,8 @@ def test_keep_counts_what_was_set_aside(tmp_path: Path) -> None:
         save_step(tmp_path, "pretrain", epoch + 1, epoch)
     save_step(tmp_path, "finetune", 1, 0)  # sets checkpoint-0 of pretraining aside
     save_step(tmp_path, "pretrain", 3, 2, keep=2)
-    assert steps_of(tmp_path, "pretrain") == {2, 3}
-    assert steps_of(tmp_path, "finetune") == {1}
+    assert group_steps(tmp_path, "pretrain") == {2, 3}
+    assert group_steps(tmp_path, "finetune") == {1}
 
 
 # ---- Files that do not fit -----------------------------------------------------------------------

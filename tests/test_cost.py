@@ -22,7 +22,7 @@ from util.dry_run.cost import (
     checkpoint_bytes,
     count_forward,
     count_step,
-    memory_of,
+    estimate_memory,
     numbered_checkpoints,
 )
 
@@ -298,7 +298,7 @@ def test_activations_of_segmentation_are_measured_ones(precision: str) -> None:
 
 def test_memory_adds_up() -> None:
     cost = Cost(forward=8, backward=16, attention=0, activations=200, copies=100, shared=30)
-    memory = memory_of(
+    memory = estimate_memory(
         cost, batch_size=3, image_values=7, parameters=50, learning=40, optimizer="adamw",
         averages=True,
     )  # fmt: skip

@@ -10,7 +10,14 @@ from launch import TINY, launch, wait
 from runs import different, records, weights
 
 from util.data.images import BadImage
-from util.data.randomness import STREAMS, EpochSampler, Key, generator_of, seed_of, seeds_of
+from util.data.randomness import (
+    STREAMS,
+    EpochSampler,
+    Key,
+    derive_seed,
+    derive_seeds,
+    make_generator,
+)
 from util.data.samples import Drawn, Samples, build_loader
 from util.data.transforms import PretrainTensorTransform, PretrainTransform
 from util.errors import EXIT_STOPPED, BadInput
@@ -44,8 +51,8 @@ def test_seeds_of_many_are_numpys(seed, count):
     rng = np.random.default_rng(count)
     keys = [Key(*(int(v) for v in rng.integers(0, 2**32, 3))) for _ in range(count)]
     keys[0] = Key(0, 0, 0)
-    expected = [[seed_of(seed, stream, *key) for key in keys] for stream in STREAMS]
-    assert seeds_of(seed, list(STREAMS), keys).tolist() == expected
+    expected = [[derive_seed(seed, stream, *key) for key in keys] for stream in STREAMS]
+    assert derive_seeds(seed, list(STREAMS), keys).tolist() == expected
 
 
 @pytest.mark.parametrize("mask", ["random", "grid", "mixed"])
@@ -59,10 +66,10 @@ def test_noise_and_shift_are_those_of_generators_of_their_own(mask, count):
     samples = Samples(images, lambda image: image, 3, Drawn(strategy, grid, draws))
     keys = [Key(2, index, index % 2) for index in range(count)]
     for key, sample in zip(keys, samples.__getitems__(keys), strict=True):
-        rows = strategy.draw(grid, generator_of(3, "mask", *key))
+        rows = strategy.draw(grid, make_generator(3, "mask", *key))
         assert torch.equal(sample["noise"], rows)
         for name, stream in streams.items():
-            expected = torch.rand(*draws[name], generator=generator_of(3, stream, *key)) - 0.5
+            expected = torch.rand(*draws[name], generator=make_generator(3, stream, *key)) - 0.5
             assert torch.equal(sample[name], expected)
 
 

@@ -58,7 +58,7 @@ class Block:
                 yield words
 
 
-def blocks_of(page: str) -> list[Block]:
+def count_tuned_blocks(page: str) -> list[Block]:
     text = (ROOT / page).read_text()
     return [Block(m["kind"], m["text"], m["title"], m["needs"]) for m in BLOCK.finditer(text)] + [
         Block("bash", command.replace("...", "--dry_run"), None, None)
@@ -203,10 +203,10 @@ def run_command(words: list[str], run_main: Callable[..., tuple[int, str, str]])
 def test_a_page_runs_from_top_to_bottom(page: str, here: Path, run_main: Any) -> None:
     with registered_apart():
         if page == "README.md":  # whose table names the file of another page
-            for block in blocks_of("docs/extending.md"):
+            for block in count_tuned_blocks("docs/extending.md"):
                 if block.title:
                     (here / block.title).write_text(block.text)
-        for block in blocks_of(page):
+        for block in count_tuned_blocks(page):
             if block.needs or block.kind in ("text", "yaml"):
                 continue
             if block.title:
@@ -223,8 +223,10 @@ def test_every_block_of_a_page_is_one_that_is_read() -> None:
     """A fence of another form would be passed over."""
     for page in PAGES:
         fences = re.findall(r"^```", (ROOT / page).read_text(), re.MULTILINE)
-        tabled = sum(b.text.startswith("python ") and "\n" not in b.text for b in blocks_of(page))
-        assert len(fences) == 2 * (len(blocks_of(page)) - tabled), page
+        tabled = sum(
+            b.text.startswith("python ") and "\n" not in b.text for b in count_tuned_blocks(page)
+        )
+        assert len(fences) == 2 * (len(count_tuned_blocks(page)) - tabled), page
 
 
 # ---- The pages themselves ----------------------------------------------------------------------

@@ -13,7 +13,7 @@ import main_knn
 import main_pretrain
 import main_segment
 from models_zoo import create_model, create_segmenter
-from util.dry_run.report import describe, warnings_of
+from util.dry_run.report import describe, list_warnings
 
 TINY = [
     "--dataset=digits", "--input_size=16", "--batch_size=12", "--warmup_epochs=1.5", "--epochs=4",
@@ -118,7 +118,7 @@ def test_plan_of_ade20k_on_8_gpus(run_main) -> None:
     for part in ("16 = 2 x 8 processes", "160,000, 126.7 epochs of 1,263", "warm-up 1,500 steps",
                  "linear to 0", "shared by all images"):  # fmt: skip
         assert part in text
-    assert not [w for w in warnings_of(plan) if not w.startswith("checkpoints need")]
+    assert not [w for w in list_warnings(plan) if not w.startswith("checkpoints need")]
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_plan_of_ade20k_on_8_gpus(run_main) -> None:
 )
 def test_what_looks_wrong_in_segmentation_is_said(flags: list[str], expected: str) -> None:
     count = 1 if "recipe's 16" in expected else 8
-    warnings = warnings_of(segment_plan(["--model=vit_base_patch16", *flags], count))
+    warnings = list_warnings(segment_plan(["--model=vit_base_patch16", *flags], count))
     assert any(expected in text for text in warnings), warnings
 
 
@@ -189,7 +189,7 @@ def test_plan_of_vit_base_on_8_gpus() -> None:
     ):
         assert part in text
     # The disk is this machine's business; nothing else looks wrong.
-    assert not [w for w in warnings_of(plan) if not w.startswith("checkpoints need")]
+    assert not [w for w in list_warnings(plan) if not w.startswith("checkpoints need")]
 
 
 def test_a_huge_model_takes_no_memory() -> None:
@@ -216,7 +216,7 @@ def test_a_huge_model_takes_no_memory() -> None:
     ],
 )
 def test_what_looks_wrong_is_said(flags: list[str], expected: str | None) -> None:
-    warnings = warnings_of(pretrain_plan([*BASE, *flags], 8))
+    warnings = list_warnings(pretrain_plan([*BASE, *flags], 8))
     if expected is None:
         assert not [w for w in warnings if "recipe" in w]
     else:
@@ -232,7 +232,7 @@ def test_linear_and_scratch_are_held_to_their_own_recipes() -> None:
     # Fine-tuning's settings on random weights: said once, and not held to another recipe.
     mixed = finetune_plan(["--model=vit_base_patch16"], 16)
     assert mixed.published.blr == 1e-3
-    assert [w for w in warnings_of(mixed) if "checkpoints need" not in w] == list(mixed.warnings)
+    assert [w for w in list_warnings(mixed) if "checkpoints need" not in w] == list(mixed.warnings)
     assert "there is no --finetune" in mixed.warnings[0]
 
 

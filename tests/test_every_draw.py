@@ -28,11 +28,11 @@ from torch import Tensor, nn
 
 import eval_pretrain
 import eval_segment
-from engine_pretrain import draw_masks, masker_of
+from engine_pretrain import build_masker, draw_masks
 from models_mmae import MaskedAutoencoderViT
 from models_zoo import create_model
 from util.data.images import BadImage
-from util.data.randomness import STREAMS, Key, generator_of, seed_of, seeded
+from util.data.randomness import STREAMS, Key, derive_seed, make_generator, seeded
 from util.data.samples import Samples
 from util.data.segmentation_sets import SegmentationSource
 from util.data.source import Source
@@ -666,9 +666,9 @@ def test_masks_order_and_shift_are_those_of_their_streams(partial: bool, tmp_pat
     for key, mask, shift, order in zip(
         keys, torch.cat(masks), torch.cat(shifts), torch.cat(orders), strict=True
     ):
-        drawn = torch.empty(16).uniform_(generator=generator_of(3, "predict", *key)) - 0.5
+        drawn = torch.empty(16).uniform_(generator=make_generator(3, "predict", *key)) - 0.5
         assert torch.equal(order, drawn), key
-        place = torch.empty(2).uniform_(generator=generator_of(3, "shift", *key)) - 0.5
+        place = torch.empty(2).uniform_(generator=make_generator(3, "shift", *key)) - 0.5
         assert torch.equal(shift, place), key
         assert mask.sum() == 12
 
@@ -785,7 +785,7 @@ def test_what_an_evaluation_sees_follows_no_seed(name: str, tmp_path: Path) -> N
 def test_pictures_of_a_checkpoint_follow_their_own_seed_alone() -> None:
     """And the place of the image; not what is in it, nor what was drawn before."""
     model = create_model("mae_vit_micro_patch4", img_size=16)
-    masker = masker_of(STANDARD, model)
+    masker = build_masker(STANDARD, model)
     images = torch.zeros(3, 3, 16, 16, dtype=torch.uint8)
     first = draw_masks(images, masker, 0)
     torch.rand(5)
@@ -866,7 +866,7 @@ def test_every_stream_and_every_call_has_an_entry(calls: Calls) -> None:
     assert all(name in globals() for name in HELD.values())
     found = set()
     for at, names, call in calls:
-        if names[-1] in ("seed_of", "generator_of", "seeds_of") and len(call.args) > 1:
+        if names[-1] in ("derive_seed", "make_generator", "seeds_of") and len(call.args) > 1:
             stream = call.args[1]
             if isinstance(stream, ast.Constant):
                 found.add((at, stream.value))
@@ -888,5 +888,5 @@ def test_nothing_else_draws_from_global_generators(calls: Calls) -> None:
 def test_streams_of_one_key_are_apart() -> None:
     """A purpose with the number of another would draw the same."""
     keys = [(0, 0, 0), (0, 1, 0), (1, 0, 0), (0, 0, 1)]
-    seeds = [seed_of(s, stream, *key) for s in (0, 1) for stream in STREAMS for key in keys]
+    seeds = [derive_seed(s, stream, *key) for s in (0, 1) for stream in STREAMS for key in keys]
     assert len(set(seeds)) == len(seeds)

@@ -152,7 +152,7 @@ CASES = {
 }  # fmt: skip
 
 
-def place_of(root: Path, case: str, split: tuple[int, int]) -> Path:
+def find_place(root: Path, case: str, split: tuple[int, int]) -> Path:
     return root / f"{case.replace(' ', '-')}-{split[0]}-{split[1]}"
 
 
@@ -162,10 +162,10 @@ def command(root: Path, name: str, split: tuple[int, int]) -> list[str]:
     flags = []
     for flag in case.flags:
         for other in CASES:
-            flag = flag.replace(f"{{{other}-1-1}}", str(place_of(root, other, (1, 1))))
+            flag = flag.replace(f"{{{other}-1-1}}", str(find_place(root, other, (1, 1))))
         flags.append(flag)
     data = root / ("pairs" if case.main == "main_segment" else "images")
-    flags += [f"--data_path={data}", f"--output_dir={place_of(root, name, split)}"]
+    flags += [f"--data_path={data}", f"--output_dir={find_place(root, name, split)}"]
     if case.main != "main_knn":
         flags += [f"--batch_size={GLOBAL_BATCH // world // accum}", f"--accum_iter={accum}"]
     return flags
@@ -301,7 +301,7 @@ def work(rank: int, world: int, root: Path) -> None:
                 ends.append(run_once(main, command(root, name, split)))
             torch.save(
                 {"ends": ends, "gradients": watch.gradients},
-                root / f"{place_of(root, name, split).name}.rank{rank}",
+                root / f"{find_place(root, name, split).name}.rank{rank}",
             )
     torch.save(alone_checks(rank, world, root), root / f"checks-{world}.rank{rank}")
 
@@ -431,7 +431,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def ends_of(root: Path, name: str, split: tuple[int, int]) -> list[list[tuple[int, str]]]:
     """Exit codes and errors of each rank's commands."""
-    paths = [Path(f"{place_of(root, name, split)}.rank{rank}") for rank in range(split[0])]
+    paths = [Path(f"{find_place(root, name, split)}.rank{rank}") for rank in range(split[0])]
     return [torch.load(path)["ends"] for path in paths]
 
 
@@ -492,9 +492,9 @@ def test_every_process_ends_as_it_should(name: str, root: Path) -> None:
 def test_what_a_run_records_is_the_same(pair: tuple[str, tuple[int, int]], root: Path) -> None:
     """Losses, gradient norms, counts of bad images, measurements."""
     name, split = pair
-    expected = records(place_of(root, base_of(name), (1, 1)))
+    expected = records(find_place(root, base_of(name), (1, 1)))
     assert len(expected["train"]) > 0
-    found = records(place_of(root, name, split))
+    found = records(find_place(root, name, split))
     assert same(found, expected, LOSSES) == []
 
 
@@ -503,8 +503,8 @@ def test_gradients_are_those_of_the_global_batch(
     pair: tuple[str, tuple[int, int]], root: Path
 ) -> None:
     name, (world, accum) = pair
-    paths = [Path(f"{place_of(root, name, (1, 1))}.rank0")]
-    paths += [Path(f"{place_of(root, name, (world, accum))}.rank{r}") for r in range(world)]
+    paths = [Path(f"{find_place(root, name, (1, 1))}.rank0")]
+    paths += [Path(f"{find_place(root, name, (world, accum))}.rank{r}") for r in range(world)]
     expected, *found = [torch.load(path)["gradients"] for path in paths]
     assert len(expected) > 1
     for mine in found:
@@ -518,7 +518,7 @@ def test_gradients_are_those_of_the_global_batch(
 def test_checkpoints_are_the_same(pair: tuple[str, tuple[int, int]], root: Path) -> None:
     """Weights, running statistics and fits; the optimiser's state; lists and sums."""
     name, split = pair
-    paths = [place_of(root, base_of(name), (1, 1)), place_of(root, name, split)]
+    paths = [find_place(root, base_of(name), (1, 1)), find_place(root, name, split)]
     expected, found = (load_file(path / LAST) for path in paths)
     assert found["step"] == expected["step"] and found["stage"] == expected["stage"]
     assert found["bad_images"] == expected["bad_images"]
@@ -535,7 +535,7 @@ def test_checkpoints_are_the_same(pair: tuple[str, tuple[int, int]], root: Path)
 def test_bad_images_are_listed_once_by_all(name: str, root: Path) -> None:
     listed = {}
     for split in CASES[name].splits:
-        (path,) = place_of(root, name, split).glob("bad_images*.txt")
+        (path,) = find_place(root, name, split).glob("bad_images*.txt")
         lines = path.read_text().splitlines()
         listed[split] = sorted(line.split(": ")[0] for line in lines)
         assert len(set(lines)) == len(lines) > 0
@@ -546,7 +546,7 @@ def test_bad_images_are_listed_once_by_all(name: str, root: Path) -> None:
 
 
 def test_a_pca_is_fitted_on_the_patches_of_all(root: Path) -> None:
-    fits = [load_file(place_of(root, "pretrain", s) / LAST)["model"] for s in SPLITS]
+    fits = [load_file(find_place(root, "pretrain", s) / LAST)["model"] for s in SPLITS]
     for fit in fits[1:]:
         for name in ("pca.mean", "pca.basis"):
             torch.testing.assert_close(fit[name], fits[0][name], rtol=0, atol=1e-6)
@@ -568,7 +568,7 @@ def test_measurements_are_the_same_on_any_number(name: str, root: Path) -> None:
     """Also where a process has no image."""
     results = []
     for split in ONE_STEP:
-        folder = place_of(root, name, split)
+        folder = find_place(root, name, split)
         (path,) = [p for p in folder.glob("*.json") if p.name != "config.json"]
         results.append(json.loads(path.read_text()))
         if name == "finetune measured":
@@ -587,7 +587,7 @@ def test_measurements_are_the_same_on_any_number(name: str, root: Path) -> None:
 def test_results_of_a_run_are_the_same(name: str, root: Path) -> None:
     expected = None
     for split in SPLITS:
-        folder = place_of(root, name, split)
+        folder = find_place(root, name, split)
         result = json.loads((folder / "result.json").read_text())
         if name == "finetune":
             result["confusion"] = table(folder / "confusion.csv")

@@ -25,7 +25,7 @@ from trained import Trained
 import main_export
 from models_zoo import load_classifier
 from util.data.images import IMAGENET_MEAN
-from util.data.preprocessing import preprocessing_of
+from util.data.preprocessing import find_preprocessing
 from util.data.transforms import EvalTransform, normalize
 from util.train.checkpoint import LAST
 
@@ -195,7 +195,7 @@ def test_a_pretrained_model_has_its_processor_too(tmp_path: Path, capfd) -> None
     ],
 )
 def test_the_margin_is_evaluations(data: dict, size: tuple[int, int], share: float) -> None:
-    seen, known = preprocessing_of(data, size, 3)
+    seen, known = find_preprocessing(data, size, 3)
     assert seen.share == share and not known
     short = EvalTransform(size, margin=share < 1).cover[0]
     assert seen.for_transformers()["size"] == {"shortest_edge": short}

@@ -32,7 +32,7 @@ from engine_finetune import BatchAugmentation, FinetuneLoss
 from engine_train import train_steps
 from main_finetune import build_augmentation, build_parser, resolve_tune
 from models_zoo import CLASSIFIERS, MODELS, create_model
-from util.config.flags import settings_of
+from util.config.flags import collect_settings
 from util.data.datasets import build_dataset
 from util.data.randomness import evenly, seeded
 from util.data.transforms import FinetuneTransform, normalize
@@ -631,7 +631,7 @@ class Recorder(torch.nn.Module):
         return self.linear(images.mean((1, 2, 3)).unsqueeze(1))
 
 
-def epoch_of(batches: int, **settings: Any) -> tuple[list[tuple[Tensor, Tensor]], list[Any]]:
+def find_epoch(batches: int, **settings: Any) -> tuple[list[tuple[Tensor, Tensor]], list[Any]]:
     """What the model of an epoch of uint8 batches sees, and the reports of its steps."""
     generator = torch.Generator().manual_seed(4)
     loader = [
@@ -671,27 +671,27 @@ def same(a: Sequence[tuple[Tensor, Tensor]], b: Sequence[tuple[Tensor, Tensor]])
 
 
 def test_steps_are_reported_and_can_be_left() -> None:
-    _, reports = epoch_of(6, augmentation=BatchAugmentation(), accum_iter=2)
+    _, reports = find_epoch(6, augmentation=BatchAugmentation(), accum_iter=2)
     assert [r.step for r in reports] == [1, 2, 3]
     assert [r.lr for r in reports] == [0.0, 0.01, 0.02]
     assert [[i.tolist()[0] for i in r.indices] for r in reports] == [[0, 8], [16, 24], [32, 40]]
     assert [r.bad for r in reports] == [[0, 90, 1, 90], [2, 90, 3, 90], [4, 90, 5, 90]]
-    assert [r.step for r in epoch_of(6, stop_at=4)[1]] == [1, 2, 3, 4]
+    assert [r.step for r in find_epoch(6, stop_at=4)[1]] == [1, 2, 3, 4]
 
 
 def test_draws_are_those_of_seed_step_micro_step_and_rank() -> None:
-    seen = epoch_of(6)[0]
+    seen = find_epoch(6)[0]
     draws = {tuple(noise.tolist()) for _, noise in seen}
     assert len(draws) == 6
     torch.manual_seed(5)
     random.seed(5)
     np.random.seed(5)
-    assert all(same(epoch_of(6)[0], seen))
-    assert all(same(epoch_of(6, first_step=2)[0], seen[2:]))
+    assert all(same(find_epoch(6)[0], seen))
+    assert all(same(find_epoch(6, first_step=2)[0], seen[2:]))
     for other in ({"seed": 1}, {"rank": 1}):
-        assert not any(same(epoch_of(6, **other)[0], seen))
+        assert not any(same(find_epoch(6, **other)[0], seen))
     # The first micro-step of a step is drawn as the whole step is, the second is not.
-    parts = epoch_of(6, accum_iter=2)[0]
+    parts = find_epoch(6, accum_iter=2)[0]
     assert len({tuple(noise.tolist()) for _, noise in parts}) == 6
     assert [torch.equal(parts[2 * i][1], seen[i][1]) for i in range(3)] == [True] * 3
 
@@ -988,7 +988,7 @@ def test_saved_settings_are_a_recipe(flags: list[str], tmp_path: Path) -> None:
     first = build_parser().parse(["--finetune=some.pth", *flags])
     resolve_tune(first)
     saved = tmp_path / "config.yaml"
-    saved.write_text(yaml.safe_dump(settings_of(first)))
+    saved.write_text(yaml.safe_dump(collect_settings(first)))
     again = build_parser().parse([f"--config={saved}"])
     resolve_tune(again)
     assert vars(again) == vars(first) | {"config": str(saved)}

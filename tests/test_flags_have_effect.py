@@ -70,8 +70,8 @@ SESSION = (ROOT / "util/config/session_flags.py").read_text()
 WEIGHTS = (ROOT / "util/config/weights_flags.py").read_text()
 READ_TOGETHER = {
     "session_settings(args, ": read_names(SESSION, "settings") | set(run_options(Everything())),
-    "masker_of(vars(args), ": set(STANDARD),
-    "hold_out_of(vars(args))": {"val_fraction", "val_seed"},
+    "build_masker(vars(args), ": set(STANDARD),
+    "read_hold_out(vars(args))": {"val_fraction", "val_seed"},
     "all_mask_settings()": set(STANDARD),
     "encoder_options(args)": read_names(WEIGHTS, "settings"),
     "autoencoder_options(args)": read_names(WEIGHTS, "settings"),

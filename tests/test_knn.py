@@ -24,7 +24,7 @@ from util.measure.knn import (
     best,
     nearest,
     neighbours,
-    rank_of,
+    rank_label,
     unit,
     vote,
 )
@@ -139,7 +139,7 @@ def test_equal_to_scikit_learn(k: int, temperature: float) -> None:
     assert clear.mean() > 0.99
     differences = np.abs(shares.numpy() - model.predict_proba(x[1500:]))
     assert differences[clear].max() < 1e-5
-    correct = (rank_of(scores, label) < 1).double().mean().item()
+    correct = (rank_label(scores, label) < 1).double().mean().item()
     assert correct == pytest.approx(model.score(x[1500:], y[1500:]), abs=1e-12) and correct > 0.8
 
 
@@ -153,14 +153,14 @@ def ranked(similarity: list[float], label: list[int]) -> Neighbours:
 def test_equal_votes_go_to_the_lower_class() -> None:
     scores = vote(ranked([0.5, 0.5], [3, 1]), 2, 0.07, 5)
     assert scores.tolist() == [[-1, 1, -1, 1, -1]]
-    assert [rank_of(scores, torch.tensor([c])).item() for c in (1, 3)] == [0, 1]
+    assert [rank_label(scores, torch.tensor([c])).item() for c in (1, 3)] == [0, 1]
     assert scores.argmax(1).item() == 1
 
 
 def test_a_class_without_votes_is_never_right() -> None:
     scores = vote(ranked([0.9, 0.1], [4, 2]), 2, 1e-9, 6)  # the second weight rounds to 0
     assert scores.tolist() == [[-1, -1, 0, -1, 1, -1]]
-    assert [rank_of(scores, torch.tensor([c])).item() for c in range(6)] == [6, 6, 1, 6, 0, 6]
+    assert [rank_label(scores, torch.tensor([c])).item() for c in range(6)] == [6, 6, 1, 6, 0, 6]
 
 
 @pytest.mark.parametrize("temperature", [1e-300, 1e-3, 0.07])

@@ -15,7 +15,7 @@ from runs import records
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from trained import Trained
 
-from engine_pretrain import fills_of, masker_of, reconstruct
+from engine_pretrain import build_masker, make_fills, reconstruct
 from models_zoo import create_model, load_pretrained
 from util.data.images import IMAGENET_MEAN, IMAGENET_STD
 from util.errors import EXIT_FAILED
@@ -134,11 +134,11 @@ def test_perfect_predictions_restore_the_image() -> None:
             return {"pred": model.target(masked_patches(x, mask, model.patch_size))}
 
         model.forward = oracle
-        masker = masker_of(STANDARD, model)
+        masker = build_masker(STANDARD, model)
         picture = reconstruct(model, images, mask, masker, IMAGENET_MEAN, IMAGENET_STD)
         assert (picture - images).abs().max() < 1e-3
         psnr = masked_psnr(images, picture, mask, model.patch_size)
-        fills = fills_of(model, images, mask, masker, IMAGENET_MEAN, IMAGENET_STD)
+        fills = make_fills(model, images, mask, masker, IMAGENET_MEAN, IMAGENET_STD)
         assert all(
             (psnr > masked_psnr(images, f, mask, model.patch_size)).all() for f in fills.values()
         )

@@ -15,7 +15,7 @@ from util.data.datasets import build_dataset
 from util.data.images import BadImage, read_image
 from util.data.jpeg import read_pixels
 from util.data.pixel_limits import MOST_PIXELS
-from util.data.replace import fault_of
+from util.data.replace import find_fault
 from util.data.segmentation_sets import build_segmentation_set
 from util.data.source import Source, Subset
 
@@ -83,7 +83,7 @@ def test_both_decoders_refuse_what_the_source_refuses(
 def test_loading_processes_have_the_limit_however_they_start(data: Path, method: str) -> None:
     source = build_dataset("imagefolder", "train", data, max_pixels=BETWEEN)
     with multiprocessing.get_context(method).Pool(1) as pool:
-        found = pool.starmap(fault_of, [(source, index) for index in range(4)])
+        found = pool.starmap(find_fault, [(source, index) for index in range(4)])
     assert ["exceeds limit" in reason for reason in found] == [0, 1, 0, 0]
 
 

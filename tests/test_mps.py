@@ -9,7 +9,7 @@ from torch import nn
 
 import engine_pretrain
 import models_zoo
-from engine_pretrain import PretrainLoss, evaluate, masker_of, reconstruct
+from engine_pretrain import PretrainLoss, build_masker, evaluate, reconstruct
 from engine_train import train_steps
 from util.data.conversions import Tally
 from util.errors import BadInput
@@ -130,7 +130,7 @@ def test_pretraining_there_is_pretraining_here(
             pos_offset=pos_offset, norm_pix_loss=True,
         )  # fmt: skip
         placed(model, device)
-        masker = masker_of(SETTINGS, model)
+        masker = build_masker(SETTINGS, model)
         learning = [p for p in model.parameters() if p.requires_grad]
         optimizer = create_adamw([{"params": learning}], 1e-3, betas=(0.9, 0.95))
         assert optimizer.defaults["fused"] == (device.type == "cpu")
@@ -161,7 +161,7 @@ def test_pretraining_there_is_pretraining_here(
 def test_masks_do_not_depend_on_the_device() -> None:
     model = models_zoo.create_model("mae_vit_micro_patch4", img_size=16)
     for name in ("mixed", "average", "random", "block", "grid"):
-        masker = masker_of(SETTINGS | {"mask": name}, model)
+        masker = build_masker(SETTINGS | {"mask": name}, model)
         batch = batches(model, masker.strategy, 1)[0]
         here = masker(batch["x"], batch["noise"])
         with PretendMps():

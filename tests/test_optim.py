@@ -36,7 +36,7 @@ AFTER = {
 }  # fmt: skip
 
 
-def settings_of(groups: Iterable[dict]) -> dict[str, tuple[float, float]]:
+def collect_settings(groups: Iterable[dict]) -> dict[str, tuple[float, float]]:
     """Each parameter's (lr_scale, weight_decay)."""
     return {n: (g["lr_scale"], g["weight_decay"]) for g in groups for n in g["param_names"]}
 
@@ -49,14 +49,14 @@ def test_every_parameter_of_vit_base() -> None:
             expected[f"blocks.{i}.{name}"] = (0.65 ** (12 - i), 0.05 * decayed)
     expected |= {name: (1.0, 0.05 * decayed) for name, decayed in AFTER.items()}
     groups = layer_decay_groups(model, weight_decay=0.05, layer_decay=0.65)
-    assert settings_of(groups) == expected
+    assert collect_settings(groups) == expected
     # Each name stands beside its own parameter, and nothing is in twice.
     pairs = [p for g in groups for p in zip(g["param_names"], g["params"], strict=True)]
     assert len(pairs) == len(expected) and len(groups) == 2 * 14
     named = dict(model.named_parameters())
     assert all(parameter is named[name] for name, parameter in pairs)
     flat = layer_decay_groups(model, weight_decay=0.05, layer_decay=1.0)
-    assert settings_of(flat) == {name: (1.0, decay) for name, (_, decay) in expected.items()}
+    assert collect_settings(flat) == {name: (1.0, decay) for name, (_, decay) in expected.items()}
 
 
 class Stack(nn.Module):
@@ -83,7 +83,7 @@ def test_frozen_parameters_and_empty_groups_are_left_out() -> None:
     model.layers[0] = []  # a frozen parameter need not stand in a layer
     groups = layer_decay_groups(model, 0.1, 0.5)
     assert [g["param_names"] for g in groups] == [["linear.weight"], ["scale"]]
-    assert settings_of(groups) == {"linear.weight": (0.5, 0.1), "scale": (1.0, 0.0)}
+    assert collect_settings(groups) == {"linear.weight": (0.5, 0.1), "scale": (1.0, 0.0)}
 
 
 @pytest.mark.parametrize("layer_in", [[], [0, 1], [1, 1]])

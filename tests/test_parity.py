@@ -92,7 +92,7 @@ def vit_mae(config: Any) -> nn.Module:
     return ViTMAEForPreTraining(config)
 
 
-def config_of(size: dict[str, int], norm_pix_loss: bool = False) -> Any:
+def make_config(size: dict[str, int], norm_pix_loss: bool = False) -> Any:
     """A ViTMAEConfig; imported here, for all lanes read this file and one runs it."""
     from transformers import ViTMAEConfig
 
@@ -180,7 +180,7 @@ def pair(request: pytest.FixtureRequest) -> Pair:
     ours = MaskedAutoencoderViT(**SIZES[size], norm_pix_loss=norm_pix_loss)
     ours = trained_looking(ours).to(dtype)
     with torch.device("meta"):
-        theirs = vit_mae(config_of(SIZES[size], norm_pix_loss))
+        theirs = vit_mae(make_config(SIZES[size], norm_pix_loss))
     theirs.load_state_dict(to_transformers(ours.state_dict()), strict=True, assign=True)
 
     L = ours.grid[0] * ours.grid[1]
@@ -225,7 +225,7 @@ def test_target_divides_by_n_minus_1() -> None:
 def test_names_map_one_to_one(size: str) -> None:
     with torch.device("meta"):
         ours = MaskedAutoencoderViT(**SIZES[size])
-        theirs = vit_mae(config_of(SIZES[size]))
+        theirs = vit_mae(make_config(SIZES[size]))
     shapes = {name: t.shape for name, t in to_transformers(ours.state_dict()).items()}
     assert shapes == {name: t.shape for name, t in theirs.state_dict().items()}
     frozen = [name for name, p in ours.named_parameters() if not p.requires_grad]
@@ -239,7 +239,7 @@ def test_position_codes_are_transformers(size: str) -> None:
 
     arguments = SIZES[size] | {"depth": 1, "decoder_depth": 1}
     ours = MaskedAutoencoderViT(**arguments)
-    config = config_of(arguments)
+    config = make_config(arguments)
     # The parts alone: transformers 5.23 leaves both codes 0 in a whole model, for a file to fill.
     embeddings = modeling.ViTMAEEmbeddings(config)
     embeddings.initialize_weights()
@@ -269,7 +269,7 @@ def test_flops_are_below_the_official_graph() -> None:
         images = torch.empty(1, 3, 224, 224)
         mask = torch.ones(1, 196, dtype=torch.bool)
         ours = matrix_flops(MaskedAutoencoderViT(**BASE), images, mask=mask, num_visible=49)
-        theirs = matrix_flops(vit_mae(config_of(BASE)), images)
+        theirs = matrix_flops(vit_mae(make_config(BASE)), images)
     assert theirs / 1e9 == pytest.approx(56.3, abs=0.05)  # 56.27
     assert ours / 1e9 <= 55.1  # 55.02
 

@@ -14,9 +14,9 @@ from util.data.randomness import (
     EpochSampler,
     EvalSampler,
     Key,
+    derive_seed,
     evenly,
-    generator_of,
-    seed_of,
+    make_generator,
     seeded,
     stream_number,
 )
@@ -65,11 +65,11 @@ def test_seeded_restores_after_an_error():
 
 def test_seeds_are_what_they_were():
     # A change of these numbers changes every run: it belongs into CHANGELOG as 'numbers change'.
-    assert seed_of(0, "order", 0) == 15793235383387715774
-    assert seed_of(0, "augment", 0, 0, 0) == 3061595112526229754
-    assert seed_of(1, "mask", 3, 141, 0) == 3509385491889240289
-    assert seed_of(2**40, "model", 7, 1, 2) == 14465978511119435104
-    assert generator_of(42, "order", 799).initial_seed() == 10095622830850293880
+    assert derive_seed(0, "order", 0) == 15793235383387715774
+    assert derive_seed(0, "augment", 0, 0, 0) == 3061595112526229754
+    assert derive_seed(1, "mask", 3, 141, 0) == 3509385491889240289
+    assert derive_seed(2**40, "model", 7, 1, 2) == 14465978511119435104
+    assert make_generator(42, "order", 799).initial_seed() == 10095622830850293880
 
 
 def test_stream_numbers_stay():
@@ -81,7 +81,7 @@ def test_stream_numbers_stay():
 
 def test_seeds_differ_in_every_part():
     keys = [(e, i, c) for e in range(6) for i in range(40) for c in range(2)]
-    seeds = [seed_of(s, name, *key) for s in (0, 1) for name in STREAMS for key in keys]
+    seeds = [derive_seed(s, name, *key) for s in (0, 1) for name in STREAMS for key in keys]
     assert len(set(seeds)) == len(seeds)
     assert all(0 <= seed < 2**64 for seed in seeds)
 
@@ -92,7 +92,7 @@ def test_a_stream_of_ones_own_has_the_number_of_its_name():
     number = 7 + digest % (2**32 - 7)
     assert stream_number("draw colour") == number == 68923399
     sequence = np.random.SeedSequence([5, number, 1, 2, 3])
-    assert seed_of(5, "draw colour", 1, 2, 3) == sequence.generate_state(1, np.uint64)[0]
+    assert derive_seed(5, "draw colour", 1, 2, 3) == sequence.generate_state(1, np.uint64)[0]
     names = [f"draw {i}" for i in range(2000)]
     assert min(map(stream_number, names)) > max(STREAMS.values())
     assert len({stream_number(name) for name in names}) == len(names)
@@ -101,7 +101,7 @@ def test_a_stream_of_ones_own_has_the_number_of_its_name():
 def test_streams_and_neighbouring_keys_are_independent():
     # First draws of 400 keys, per stream and for two seeds and two epochs: no two series correlate.
     series = [
-        [torch.rand((), generator=generator_of(s, name, e, i, 0)).item() for i in range(400)]
+        [torch.rand((), generator=make_generator(s, name, e, i, 0)).item() for i in range(400)]
         for name in STREAMS
         for s, e in ((0, 0), (0, 1), (1, 0))
     ]
@@ -171,7 +171,7 @@ def test_every_epoch_and_seed_is_another_permutation():
     orders = [sampler.order(epoch) for epoch in range(20)]
     orders += [EpochSampler(NUMBER, 12, seed=seed).order(0) for seed in (6, 7)]
     assert all(sorted(order) == list(range(NUMBER)) for order in orders)
-    drawn = torch.randperm(NUMBER, generator=generator_of(5, "order", 3))
+    drawn = torch.randperm(NUMBER, generator=make_generator(5, "order", 3))
     assert orders[3].tolist() == drawn.tolist()
     assert len({tuple(order) for order in orders}) == len(orders)
     # Epochs leave out different images, so none is left out for ever.
@@ -329,7 +329,7 @@ def test_noise_and_shift_do_not_depend_on_the_augmentation_nor_it_on_the_mask():
             assert torch.equal(other["x"], plain["x"]), mask
             assert all(torch.equal(other[name], plain[name]) for name in DRAWS), mask
     # What draws a mask outside of a loader gets the same one.
-    drawn = create_strategy("mixed").draw(GRID, generator_of(3, "mask", *Key(0, 2)))
+    drawn = create_strategy("mixed").draw(GRID, make_generator(3, "mask", *Key(0, 2)))
     assert torch.equal(drawn, samples("mixed")[Key(0, 2)]["noise"])
     # Mixed draws as random does, first; the decoder's order is another.
     plain, mixed = samples("random")[Key(0, 2)], samples("mixed")[Key(0, 2)]

@@ -18,11 +18,11 @@ from trained import Trained
 import main_finetune
 import main_pretrain
 import main_segment
-from util.config.flags import FlagParser, settings_of
+from util.config.flags import FlagParser, collect_settings
 from util.config.recipes import read_layers, read_recipe, write_recipe
 from util.config.segment_flags import SCALES
 from util.data.datasets import build_dataset
-from util.dry_run.report import machine_warnings, warnings_of
+from util.dry_run.report import list_warnings, machine_warnings
 from util.errors import BadInput
 from util.runs.cell_runs import READERS
 from util.runs.paper_tables import differences
@@ -232,11 +232,11 @@ def test_garments_is_whole() -> None:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_commands_are_recipes(name: str) -> None:
-    recipe, words = settings_of(resolved(name)), PUBLISHED[name].split()
+    recipe, words = collect_settings(resolved(name)), PUBLISHED[name].split()
     command = parser_of(name).parse(words)
     if task_of(name) == "finetune":
         main_finetune.resolve_tune(command)
-    given = settings_of(command)
+    given = collect_settings(command)
     different = {key for key in recipe if recipe[key] != given[key]}
     assert different == {"output_dir", "precision"}  # the official code's precision is autocast's
 
@@ -326,7 +326,7 @@ def warned(name: str, *more: str) -> list[str]:
     found = argparse.Namespace(**vars(resolved(name, *more)))
     count = 8 if name.startswith(("mae/", "mmae/", "ade20k")) else 1
     plan = MAINS[task_of(name)].plan_run(found, count)
-    return [w for w in warnings_of(plan) if w not in machine_warnings(plan)]
+    return [w for w in list_warnings(plan) if w not in machine_warnings(plan)]
 
 
 @pytest.mark.parametrize("name", [*ROWS, *SEGMENTERS, "demo.yaml", "fashion_mnist.yaml"])
@@ -356,7 +356,7 @@ def test_no_run_of_a_plan_is_warned_of(name: str) -> None:
         if found.model is None:
             found.model = "vit_tiny_patch4"
         planned = MAINS[task].plan_run(found, 1, warn_of_flags(vars(found), parser.given))
-        said = [w for w in warnings_of(planned) if w not in machine_warnings(planned)]
+        said = [w for w in list_warnings(planned) if w not in machine_warnings(planned)]
         assert said == [], run.name
 
 
@@ -374,7 +374,7 @@ def start(trained: Trained) -> Path:
     return trained("main_pretrain", OF_DIGITS) / "checkpoint-last.pth"
 
 
-def kind_of(name: str) -> tuple[Any, ...]:
+def name_kind(name: str) -> tuple[Any, ...]:
     """What makes a recipe another path through the code; a new kind is run unasked."""
     found, task = vars(resolved(name)), task_of(name)
     if task == "segment":
@@ -392,7 +392,7 @@ def kind_of(name: str) -> tuple[Any, ...]:
 
 
 # One recipe of each kind, the first by name.
-KINDS = {kind_of(name): name for name in reversed([*ROWS, *SEGMENTERS])}
+KINDS = {name_kind(name): name for name in reversed([*ROWS, *SEGMENTERS])}
 
 
 def test_the_kinds_are_those_we_know() -> None:
@@ -483,7 +483,7 @@ def test_a_recipe_written_out_is_the_same_elsewhere(tmp_path: Path) -> None:
     path = RECIPES / "mmae" / "pretrain_vit_huge_800.yaml"
     copy = tmp_path / "alone.yaml"
     copy.write_bytes(write_recipe(read_recipe(path)))
-    assert settings_of(parse(copy)) == settings_of(parse(path))
+    assert collect_settings(parse(copy)) == collect_settings(parse(path))
 
 
 @pytest.mark.parametrize(

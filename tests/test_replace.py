@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Dataset
 from util.data.datasets import build_dataset
 from util.data.images import BadImage
 from util.data.randomness import Key
-from util.data.replace import BAD_SLOTS, bad_slots, decode, fault_of
+from util.data.replace import BAD_SLOTS, bad_slots, decode, find_fault
 from util.errors import BadInput
 
 
@@ -120,4 +120,4 @@ def test_a_folder_of_odd_files_loads_the_same_with_any_workers(tmp_path):
 
 def test_the_fault_of_an_image_can_be_asked_for():
     source = Holes(3, {1})
-    assert fault_of(source, 1) == "broken" and "changed since" in fault_of(source, 2)
+    assert find_fault(source, 1) == "broken" and "changed since" in find_fault(source, 2)

@@ -28,7 +28,7 @@ from trained import Trained
 import submitit_finetune
 import submitit_pretrain
 from util.errors import EXIT_BAD_INPUT, EXIT_STOPPED, RunFailed, Stopped
-from util.slurm import gpus_of, project_files
+from util.slurm import parse_gpus, project_files
 from util.train.checkpoint import LAST, load_file
 from util.train.task import leave
 
@@ -698,7 +698,7 @@ def test_dry_run_keeps_the_flags_of_the_main(
     [("(null)", 0), ("gpu:2", 2), ("gpu:v100:4(S:0-1)", 4), ("gpu:1g.10gb:7,gpu:a100:2,fpga:1", 9)],
 )
 def test_gpus_of_a_node(resources: str, gpus: int) -> None:
-    assert gpus_of(resources) == gpus
+    assert parse_gpus(resources) == gpus
 
 
 @pytest.mark.parametrize(

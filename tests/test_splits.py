@@ -17,9 +17,9 @@ import main_segment
 import main_visualize
 from util.data.datasets import build_dataset
 from util.data.source import ArraySource
-from util.data.splits import HoldOut, hold_out, ranks_of
+from util.data.splits import HoldOut, draw_ranks, hold_out
 from util.train.checkpoint import load_file
-from util.train.results import MEASURED, identity_of, set_others_aside
+from util.train.results import MEASURED, make_identity, set_others_aside
 
 TINY = ["--batch_size=6", "--num_workers=0", "--device=cpu", "--log_every=1"]
 PRETRAIN = [
@@ -32,7 +32,7 @@ def ranks(count: int, seed: int) -> np.ndarray:
     """Of so many images in memory, all of one class."""
     labels = np.zeros(count, dtype=np.int64)
     images = np.zeros((count, 4, 4), dtype=np.uint8)
-    return ranks_of(ArraySource("some", "train", (images, labels), ((0.5,), (0.5,)), ["x"]), seed)
+    return draw_ranks(ArraySource("some", "train", (images, labels), ((0.5,), (0.5,)), ["x"]), seed)
 
 
 # ---- The draw ----------------------------------------------------------------------------------
@@ -146,7 +146,7 @@ def test_all_commands_hold_out_the_same(shapes: Path, tmp_path: Path) -> None:
     assert labels == [[9, 15, 21], [3, 5, 7]]
     # What kNN calls val is what the definition says of the listing.
     train = build_dataset("imagefolder", "train", shapes)
-    held = hold_out(ranks_of(train, 3), 0.25, np.repeat([0, 1, 2], [12, 20, 28]))
+    held = hold_out(draw_ranks(train, 3), 0.25, np.repeat([0, 1, 2], [12, 20, 28]))
     features = [np.load(run / f"features-{s}.npy") for s in ("train", "val")]
     both = [f"--data_path={twice(shapes, tmp_path)}", f"--output_dir={tmp_path / 'all'}"]
     main_knn.main([*out, *both, "--save_features", "--k=3", "--num_workers=0"])
@@ -286,11 +286,11 @@ def test_a_result_of_before_these_flags_is_of_the_same(tmp_path: Path) -> None:
     path = tmp_path / "result.json"
     path.write_text(json.dumps({MEASURED: old}))
     settings |= {"val_fraction": None, "val_seed": 0, "weights_key": None}
-    same = identity_of(old["checkpoint"], 7, settings)
+    same = make_identity(old["checkpoint"], 7, settings)
     set_others_aside(tmp_path, ["result.json"], same)
     assert path.is_file()
     for name, value in (("val_fraction", 0.1), ("weights_key", "teacher"), ("val_images", 3)):
         path.write_text(json.dumps({MEASURED: old}))
-        other = identity_of(old["checkpoint"], 7, settings | {name: value})
+        other = make_identity(old["checkpoint"], 7, settings | {name: value})
         set_others_aside(tmp_path, ["result.json"], other)
         assert not path.exists(), name

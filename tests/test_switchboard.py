@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision.transforms import InterpolationMode, v2
 
-from engine_pretrain import masker_of, reconstruct
+from engine_pretrain import build_masker, reconstruct
 from lab.bench.step_speed import flop_counter
 from models_mmae import MaskedAutoencoderViT
 from models_zoo import load_encoder, load_pretrained, model_arguments
@@ -174,7 +174,7 @@ def test_a_perfect_prediction_of_all_coefficients_is_the_image() -> None:
         return {"pred": model.target(hidden)}
 
     model.forward = oracle
-    masker = masker_of(STANDARD | {"mask_ratio": 1 - VISIBLE / model.num_patches}, model)
+    masker = build_masker(STANDARD | {"mask_ratio": 1 - VISIBLE / model.num_patches}, model)
     picture = reconstruct(model, images, mask, masker, (0.5,) * 3, (0.2,) * 3)
     assert (picture - images).abs().max() < 0.01  # gray levels
 

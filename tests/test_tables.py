@@ -22,7 +22,7 @@ from runs import records
 import main_tables
 from util.errors import BadInput
 from util.runs import cell_runs
-from util.runs.plan import cells_of, read_plan
+from util.runs.plan import list_cells, read_plan
 from util.runs.tables import mean_and_deviation, show
 from util.train.lease import NAME, acquire
 
@@ -446,7 +446,7 @@ def test_every_plan_of_the_project_reads() -> None:
     assert "fashion_mnist.yaml" in [path.name for path in paths]
     for path in paths:
         plan = read_plan(path, cell_runs.READERS)
-        cells = cells_of(plan, plan.seeds, ROOT / "output_dir")
+        cells = list_cells(plan, plan.seeds, ROOT / "output_dir")
         own = [run.copy.seeds or plan.given["seeds"] for run in plan.runs.values()]
         assert len(cells) == sum(map(len, own))
         shown = {row.run for table in plan.tables for row in table.rows}

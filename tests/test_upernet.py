@@ -22,12 +22,12 @@ from torch import Tensor, nn
 
 from models_layers import RelativeBias, relative_index
 from models_segmenters import (
+    build_segmenter,
     load_segmenter,
     load_segmenter_encoder,
-    segmenter_of,
     to_mmseg_names,
 )
-from models_upernet import FcnHead, Pyramid, UperHead, UperNet, finest_of, taps_of
+from models_upernet import FcnHead, Pyramid, UperHead, UperNet, choose_finest_scale, choose_taps
 from models_vit import VisionTransformer
 from models_zoo import (
     create_model,
@@ -181,7 +181,7 @@ def test_the_neck_by_torchs_functions(finest: int, grid: tuple[int, int], train:
 
 @pytest.mark.parametrize(("patch", "finest"), [(16, 4), (14, 4), (8, 2), (4, 1), (32, 4)])
 def test_the_finest_map_is_at_four_pixels(patch: int, finest: int) -> None:
-    assert finest_of((patch, patch)) == finest
+    assert choose_finest_scale((patch, patch)) == finest
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_the_finest_map_is_at_four_pixels(patch: int, finest: int) -> None:
     [(12, [3, 5, 7, 11]), (24, [7, 11, 15, 23]), (4, [0, 1, 2, 3]), (5, [0, 1, 2, 4])],
 )
 def test_taps(depth: int, taps: list[int]) -> None:
-    assert taps_of(depth) == taps
+    assert choose_taps(depth) == taps
 
 
 def test_parameter_counts_of_base_follow_from_the_published_settings() -> None:
@@ -661,7 +661,7 @@ def test_the_public_runs_names(tmp_path: Path) -> None:
             name = f"{block}_bias_table"
             old[f"{block}_index"] = relative_index((4, 4), (4, 4))
         old[name.replace("ls2.gamma", "gamma_2")] = tensor
-    back, _ = segmenter_of({"state_dict": old}, "public.pth")
+    back, _ = build_segmenter({"state_dict": old}, "public.pth")
     own = model.state_dict()
     assert all(torch.equal(v, own[k]) for k, v in back.state_dict().items())
     assert len(back.state_dict()) == len(own)
@@ -685,7 +685,7 @@ def test_files_that_hold_no_segmenter(tmp_path: Path) -> None:
     named = to_mmseg_names(micro())
     for missing in ("decode_head.conv_seg.bias", "backbone.layers.2.ln1.weight"):
         with pytest.raises(BadInput, match="missing 1: "):
-            segmenter_of({k: v for k, v in named.items() if k != missing}, "cut.pth")
+            build_segmenter({k: v for k, v in named.items() if k != missing}, "cut.pth")
     learned = micro(relative_bias=True)
     with pytest.raises(BadInput, match="relative position biases"):
         load_encoder(str(save_segmenter(tmp_path, learned)))

@@ -255,7 +255,7 @@ def submit(main: ModuleType, argv: Sequence[str] | None) -> None:
     if job.dry_run:
         if hasattr(settings, "dry_run_processes"):  # the main can say what the run costs
             if settings.dry_run_processes is None:
-                planned.append(f"--dry_run_processes={job.nodes * tasks_of(job)}")
+                planned.append(f"--dry_run_processes={job.nodes * count_tasks(job)}")
             planned.append(f"--output_dir={run_folder}")
             main.main.__wrapped__(planned)
             print_text()
@@ -271,12 +271,12 @@ def submit(main: ModuleType, argv: Sequence[str] | None) -> None:
     tell(job, submitted, run_folder.replace("%j", submitted.job_id), code)
 
 
-def tasks_of(job: argparse.Namespace) -> int:
+def count_tasks(job: argparse.Namespace) -> int:
     """Tasks per node."""
     return int(job.ngpus or job.cpu_tasks)
 
 
-def cpus_of(job: argparse.Namespace) -> int:
+def count_cpus(job: argparse.Namespace) -> int:
     """CPUs per task: 10 as in MAE's code, for loading; a CPU task computes on them."""
     return int(job.cpus_per_task or (10 if job.ngpus else 1))
 
@@ -351,7 +351,7 @@ def create_executor(job: argparse.Namespace, folder: Path, code: Path, name: str
         local.update_parameters(
             timeout_min=job.timeout,
             gpus_per_node=job.ngpus,
-            tasks_per_node=tasks_of(job),
+            tasks_per_node=count_tasks(job),
             signal_delay_s=job.signal_seconds,
             setup=job.setup,
         )
@@ -360,9 +360,9 @@ def create_executor(job: argparse.Namespace, folder: Path, code: Path, name: str
     parameters = {
         "job_name": name,
         "nodes": job.nodes,
-        "ntasks_per_node": tasks_of(job),
+        "ntasks_per_node": count_tasks(job),
         "gpus_per_node": job.ngpus or None,
-        "cpus_per_task": cpus_of(job),
+        "cpus_per_task": count_cpus(job),
         "mem": None if job.mem_gb is None else f"{int(job.mem_gb * 1024)}M",
         "time": job.timeout,
         "signal_delay_s": job.signal_seconds,
@@ -375,7 +375,7 @@ def create_executor(job: argparse.Namespace, folder: Path, code: Path, name: str
         "additional_parameters": {"requeue": True},  # also where the cluster's default is not to
         # srun does not take CPUs per task from sbatch (Slurm 22.05 and later). A task that fails
         # ends the others: between GPUs they would wait for it until a timeout.
-        "srun_args": [f"--cpus-per-task={cpus_of(job)}", "--kill-on-bad-exit=1"],
+        "srun_args": [f"--cpus-per-task={count_cpus(job)}", "--kill-on-bad-exit=1"],
     }
     create = _Paper if job.dry_run else submitit.SlurmExecutor
     executor = create(folder, max_num_timeout=MANY, python=python)
@@ -434,10 +434,10 @@ def check_cluster(job: argparse.Namespace) -> None:
         return
     where = job.partition or "the default partition"
     wishes: list[tuple[str, int, Callable[[list[str]], int]]] = [
-        (f"--ngpus {job.ngpus}", job.ngpus, lambda row: gpus_of(row[2])),
+        (f"--ngpus {job.ngpus}", job.ngpus, lambda row: parse_gpus(row[2])),
         (
-            f"{tasks_of(job)} tasks of {cpus_of(job)} CPUs (--cpus_per_task)",
-            tasks_of(job) * cpus_of(job),
+            f"{count_tasks(job)} tasks of {count_cpus(job)} CPUs (--cpus_per_task)",
+            count_tasks(job) * count_cpus(job),
             lambda row: int(row[3].rstrip("+")),
         ),
     ]
@@ -451,7 +451,7 @@ def check_cluster(job: argparse.Namespace) -> None:
         raise BadInput(f"--nodes {job.nodes}, but {where} has {nodes}")
 
 
-def gpus_of(resources: str) -> int:
+def parse_gpus(resources: str) -> int:
     """GPUs of a node, from sinfo's `gpu:2`, `gpu:v100:4(S:0-1),gpu:a100:2` or `(null)`."""
     return sum(map(int, re.findall(r"\bgpu(?::[^:,()]+)?:(\d+)", resources)))
 
@@ -478,8 +478,9 @@ def tell(
     number_of, paths = submitted.job_id, submitted.paths
     per_task = "a GPU" if job.ngpus else "CPUs only"
     print_text(
-        f"job      {number_of}: {job.nodes} node{'s' * (job.nodes > 1)} x {tasks_of(job)} "
-        f"task{'s' * (tasks_of(job) > 1)}, {per_task} each; at most {job.timeout} minutes at a time"
+        f"job      {number_of}: {job.nodes} node{'s' * (job.nodes > 1)} x {count_tasks(job)} "
+        f"task{'s' * (count_tasks(job) > 1)}, {per_task} each; at most {job.timeout} minutes at a "
+        "time"
     )
     print_text(f"run      {run_folder}")
     print_text(f"code     {code}")

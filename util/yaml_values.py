@@ -19,7 +19,7 @@ def mapping(given: Any, where: str, keys: Collection[str] | None = None) -> dict
     return given
 
 
-def seeds_of(given: Any, where: str) -> tuple[int, ...]:
+def read_seeds(given: Any, where: str) -> tuple[int, ...]:
     """Different whole numbers, as seeds have to be."""
     whole = isinstance(given, list) and all(type(s) is int and 0 <= s < 2**32 for s in given)
     if not whole or len(set(given)) < len(given):

@@ -30,7 +30,15 @@ import models_zoo
 from engine_pretrain import Masker, PretrainLoss
 from engine_train import train_steps
 from lab.bench.children import Answer
-from lab.bench.contenders import ATTENTION, PEERS, Arm, name_of, parse_arms, strategy_of, terms_of
+from lab.bench.contenders import (
+    ATTENTION,
+    PEERS,
+    Arm,
+    create_arm_strategy,
+    name_arm,
+    parse_arms,
+    preset_terms,
+)
 from lab.bench.data_speed import (
     TurnSampler,
     compare_reads,
@@ -59,10 +67,10 @@ from lab.bench.measuring import (
 )
 from lab.bench.peers import OfficialMAE, create_vitmae
 from lab.bench.step_speed import (
+    compile_options,
     count_flops,
     draw_sweeps,
     measure_steps,
-    options_of,
     our_step,
     peers_step,
     show_steps,
@@ -77,7 +85,7 @@ from util.data.source import Source, Subset
 from util.data.transforms import pretrain_transform
 from util.errors import BadInput, command, needs
 from util.flag_types import MOST_IN_BATCH, MOST_SIDE, expanded_path, processes_flag
-from util.mask.cells import cells_of
+from util.mask.cells import make_cells
 from util.mask.strategies import count_visible
 from util.progress import say
 from util.train.dist import Place, Processes, choose_device, distribute, join
@@ -212,9 +220,9 @@ def build_parser() -> FlagParser:
 # ---- Models and their operations -----------------------------------------------------------------
 
 
-def arguments_of(arm: Arm, in_chans: int = 3) -> dict[str, Any]:
+def arm_arguments(arm: Arm, in_chans: int = 3) -> dict[str, Any]:
     """Arguments of the arm's model; the peer's sizes are MAE's."""
-    terms = terms_of(arm)
+    terms = preset_terms(arm)
     arguments = models_zoo.model_arguments(arm.model) | {
         "in_chans": in_chans,
         "norm_pix_loss": True,
@@ -230,7 +238,7 @@ def arguments_of(arm: Arm, in_chans: int = 3) -> dict[str, Any]:
 
 def create_arm(arm: Arm, in_chans: int = 3) -> Any:
     """The arm's model."""
-    arguments = arguments_of(arm, in_chans)
+    arguments = arm_arguments(arm, in_chans)
     if arm.method == "transformers":
         return create_vitmae(arguments, arguments["img_size"], arm.mask_ratio)
     if arm.method == "official":
@@ -238,9 +246,9 @@ def create_arm(arm: Arm, in_chans: int = 3) -> Any:
     return models_zoo.create_model(arm.model, **arguments)
 
 
-def flops_of(arm: Arm) -> int:
+def count_arm_flops(arm: Arm) -> int:
     """Operations of one image, forward and backward, see `count_flops`."""
-    return count_flops(lambda: create_arm(arm), arm, arguments_of(arm)["img_size"])
+    return count_flops(lambda: create_arm(arm), arm, arm_arguments(arm)["img_size"])
 
 
 # ---- What measures in a process of its own -----------------------------------------------------
@@ -261,11 +269,11 @@ def build_step(rank: int, arm: Arm, device_name: str, meeting: str) -> Answer:
     before = peak_resident()
     model = create_arm(arm).to(device)
     if arm.method in PEERS:
-        step = peers_step(model, arm, procs, arguments_of(arm)["img_size"])
+        step = peers_step(model, arm, procs, arm_arguments(arm)["img_size"])
     else:
-        strategy = strategy_of(arm)
+        strategy = create_arm_strategy(arm)
         visible = count_visible(model.num_patches, arm.mask_ratio)
-        masker = Masker(strategy, cells_of(model.grid, (1,)), visible, model.patch_size)
+        masker = Masker(strategy, make_cells(model.grid, (1,)), visible, model.patch_size)
         step = our_step(model, arm, procs, strategy, masker, visible)
     seconds_of = stopwatch(device)
     if device.type == "cuda":
@@ -326,7 +334,7 @@ def on_a_gpu(step: Callable[[], Any], device: torch.device) -> Answer:
 
 def build_limit(rank: int, arm: Arm, device_name: str) -> Answer:
     """In a child: the rate of the matrix products of the arm's layers."""
-    arguments = arguments_of(arm)
+    arguments = arm_arguments(arm)
     side, patch = arguments["img_size"], arguments["patch_size"]
     patches = (side // patch) ** 2
     shapes = layer_shapes(arguments, patches, count_visible(patches, arm.mask_ratio), arm.batch)
@@ -341,7 +349,7 @@ def run_steps(args: argparse.Namespace, arms: dict[str, Arm], threads: int) -> l
         arms,
         build_step,
         build_limit,
-        flops_of,
+        count_arm_flops,
         device=args.device,
         threads=threads,
         steps=args.steps or 1,
@@ -357,7 +365,7 @@ def run_steps(args: argparse.Namespace, arms: dict[str, Arm], threads: int) -> l
 
 
 @dataclass(frozen=True)
-class Data:
+class BenchmarkData:
     """A source as the mains read it, in portions of `images`."""
 
     source: Source
@@ -366,7 +374,7 @@ class Data:
     images: int
 
 
-def side_of(args: argparse.Namespace) -> int | None:
+def square_side(args: argparse.Namespace) -> int | None:
     """--input_size as one number.
 
     Raises:
@@ -397,7 +405,7 @@ def open_source(args: argparse.Namespace, decoder: str = "pil") -> Source:
 
 def open_samples(args: argparse.Namespace, arm: Arm, source: Source) -> Samples:
     """Views and noise of its masks, as main_pretrain makes them of the same flags."""
-    arguments = arguments_of(arm)
+    arguments = arm_arguments(arm)
     side, patch = arguments["img_size"], arguments["patch_size"]
     transform = pretrain_transform(
         args.augment,
@@ -413,10 +421,10 @@ def open_samples(args: argparse.Namespace, arm: Arm, source: Source) -> Samples:
         with torch.device("meta"):  # no weights, and no random numbers for them
             draws = models_zoo.create_model(arm.model, **arguments).draws
     grid = (side // patch,) * 2
-    return Samples(source, transform, args.seed, Drawn(strategy_of(arm), grid, draws))
+    return Samples(source, transform, args.seed, Drawn(create_arm_strategy(arm), grid, draws))
 
 
-def open_data(args: argparse.Namespace, arm: Arm, steps: int) -> Data:
+def open_data(args: argparse.Namespace, arm: Arm, steps: int) -> BenchmarkData:
     """Source, samples and loader by the flags, as main_pretrain makes them."""
     source = open_source(args, args.decode)
     samples = open_samples(args, arm, source)
@@ -430,12 +438,12 @@ def open_data(args: argparse.Namespace, arm: Arm, steps: int) -> Data:
         pin_memory=args.pin_mem and choose_device(args.device, 0).type == "cuda",
         prefetch_factor=args.prefetch_factor,
     )
-    arguments = arguments_of(arm)
+    arguments = arm_arguments(arm)
     patch = arguments["patch_size"]
     grid = (arguments["img_size"] // patch,) * 2
     visible = count_visible(math.prod(grid), arm.mask_ratio)
-    masker = Masker(strategy_of(arm), cells_of(grid, (1,)), visible, (patch, patch))
-    return Data(source, loader, masker, steps * arm.batch)
+    masker = Masker(create_arm_strategy(arm), make_cells(grid, (1,)), visible, (patch, patch))
+    return BenchmarkData(source, loader, masker, steps * arm.batch)
 
 
 def open_loader(args: argparse.Namespace, arm: Arm, steps: int) -> DataLoader:
@@ -465,7 +473,7 @@ def benchmark_data(args: argparse.Namespace, arms: dict[str, Arm], threads: int)
             for name, place in pack_copies(whole, root, described, num_workers=workers).items():
                 copy = argparse.Namespace(**vars(args) | PACKED | {"data_path": place})
                 sources[name] = (open_source(copy, args.decode), 1)
-        side = arguments_of(arm)["img_size"]
+        side = arm_arguments(arm)["img_size"]
         return compare_reads(
             usual_files(peers, (side, side), tuple(args.crop_scale)),
             {name: (open_samples(args, arm, s), n) for name, (s, n) in sources.items()},
@@ -493,14 +501,16 @@ def only(arms: dict[str, Arm], what: str) -> Arm:
     return arm
 
 
-def open_training(args: argparse.Namespace, arm: Arm, data: Data, total_steps: int) -> Train:
+def open_training(
+    args: argparse.Namespace, arm: Arm, data: BenchmarkData, total_steps: int
+) -> Train:
     """Model and optimiser as main_pretrain makes them, on one process, and its engine."""
     device = choose_device(args.device, 0)
     torch.manual_seed(args.seed)
     model = create_arm(arm, data.source.channels).to(device)
     model.set_grad_checkpointing(arm.checkpointing)
     procs = Processes(0, 1, 0, 1, device)
-    compiled, options = arm.compiled is not None, options_of(arm)
+    compiled, options = arm.compiled is not None, compile_options(arm)
     trained = distribute(model, procs, compiled=compiled, options=options)
     lr = scaled_lr(BLR, arm.batch)
     optimizer = create_adamw(parameter_groups(model, 0.05), lr, betas=(0.9, 0.95))
@@ -618,7 +628,7 @@ def benchmark_scaling(args: argparse.Namespace, arms: dict[str, Arm], threads: i
         rows = run_steps(args, sweep, threads)
         found[field] = rows
     if args.plot:
-        draw_sweeps(found, args.plot, name_of(arm, Arm()))
+        draw_sweeps(found, args.plot, name_arm(arm, Arm()))
     return found
 
 
@@ -670,7 +680,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         say(f"{args.count:,} files  --data_path {args.made}")
         return
     base = Arm(
-        model=args.model, batch=args.batch_size, size=side_of(args), mask_ratio=args.mask_ratio
+        model=args.model, batch=args.batch_size, size=square_side(args), mask_ratio=args.mask_ratio
     )
     texts = getattr(args, "arms", None) or DEFAULT_ARMS.get(args.what, ["mmae"])
     arms = parse_arms(texts, base)

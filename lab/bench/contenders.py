@@ -143,19 +143,19 @@ def check_arm(arm: Arm, text: str) -> None:
         raise BadInput(f"arm {text!r}: MAE's own code has no checkpointing")
 
 
-def terms_of(arm: Arm) -> Mapping[str, Any]:
+def preset_terms(arm: Arm) -> Mapping[str, Any]:
     """What the arm's method presets; the peers are MAE."""
     return PRESETS["mae" if arm.method in PEERS else arm.method]
 
 
-def strategy_of(arm: Arm) -> MaskStrategy:
+def create_arm_strategy(arm: Arm) -> MaskStrategy:
     """The masks of the arm's method."""
-    terms = terms_of(arm)
+    terms = preset_terms(arm)
     names = ("avg_share", "avg_order", "avg_temperature")
     return create_strategy(terms["mask"], **{name: terms[name] for name in names})
 
 
-def name_of(arm: Arm, base: Arm) -> str:
+def name_arm(arm: Arm, base: Arm) -> str:
     """An arm by what differs from the common settings; always with its method and precision."""
     words = [arm.method, arm.precision]
     written = {field: word for word, (field, _) in VALUES.items()}
@@ -180,7 +180,7 @@ def parse_arms(texts: Sequence[str], base: Arm) -> dict[str, Arm]:
     arms: dict[str, Arm] = {}
     for text in texts:
         arm = parse_arm(text, base)
-        name = name_of(arm, base)
+        name = name_arm(arm, base)
         if name in arms:
             raise BadInput(f"the arm {name} is given twice")
         arms[name] = arm

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import (
 from lab.bench.children import Answer, Children
 from lab.bench.contenders import PEERS, Arm
 from lab.bench.measuring import ratios, spread, summary, table, take_turns
-from util.data.randomness import generator_of
+from util.data.randomness import make_generator
 from util.data.transforms import normalize
 from util.errors import BadInput, RunFailed, needs
 from util.mask.strategies import MaskStrategy, count_visible
@@ -60,7 +60,7 @@ def our_step(
         assert dist.group.WORLD is not None
         cut(model, DeviceMesh.from_group(dist.group.WORLD, procs.device.type))
     trained = distribute(
-        model, procs, compiled=arm.compiled is not None, options=options_of(arm)
+        model, procs, compiled=arm.compiled is not None, options=compile_options(arm)
     ).train()
     groups = parameter_groups(model, 0.05)
     if arm.adamw == "fused":
@@ -73,7 +73,7 @@ def our_step(
     size = (arm.batch, 3, *model.img_size)
     images = torch.randint(0, 256, size, dtype=torch.uint8).to(procs.device)
     layout = torch.channels_last if arm.channels_last else torch.contiguous_format
-    drawn = [strategy.draw(model.grid, generator_of(0, "mask", i)) for i in range(arm.batch)]
+    drawn = [strategy.draw(model.grid, make_generator(0, "mask", i)) for i in range(arm.batch)]
     noise = torch.stack(drawn).to(procs.device)
     order = None
     if arm.predict_ratio is not None:
@@ -87,7 +87,7 @@ def our_step(
     return lambda: optimizer_step(forward, [None], 1e-4)
 
 
-def options_of(arm: Arm) -> dict[str, Any]:
+def compile_options(arm: Arm) -> dict[str, Any]:
     """torch.compile's options that its mode of this name stands for."""
     if arm.compiled in (None, "default"):
         return {}
@@ -108,7 +108,11 @@ def peers_step(model: Any, arm: Arm, procs: Processes, side: int) -> Callable[[]
     if arm.checkpointing:
         model.gradient_checkpointing_enable()
     trained = distribute(
-        model, procs, compiled=arm.compiled is not None, fullgraph=False, options=options_of(arm)
+        model,
+        procs,
+        compiled=arm.compiled is not None,
+        fullgraph=False,
+        options=compile_options(arm),
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True)
     images = torch.randn(arm.batch, 3, side, side).to(procs.device)
@@ -185,7 +189,7 @@ def measure_steps(
     arms: Mapping[str, Arm],
     build_step: Callable[..., Answer],
     build_limit: Callable[..., Answer],
-    flops_of: Callable[[Arm], int],
+    count_arm_flops: Callable[[Arm], int],
     *,
     device: str,
     threads: int,
@@ -200,7 +204,7 @@ def measure_steps(
         build_step: (rank, arm, device, meeting file) to what takes so many steps and gives seconds
             a step; asked for "peak" it gives bytes. Called in a process of its own.
         build_limit: (rank, arm, device) to what gives operations a second; likewise.
-        flops_of: operations of one image.
+        count_arm_flops: operations of one image.
         threads: of torch, shared out among an arm's processes.
         steps: of a repeat.
         repeats, warmup: turns that count, and turns before them.
@@ -214,19 +218,19 @@ def measure_steps(
         # Compiling is work of the processor, of which a GPU's machine has many cores.
         at_once = choose_device(device, 0).type == "cuda"
 
-        def team_of(name: str, *given: Any, count: int = 1) -> Children:
+        def start_team(name: str, *given: Any, count: int = 1) -> Children:
             share = max(1, threads // count)
             team = Children(name, *given, count=count, threads=share, wait=not at_once)
             stack.callback(team.close)
             return team
 
         teams = {
-            name: team_of(name, build_step, arm, device, f"{folder}/{n}", count=arm.processes)
+            name: start_team(name, build_step, arm, device, f"{folder}/{n}", count=arm.processes)
             for n, (name, arm) in enumerate(arms.items())
         }
         limits = {
-            bound: team_of(f"limit of {arm}", build_limit, bound, device)
-            for arm, bound in ((name, bound_of(arm)) for name, arm in arms.items())
+            bound: start_team(f"limit of {arm}", build_limit, bound, device)
+            for arm, bound in ((name, find_limit_arm(arm)) for name, arm in arms.items())
         }
         if at_once:
             for team in limits.values():
@@ -234,13 +238,14 @@ def measure_steps(
             arms = {name: arms[name] for name in warm_up(teams)}
             teams = {name: teams[name] for name in arms}
         turns: dict[str, Callable[[], float]] = {
-            name: partial(rate_of, team, arms[name], steps) for name, team in teams.items()
+            name: partial(measure_images_per_second, team, arms[name], steps)
+            for name, team in teams.items()
         }
-        turns |= {f"limit {bound}": partial(limit_of, team) for bound, team in limits.items()}
+        turns |= {f"limit {bound}": partial(measure_limit, team) for bound, team in limits.items()}
         found = take_turns(turns, repeats, warmup)
         peaks = {name: team.ask("peak") for name, team in teams.items()}
     return [
-        step_row(name, arm, flops_of(arm), found, peaks[name], next(iter(arms)), peak_tflops)
+        step_row(name, arm, count_arm_flops(arm), found, peaks[name], next(iter(arms)), peak_tflops)
         for name, arm in arms.items()
     ]
 
@@ -269,7 +274,7 @@ def warm_up(teams: Mapping[str, Children]) -> list[str]:
     return names
 
 
-def bound_of(arm: Arm) -> Arm:
+def find_limit_arm(arm: Arm) -> Arm:
     """What decides the products of an arm's layers: arms that share it share their limit."""
     return Arm(
         model=arm.model,
@@ -280,12 +285,12 @@ def bound_of(arm: Arm) -> Arm:
     )
 
 
-def rate_of(team: Children, arm: Arm, steps: int) -> float:
+def measure_images_per_second(team: Children, arm: Arm, steps: int) -> float:
     """Images a second of one repeat; the slowest process counts."""
     return arm.batch * arm.processes / max(team.ask(steps))
 
 
-def limit_of(team: Children) -> float:
+def measure_limit(team: Children) -> float:
     """Operations a second."""
     return team.ask("")[0]
 
@@ -300,7 +305,7 @@ def step_row(
     peak_tflops: float | None,
 ) -> dict[str, Any]:
     """All that is known of an arm."""
-    rate, limit = found[name], found[f"limit {bound_of(arm)}"]
+    rate, limit = found[name], found[f"limit {find_limit_arm(arm)}"]
     row = {
         "arm": name,
         "settings": vars(arm),

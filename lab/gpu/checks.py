@@ -147,7 +147,7 @@ def stepping(precision: str, batch: int, device: torch.device) -> tuple[Stepping
 # ---- Resume --------------------------------------------------------------------------------------
 
 
-def flags_of(scale: Scale, folder: str) -> list[str]:
+def short_run_flags(scale: Scale, folder: str) -> list[str]:
     """A short pretraining on drawn images."""
     return [
         "--dataset=synthetic", f"--model={MICRO}", "--input_size=32", "--batch_size=16",
@@ -192,8 +192,8 @@ def resume(scale: Scale) -> dict[str, Any]:
             found[name] = "left out: tiny"
             continue
         whole, cut = (
-            [*flags_of(scale, f"whole-{name}"), *more],
-            [*flags_of(scale, f"cut-{name}"), *more],
+            [*short_run_flags(scale, f"whole-{name}"), *more],
+            [*short_run_flags(scale, f"cut-{name}"), *more],
         )
         assert ends(whole) == 0
         with stopping(3):
@@ -250,7 +250,11 @@ def no_waits(scale: Scale) -> dict[str, Any]:
     main_pretrain.train_steps = watched
     try:
         for compiled in (False, True):
-            flags = [*flags_of(scale, f"no-waits-{compiled}"), "--log_every=1000", "--epochs=1"]
+            flags = [
+                *short_run_flags(scale, f"no-waits-{compiled}"),
+                "--log_every=1000",
+                "--epochs=1",
+            ]
             assert ends([*flags, "--compile" if compiled else "--no-compile"]) == 0
     finally:
         main_pretrain.train_steps = original

@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     say("\n".join(machine_lines(about)))
     results = run_parts(scale, args.only, args.seconds, about)
     say("")
-    say(table([row_of(result) for result in results]))
+    say(table([summary_row(result) for result in results]))
     say(f"result  {scale.folder / 'result.json'}")
     if wrong := [r for r in results if r.status in ("failed", "out of time")]:
         say("\n".join(f"\n{r.name}: {r.status}: {r.why}" for r in wrong))
@@ -120,7 +120,7 @@ def run_parts(scale: Scale, only: Sequence[str], seconds: float, about: dict) ->
     return results
 
 
-def row_of(result: Result) -> dict[str, object]:
+def summary_row(result: Result) -> dict[str, object]:
     """A line of the last table."""
     holds = result.found.get("holds")
     return {

@@ -44,12 +44,12 @@ def kernels(scale: Scale) -> dict[str, Any]:
         base = Arm(model=f"mae_vit_{size}_patch16", batch=BATCH[size])
         if scale.tiny:
             base, text = Arm(model="mae_vit_micro_patch8", size=32, batch=4), "mae"
-        found[f"{size},{text}"] = kernels_of(parse_arm(text, base), scale.device)
+        found[f"{size},{text}"] = profile_arm(parse_arm(text, base), scale.device)
         keep(scale, "kernels", found)
     return found
 
 
-def kernels_of(arm: Arm, device: str) -> dict[str, Any]:
+def profile_arm(arm: Arm, device: str) -> dict[str, Any]:
     """Milliseconds of a step by kind of kernel and by kernel, and how long the device was idle."""
     on_gpu = device == "cuda"
     with tempfile.TemporaryDirectory() as folder:

@@ -95,7 +95,7 @@ def blocks(
     yield Layer(part, "GELU", depth * 8.0 * rows * 4 * width, depth * 2 * HALF * rows * 4.0 * width)
 
 
-def layers_of(arguments: dict[str, Any], images: int, mask_ratio: float) -> list[Layer]:
+def list_layers(arguments: dict[str, Any], images: int, mask_ratio: float) -> list[Layer]:
     """All layers of a step's forward pass.
 
     Args:
@@ -124,7 +124,7 @@ def layers_of(arguments: dict[str, Any], images: int, mask_ratio: float) -> list
     return [*encoder, *decoder, *more]
 
 
-def rows_of(layers: Sequence[Layer], device: Device) -> list[dict[str, Any]]:
+def make_rows(layers: Sequence[Layer], device: Device) -> list[dict[str, Any]]:
     """Lines of the table, and their sum."""
     whole = sum(layer.seconds(device) for layer in layers)
     rows = [
@@ -160,8 +160,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--gpu", choices=list(DEVICES), default="H100", help="whose limits count")
     args: argparse.Namespace = parser.parse(argv)
     device = DEVICES[args.gpu]
-    layers = layers_of(model_arguments(args.model), args.batch_size, args.mask_ratio)
-    say(table(rows_of(layers, device)))
+    layers = list_layers(model_arguments(args.model), args.batch_size, args.mask_ratio)
+    say(table(make_rows(layers, device)))
     seconds = sum(layer.seconds(device) for layer in layers)
     products = sum(layer.flops for layer in layers)
     say(

@@ -71,7 +71,7 @@ def peak_flags(scale: Scale) -> list[str]:
     return [f"--peak_tflops={peak}" for key, peak in PEAK_TFLOPS.items() if key in name][:1]
 
 
-def row_of(row: dict[str, Any]) -> dict[str, Any]:
+def select_columns(row: dict[str, Any]) -> dict[str, Any]:
     """What the table shows of an arm."""
     kept = {"arm": row["arm"], "images_per_s": row["images_per_s"]["median"]}
     kept |= {k: row["images_per_s"][k] for k in ("n", "min", "max")}
@@ -90,9 +90,9 @@ def step_flags(scale: Scale, arms: tuple[str, ...], size: str) -> list[str]:
     ]  # fmt: skip
 
 
-def rows_of(scale: Scale, name: str, arms: tuple[str, ...], size: str) -> list[dict[str, Any]]:
+def measure_rows(scale: Scale, name: str, arms: tuple[str, ...], size: str) -> list[dict[str, Any]]:
     """The rows of some arms."""
-    return [row_of(row) for row in measured(scale, name, step_flags(scale, arms, size))]
+    return [select_columns(row) for row in measured(scale, name, step_flags(scale, arms, size))]
 
 
 def steps(scale: Scale) -> dict[str, Any]:
@@ -100,14 +100,14 @@ def steps(scale: Scale) -> dict[str, Any]:
     found: dict[str, Any] = {"aims": AIMS}
     for size, arms in ARMS.items():
         some = arms[:1] if scale.tiny and size == "large" else arms
-        found[size] = rows_of(scale, f"steps-{size}", some, size)
+        found[size] = measure_rows(scale, f"steps-{size}", some, size)
         keep(scale, "steps", found)
     return found
 
 
 def switches(scale: Scale) -> dict[str, Any]:
     """What compiling, precision, checkpointing, AdamW, layout, CUDA graphs and shards give."""
-    return {"arms": rows_of(scale, "switches", SWITCHES, "base")}
+    return {"arms": measure_rows(scale, "switches", SWITCHES, "base")}
 
 
 def batches(scale: Scale) -> dict[str, Any]:
@@ -115,14 +115,14 @@ def batches(scale: Scale) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for size, counts in BATCHES.items():
         arms = tuple(f"mae,bf16,compile,batch={2 if scale.tiny else n}" for n in counts)
-        found[size] = rows_of(scale, f"batches-{size}", arms[: 1 if scale.tiny else 3], size)
+        found[size] = measure_rows(scale, f"batches-{size}", arms[: 1 if scale.tiny else 3], size)
         keep(scale, "batches", found)
     return found
 
 
 def modes(scale: Scale) -> dict[str, Any]:
     """What a search for the fastest kernels gives."""
-    return {"arms": rows_of(scale, "modes", MODES, "base")}
+    return {"arms": measure_rows(scale, "modes", MODES, "base")}
 
 
 def data(scale: Scale) -> dict[str, Any]:

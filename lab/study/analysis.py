@@ -24,18 +24,18 @@ from typing import Any
 from lab.study.effects import (
     BySeed,
     contrast,
+    contrast_signs,
     corrected,
     differences,
     estimate,
     prediction,
-    signs_of,
 )
 from util.errors import BadInput
 from util.names import known
 from util.runs.arms import BASE, ArmSet
 from util.runs.plan import DONE, Cell, Plan
 from util.train.logger import METRICS
-from util.yaml_values import mapping, seeds_of
+from util.yaml_values import mapping, read_seeds
 
 CHOSEN_BY = "accuracy"
 ALL_BEST = "all_best"
@@ -105,7 +105,7 @@ def read_study(plan: Plan) -> Study:
     never = tuple(confirm.get("never") or ())
     for arm in never:
         known(arm, plan.arms[given["settings"]].varied, f"never in confirm of {where}")
-    seeds = seeds_of(confirm.get("seeds"), f"confirm of {where}")
+    seeds = read_seeds(confirm.get("seeds"), f"confirm of {where}")
     if seen := set(seeds) & set(plan.arms[given["settings"]].seeds or plan.seeds):
         raise BadInput(f"confirm of {where} needs new seeds; {sorted(seen)} chose the settings")
     return Study(
@@ -212,7 +212,7 @@ class Finished:
         return found
 
 
-def rows_of(
+def summarise_arms(
     stage: str, arms: Mapping[str, Any], values: Mapping[str, Mapping[str, BySeed]]
 ) -> list[dict[str, Any]]:
     """Each arm with its outcomes: values by seed, mean, deviation, where one more run would lie."""
@@ -233,7 +233,7 @@ def rows_of(
     return rows
 
 
-def effects_of(
+def estimate_effects(
     factorial: ArmSet, values: Mapping[str, Mapping[str, BySeed]], families: Mapping[str, str]
 ) -> list[dict[str, Any]]:
     """Main effects and interactions, each outcome, over all arms and the seeds that have all arms.
@@ -244,7 +244,7 @@ def effects_of(
     rows = []
     for size in range(1, len(names) + 1):
         for factors in itertools.combinations(names, size):
-            signs = signs_of(factorial.levels, factors)
+            signs = contrast_signs(factorial.levels, factors)
             for label, by_arm in values.items():
                 by_seed = contrast(by_arm, signs)
                 if not by_seed:
@@ -288,7 +288,7 @@ DYNAMICS = {
 }
 
 
-def curve_of(folder: Path) -> list[tuple[int, float, float]]:
+def read_training_curve(folder: Path) -> list[tuple[int, float, float]]:
     """(step, loss, gradient norm) of every log line with finite numbers."""
     found = []
     for line in (folder / METRICS).read_text().splitlines():
@@ -301,7 +301,7 @@ def curve_of(folder: Path) -> list[tuple[int, float, float]]:
     return found
 
 
-def dynamics_of(curve: Sequence[tuple[int, float, float]]) -> dict[str, float]:
+def measure_dynamics(curve: Sequence[tuple[int, float, float]]) -> dict[str, float]:
     """The numbers of `DYNAMICS`, in their order; empty for fewer than four log lines."""
     if len(curve) < 4:
         return {}
@@ -318,7 +318,7 @@ def dynamics_of(curve: Sequence[tuple[int, float, float]]) -> dict[str, float]:
     return dict(zip(DYNAMICS, values, strict=True))
 
 
-def training_of(
+def compare_training(
     study: Study, factorial: ArmSet, finished: Finished, seeds: Sequence[int]
 ) -> dict[str, Any]:
     """Effects of the factors that leave the loss comparable on the dynamics, and mean curves.
@@ -327,15 +327,15 @@ def training_of(
     those of the others are averages of comparisons under the same mask.
     """
     curves = {
-        (arm, seed): curve_of(folder)
+        (arm, seed): read_training_curve(folder)
         for (run, arm, seed), folder in finished.folders.items()
         if run == study.pretrain and arm in factorial.arms and seed in seeds
     }
     values: dict[str, dict[str, BySeed]] = {label: {} for label in DYNAMICS}
     for (arm, seed), curve in curves.items():
-        for label, value in dynamics_of(curve).items():
+        for label, value in measure_dynamics(curve).items():
             values[label].setdefault(arm, {})[seed] = value
-    effects = effects_of(factorial, values, dict.fromkeys(DYNAMICS, "dynamics"))
+    effects = estimate_effects(factorial, values, dict.fromkeys(DYNAMICS, "dynamics"))
     kept = [e for e in effects if len(e["factors"]) == 1 and e["factors"] != ["mask"]]
     means = {}
     for arm in factorial.arms:

@@ -22,11 +22,11 @@ from lab.study.analysis import (
     Finished,
     Study,
     candidates,
+    compare_training,
     confirmed,
-    effects_of,
+    estimate_effects,
     read_study,
-    rows_of,
-    training_of,
+    summarise_arms,
     with_arms,
 )
 from lab.study.report import draw, markdown
@@ -37,7 +37,7 @@ from util.files import write_text
 from util.flag_types import expanded_path, processes_flag
 from util.names import nearest
 from util.progress import say
-from util.runs.plan import Cell, Plan, cells_of, read_plan
+from util.runs.plan import Cell, Plan, list_cells, read_plan
 from util.runs.tables import fill_tables, show
 from util.signals import STOP_SIGNALS
 from util.train.logger import prepare_folder
@@ -134,10 +134,10 @@ def write_plan(path: Path, given: Mapping[str, Any], why: str) -> Path:
 
 def cells_in(plan: Plan, output: Path) -> dict[str, Cell]:
     """The plan's cells at its own seeds."""
-    return cells_of(plan, plan.seeds, output.resolve())
+    return list_cells(plan, plan.seeds, output.resolve())
 
 
-def choice_of(study: Study, plan: Plan, finished: Finished) -> dict[str, Any]:
+def choose_arms(study: Study, plan: Plan, finished: Finished) -> dict[str, Any]:
     """What the screening chose; see `candidates`."""
     settings = plan.arms[study.settings]
     seeds = settings.seeds or plan.seeds
@@ -145,11 +145,11 @@ def choice_of(study: Study, plan: Plan, finished: Finished) -> dict[str, Any]:
     return candidates(study, settings, values)
 
 
-def report_of(study: Study, plan: Plan, output: Path) -> dict[str, Any]:
+def build_report(study: Study, plan: Plan, output: Path) -> dict[str, Any]:
     """Everything that docs/study.json holds, from what is done so far."""
     cells = cells_in(plan, output / "main")
     finished = Finished.of(cells)
-    choice = choice_of(study, plan, finished)
+    choice = choose_arms(study, plan, finished)
     report = where_from(plan, cells)
     families = {o.label: o.family for o in study.outcomes}
     factorial = plan.arms[study.factorial]
@@ -161,9 +161,9 @@ def report_of(study: Study, plan: Plan, output: Path) -> dict[str, Any]:
         seeds = arms.seeds or plan.seeds
         found[stage] = {o.label: finished.values(o, list(arms.arms), seeds) for o in study.outcomes}
         name = "factorial" if stage == study.factorial else "settings"
-        rows += rows_of(name, arms.arms, found[stage])
-    report["effects"] = effects_of(factorial, found[study.factorial], families)
-    report["training"] = training_of(study, factorial, finished, factorial.seeds or plan.seeds)
+        rows += summarise_arms(name, arms.arms, found[stage])
+    report["effects"] = estimate_effects(factorial, found[study.factorial], families)
+    report["training"] = compare_training(study, factorial, finished, factorial.seeds or plan.seeds)
     report["screening"] = {k: v for k, v in choice.items() if k != "arms"}
     report["screening_seeds"] = list(plan.arms[study.settings].seeds or plan.seeds)
     report["rows"] = rows
@@ -185,7 +185,7 @@ def add_confirmed(report: dict[str, Any], study: Study, output: Path) -> None:
     report["finished"] = max((report["finished"] or "", added["finished"] or ""))
     arms, finished = plan.arms["confirm"].arms, Finished.of(cells)
     values = {o.label: finished.values(o, list(arms), plan.seeds) for o in study.outcomes}
-    report["rows"] += rows_of("confirm", arms, values)
+    report["rows"] += summarise_arms("confirm", arms, values)
     families = {o.label: o.family for o in study.outcomes}
     report["confirmed"] = confirmed(values, list(arms), families)
 
@@ -214,7 +214,7 @@ def rows_known(study: Study, plan: Plan, docs: Path) -> dict[str, dict[str, Any]
     """Every row by name: those that the study found, and those of the plan that were not run."""
     known = {}
     for stage, arms in (("factorial", study.factorial), ("settings", study.settings)):
-        for row in rows_of(stage, plan.arms[arms].arms, {}):
+        for row in summarise_arms(stage, plan.arms[arms].arms, {}):
             known[row["row"]] = row
     if (docs / RESULT).is_file():
         for row in json.loads((docs / RESULT).read_text())["rows"]:
@@ -292,14 +292,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     prepare_folder(output)
     if not args.report:
         run_plan(Path(args.plan).resolve(), output / "main", args.jobs)
-        choice = choice_of(study, plan, Finished.of(cells_in(plan, output / "main")))
+        choice = choose_arms(study, plan, Finished.of(cells_in(plan, output / "main")))
         given = with_arms(plan, "confirm", study.confirm_seeds, choice["arms"])
         why = "Written by lab.study: what the screening chose, on new seeds"
         path = write_plan(output / "confirm.yaml", given, why)
         run_plan(path, output / "confirm", args.jobs)
 
     # --------------------------------------------------------------------------- document
-    report = report_of(study, plan, output)
+    report = build_report(study, plan, output)
     there = json.loads((docs / RESULT).read_text())["done"] if (docs / RESULT).is_file() else 0
     if report["done"] < there:
         raise BadInput(

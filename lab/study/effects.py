@@ -89,7 +89,9 @@ def contrast(values: Mapping[str, BySeed], signs: Mapping[str, int]) -> BySeed:
     }
 
 
-def signs_of(levels: Mapping[str, Mapping[str, str]], factors: Sequence[str]) -> dict[str, int]:
+def contrast_signs(
+    levels: Mapping[str, Mapping[str, str]], factors: Sequence[str]
+) -> dict[str, int]:
     """The signs of a main effect (one factor) or an interaction (several) of a factorial on/off.
 
     An interaction of two is half the difference of one's effect with the other on and off.

@@ -16,7 +16,7 @@ PAIRS = (("lscale", "none"), ("control", "none"), ("lscale", "control"))
 By = dict[str, dict[str, BySeed]]  # scale, rate, seed
 
 
-def values_of(report: Mapping[str, Any], run: str, metric: str) -> By:
+def collect_values(report: Mapping[str, Any], run: str, metric: str) -> By:
     """One outcome by scale, rate and seed."""
     found: By = {}
     for row in (row for table in report["tables"] for row in table["rows"]):
@@ -48,8 +48,8 @@ def compare(values: By, rates: Mapping[str, str], family: str) -> list[dict[str,
 
 def analyse(report: Mapping[str, Any]) -> dict[str, Any]:
     """The rates that held-out training images choose, and what is compared at them."""
-    chosen = best_rates(values_of(report, *CHOOSES))
-    tested = values_of(report, *REPORTED)
+    chosen = best_rates(collect_values(report, *CHOOSES))
+    tested = collect_values(report, *REPORTED)
     rates = list(next(iter(tested.values())))
     at_study = dict.fromkeys(chosen, STUDY_RATE)
     return {
@@ -95,7 +95,7 @@ def markdown(report: Mapping[str, Any]) -> list[str]:
         ("kNN on test images", REPORTED),
         ("PSNR of held-out garments", RECONSTRUCTS),
     ):
-        values = values_of(report, *key)
+        values = collect_values(report, *key)
         rates = list(next(iter(values.values())))
         rows = []
         for scale, own in values.items():

@@ -20,7 +20,7 @@ import main_pack
 from lab.bench import data_speed, limits, step_speed, training_speed
 from lab.bench import measuring as benchmark
 from lab.bench.children import Answer, Children
-from lab.bench.contenders import Arm, name_of, parse_arm, parse_arms
+from lab.bench.contenders import Arm, name_arm, parse_arm, parse_arms
 from lab.bench.made_images import jpegs_like_imagenet, make_jpegs, make_tiny_files
 from lab.bench.peers import UsualFiles
 from models_mmae import MaskedAutoencoderViT
@@ -98,14 +98,14 @@ def test_arms_are_said_in_words() -> None:
     base = Arm(batch=8)
     arm = parse_arm("mmae,bf16,compile,checkpointing,cross=.34,size=64,mask=.5,processes=2", base)
     assert arm == Arm("mmae", base.model, "bf16", "default", True, 0.34, 8, 64, 0.5, 2)
-    assert name_of(arm, base) == (
+    assert name_arm(arm, base) == (
         "mmae,bf16,compile,checkpointing,cross=0.34,size=64,mask=0.5,processes=2"
     )
-    assert parse_arm(name_of(arm, base), base) == arm
+    assert parse_arm(name_arm(arm, base), base) == arm
     assert parse_arm("cross", base).predict_ratio == 1
     more = "mae,fp32,compile=reduce-overhead,adamw=foreach,attention=flash,channels_last,shard"
-    assert name_of(parse_arm(more, base), base) == more
-    assert name_of(parse_arm("batch=1", base), base) == "mae,fp32,batch=1"
+    assert name_arm(parse_arm(more, base), base) == more
+    assert name_arm(parse_arm("batch=1", base), base) == "mae,fp32,batch=1"
     assert list(parse_arms(["mae", "mae,batch=4"], base)) == ["mae,fp32", "mae,fp32,batch=4"]
 
 
@@ -154,10 +154,10 @@ def by_hand(masked: int, visible: int) -> int:
 
 def test_flops_are_those_counted_by_hand() -> None:
     arm = Arm(model="mae_vit_micro_patch4", size=16)
-    assert lab_bench.flops_of(arm) == pytest.approx(by_hand(12, 4), rel=1e-9)
-    peer = lab_bench.flops_of(Arm("transformers", arm.model, size=16))
+    assert lab_bench.count_arm_flops(arm) == pytest.approx(by_hand(12, 4), rel=1e-9)
+    peer = lab_bench.count_arm_flops(Arm("transformers", arm.model, size=16))
     assert 1 < peer / by_hand(12, 4) < 1.25  # it also embeds and predicts what is cut off
-    cross = lab_bench.flops_of(Arm(model=arm.model, size=16, predict_ratio=0.34))
+    cross = lab_bench.count_arm_flops(Arm(model=arm.model, size=16, predict_ratio=0.34))
     assert cross < by_hand(12, 4)
 
 
@@ -206,7 +206,9 @@ def test_the_official_graph_is_mae() -> None:
 
 def test_the_official_graph_pays_for_what_is_cut_off() -> None:
     arm = Arm(model="mae_vit_micro_patch4", size=16)
-    ours, official = (lab_bench.flops_of(replace(arm, method=m)) for m in ("mae", "official"))
+    ours, official = (
+        lab_bench.count_arm_flops(replace(arm, method=m)) for m in ("mae", "official")
+    )
     assert 1.05 < official / ours < 1.25
 
 
@@ -233,15 +235,17 @@ def test_words_of_an_arm_reach_its_step(monkeypatch: pytest.MonkeyPatch) -> None
         assert lab_bench.build_step(0, parse_arm(text, base), "cpu", "/nowhere")(1) > 0
         assert seen["compiled"] == ("compile" in text)
         assert bool(seen["options"]) == ("max-autotune" in text)
-    assert step_speed.options_of(Arm(compiled="reduce-overhead")) == {"triton.cudagraphs": True}
+    assert step_speed.compile_options(Arm(compiled="reduce-overhead")) == {
+        "triton.cudagraphs": True
+    }
     fused, foreach = [g["fused"] for g in groups], [g["foreach"] for g in groups]
     assert fused == [True, True, True, None, None, True]
     assert foreach == [None, None, None, True, False, None]
-    assert layout_of("mae") == torch.contiguous_format
-    assert layout_of("mae,channels_last") == torch.channels_last
+    assert find_layout("mae") == torch.contiguous_format
+    assert find_layout("mae,channels_last") == torch.channels_last
 
 
-def layout_of(text: str) -> torch.memory_format:
+def find_layout(text: str) -> torch.memory_format:
     """In which an arm's model gets its images."""
     arm = parse_arm(text, Arm(model="mae_vit_micro_patch4", size=16, batch=2))
     given: list[torch.Tensor] = []
@@ -393,7 +397,7 @@ def test_children_leave_the_program_its_own_fork_server(tmp_path: Path) -> None:
 # ---- Every benchmark, on tiny settings -----------------------------------------------------------
 
 
-def result_of(path: Path, what: str) -> Any:
+def read_result(path: Path, what: str) -> Any:
     """A benchmark's JSON, after the fields that all have."""
     found = json.loads(path.read_text())
     assert found["benchmark"] == what
@@ -406,7 +410,7 @@ def result_of(path: Path, what: str) -> Any:
 
 def run(what: str, path: Path, flags: Sequence[str]) -> Any:
     lab_bench.main([what, *TINY, *FEW, f"--json={path}", *flags])
-    return result_of(path, what)
+    return read_result(path, what)
 
 
 @pytest.mark.smoke
@@ -435,7 +439,7 @@ def test_the_command_s_children_find_what_they_measure(tmp_path: Path) -> None:
     """Of a package's `__main__` they could not import anything."""
     words = ["step", *TINY, *FEW, f"--json={tmp_path / 'r.json'}", "--arms", "mae", "mmae"]
     subprocess.run([sys.executable, "-m", "lab.bench", *words], cwd=ROOT, check=True)
-    assert len(result_of(tmp_path / "r.json", "step")) == 2
+    assert len(read_result(tmp_path / "r.json", "step")) == 2
 
 
 @pytest.mark.smoke

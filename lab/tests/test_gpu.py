@@ -15,7 +15,7 @@ import lab.gpu.parts as parts
 from lab.gpu.checks import stopping
 from lab.gpu.kernels import busy_share, by_kind
 from lab.gpu.parts import PARTS, ROOT, Part, Result, Scale, run_part
-from lab.gpu.roofline import DEVICES, layers_of, rows_of
+from lab.gpu.roofline import DEVICES, list_layers, make_rows
 from models_zoo import model_arguments
 
 
@@ -180,7 +180,7 @@ def test_stopping_leaves_no_trace() -> None:
 
 def test_a_layer_by_hand() -> None:
     """The first product of ViT-B's encoder: 512 images of 50 tokens, 768 to 2304, twelve times."""
-    found = layers_of(model_arguments("mae_vit_base_patch16"), 512, 0.75)
+    found = list_layers(model_arguments("mae_vit_base_patch16"), 512, 0.75)
     layers = {(layer.part, layer.name): layer for layer in found}
     qkv = layers["encoder", "qkv"]
     rows = 512 * 50
@@ -197,7 +197,7 @@ def test_a_layer_by_hand() -> None:
 @pytest.mark.parametrize("name", ["mae_vit_base_patch16", "mae_vit_large_patch16"])
 def test_its_products_are_those_of_the_step(name: str) -> None:
     """But for the decoder's last block, which computes masked tokens alone."""
-    layers = layers_of(model_arguments(name), 1, 0.75)
+    layers = list_layers(model_arguments(name), 1, 0.75)
     plain = ("LayerNorm, both", "residual additions, both", "GELU")
     products = sum(layer.flops for layer in layers if layer.name not in plain)
     counted = {"mae_vit_base_patch16": 19.07e9, "mae_vit_large_patch16": 40.6e9}[name]
@@ -207,7 +207,7 @@ def test_its_products_are_those_of_the_step(name: str) -> None:
 def test_the_page_of_speed_has_the_table(capsys: Any) -> None:
     page = (ROOT / "docs" / "speed.md").read_text()
     for size, batch in (("base", 512), ("large", 256)):
-        layers = layers_of(model_arguments(f"mae_vit_{size}_patch16"), batch, 0.75)
-        for row in rows_of(layers, DEVICES["H100"])[:-1]:
+        layers = list_layers(model_arguments(f"mae_vit_{size}_patch16"), batch, 0.75)
+        for row in make_rows(layers, DEVICES["H100"])[:-1]:
             cells = f"| {row['part']}: {row['layer']} | {row['FLOP/B']:.3g} | {row['bound by']} |"
             assert f"{cells} {row['share']} |" in page, (size, cells)

@@ -23,8 +23,16 @@ from launch import PATIENCE
 from scipy import stats
 
 import lab.study.command as lab_study
-from lab.study.analysis import curve_of, dynamics_of, read_study, with_arms
-from lab.study.effects import contrast, corrected, differences, estimate, holm, prediction, signs_of
+from lab.study.analysis import measure_dynamics, read_study, read_training_curve, with_arms
+from lab.study.effects import (
+    contrast,
+    contrast_signs,
+    corrected,
+    differences,
+    estimate,
+    holm,
+    prediction,
+)
 from lab.study.rates import analyse
 from lab.study.rates import markdown as rates_markdown
 from lab.study.report import markdown
@@ -33,7 +41,7 @@ from util.errors import BadInput, RunFailed, Stopped
 from util.runs import cell_runs
 from util.runs.arms import read_arms
 from util.runs.cell_runs import READERS
-from util.runs.plan import cells_of, read_plan
+from util.runs.plan import list_cells, read_plan
 from util.runs.tables import markdown as tables_markdown
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -107,10 +115,10 @@ def test_contrasts_are_the_coefficients_of_least_squares() -> None:
         y = [values[arm][seed] for arm in levels]
         fitted = dict(zip(columns, np.linalg.lstsq(design, y, rcond=None)[0], strict=True))
         for term in [c for c in columns if c]:
-            found = contrast(values, signs_of(levels, term))
+            found = contrast(values, contrast_signs(levels, term))
             assert found[seed] == pytest.approx(2 * fitted[term], rel=1e-9)
     del values[next(iter(levels))][3]  # a seed that not all arms have is left out
-    assert list(contrast(values, signs_of(levels, ("mask",)))) == [4]
+    assert list(contrast(values, contrast_signs(levels, ("mask",)))) == [4]
 
 
 def test_dynamics_are_by_hand(tmp_path: Path) -> None:
@@ -120,10 +128,10 @@ def test_dynamics_are_by_hand(tmp_path: Path) -> None:
         records.append({"kind": "train", "step": step, "loss": loss, "grad_norm": norm})
     records.append({"kind": "train", "step": 9, "loss": "nan", "grad_norm": "nan"})
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    curve = curve_of(tmp_path)
-    assert len(curve) == 4 and dynamics_of(curve[:3]) == {}
+    curve = read_training_curve(tmp_path)
+    assert len(curve) == 4 and measure_dynamics(curve[:3]) == {}
     expected = (2.5, 1.0, 0.5 / math.log(10), 0.5, 100 / np.median([1, math.e]))
-    assert tuple(dynamics_of(curve).values()) == pytest.approx(expected)
+    assert tuple(measure_dynamics(curve).values()) == pytest.approx(expected)
 
 
 # ---- Plans with arms ---------------------------------------------------------------------------
@@ -153,14 +161,14 @@ def test_the_study_is_what_the_issue_asks() -> None:
         "avg_share", "avg_order", "avg_temperature", "lscale_init", "pos_offset",
     }  # fmt: skip
     assert ("pos_offset", "jitter") in varied
-    cells = cells_of(plan, plan.seeds, Path("out"))
+    cells = list_cells(plan, plan.seeds, Path("out"))
     per_row = 5  # a pretraining and four measurements
     assert len(cells) == per_row * (8 * 5 + len(plan.arms[study.settings].arms))
     words = cells["seed-3/linear.mask_on-lscale_off-offset_on"].words(ROOT)
     parent = "out/seed-3/pretrain.mask_on-lscale_off-offset_on"
     assert f"--finetune={parent}/checkpoint-last.pth" in words
     # At a seed that the plan does not name every row is made.
-    assert len(cells_of(plan, [7], Path("out"))) == per_row * (8 + len(varied) + 1)
+    assert len(list_cells(plan, [7], Path("out"))) == per_row * (8 + len(varied) + 1)
 
 
 @pytest.mark.parametrize("main", ["main_pretrain", "main_finetune", "main_knn", "main_visualize"])
@@ -168,12 +176,12 @@ def test_flags_of_the_study_are_known(main: str) -> None:
     """Every run's words parse, with the flags of its arm."""
     module = importlib.import_module(main)
     plan = read_plan(STUDY, READERS)
-    for cell in cells_of(plan, [0], Path("out")).values():
+    for cell in list_cells(plan, [0], Path("out")).values():
         if cell.run.main == main:
             module.build_parser().parse(cell.words(ROOT)[1:])
 
 
-def plan_of(tmp_path: Path, **changes: Any) -> Path:
+def make_plan_file(tmp_path: Path, **changes: Any) -> Path:
     given = {
         "seeds": [0],
         "arms": {"a": {"seeds": [1, 2], "list": {"x": {"lr": 1}, "y": {"lr": 2}}}},
@@ -189,14 +197,14 @@ def plan_of(tmp_path: Path, **changes: Any) -> Path:
 
 
 def test_arms_make_runs_and_rows(tmp_path: Path) -> None:
-    plan = read_plan(plan_of(tmp_path), READERS)
+    plan = read_plan(make_plan_file(tmp_path), READERS)
     assert list(plan.runs) == ["p.x", "p.y", "k.x", "k.y"] and plan.seeds == (0, 1, 2)
     assert plan.runs["p.y"].flags["lr"] == 2 and plan.runs["k.y"].needs == ("p.y",)
     assert [(row.label, row.run) for row in plan.tables[0].rows] == [
         ("of x", "k.x"),
         ("of y", "k.y"),
     ]
-    assert len(cells_of(plan, plan.seeds, tmp_path)) == 8
+    assert len(list_cells(plan, plan.seeds, tmp_path)) == 8
     other = with_arms(plan, "z", [9], {"w": {"lr": 5}})
     (tmp_path / "other.yaml").write_text(yaml.safe_dump(other, sort_keys=False))
     again = read_plan(tmp_path / "other.yaml", READERS)
@@ -223,14 +231,14 @@ BAD = {
 def test_bad_arms_are_explained(case: str, tmp_path: Path) -> None:
     changes, message = BAD[case]
     with pytest.raises(BadInput, match=message.replace("?", r"\?")):
-        read_plan(plan_of(tmp_path, **changes), READERS)
+        read_plan(make_plan_file(tmp_path, **changes), READERS)
 
 
 def test_a_run_needs_its_needs_at_its_seeds(tmp_path: Path) -> None:
-    runs = yaml.safe_load(plan_of(tmp_path).read_text())["runs"]
+    runs = yaml.safe_load(make_plan_file(tmp_path).read_text())["runs"]
     runs["all"] = {"main": "main_knn", "flags": {"seed": "{seed}"}, "after": ["p.x"]}
     with pytest.raises(BadInput, match=r"not run at its seeds 0"):
-        read_plan(plan_of(tmp_path, runs=runs), READERS)
+        read_plan(make_plan_file(tmp_path, runs=runs), READERS)
 
 
 @pytest.mark.parametrize(
@@ -275,7 +283,7 @@ def truth(flags: list[str], seed: int, noise: np.random.Generator) -> dict[str, 
 def made_up(path: Path, output: Path, jobs: int) -> None:
     """In the place of main_tables.py: a record for each cell, by the flags of its pretraining."""
     plan = read_plan(Path(path), READERS)
-    cells = cells_of(plan, plan.seeds, Path(output))
+    cells = list_cells(plan, plan.seeds, Path(output))
     noise = np.random.default_rng(0)
     for cell in cells.values():
         parent = cells.get(f"seed-{cell.seed}/pretrain.{cell.run.copy.arm}", cell)

@@ -145,7 +145,7 @@ class FlagParser(StrictParser):
                 resolved[key] = value, file
         tokens: list[str] = []
         for key, (value, file) in resolved.items():
-            tokens += self._tokens_of(flags[key], value, file)
+            tokens += self._make_tokens(flags[key], value, file)
         return tokens
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
@@ -157,7 +157,7 @@ class FlagParser(StrictParser):
                 action, f"invalid choice: {shown(str(value))}{hint}; choose from {choices}"
             )
 
-    def _tokens_of(self, action: argparse.Action, value: Any, file: Path) -> list[str]:
+    def _make_tokens(self, action: argparse.Action, value: Any, file: Path) -> list[str]:
         flag = action.option_strings[0]
         if value is None and action.default is None:
             return []

@@ -40,7 +40,7 @@ HOUSEKEEPING = {
 NOT_KEPT = {"config", "allow_changes"}
 
 
-def settings_of(settings: argparse.Namespace) -> dict[str, Any]:
+def collect_settings(settings: argparse.Namespace) -> dict[str, Any]:
     """The resolved flags in plain types; written as YAML they are a recipe that gives the same."""
     return {
         name: "x".join(map(str, value)) if isinstance(value, tuple) else value
@@ -317,7 +317,9 @@ def run_options(settings: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(settings, name) for name in names}
 
 
-def arithmetic_of(settings: Mapping[str, Any], more_housekeeping: Iterable[str]) -> dict[str, Any]:
+def select_arithmetic(
+    settings: Mapping[str, Any], more_housekeeping: Iterable[str]
+) -> dict[str, Any]:
     """The settings that change the numbers, for the checkpoint to refuse others.
 
     Args:

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Iterable
 from pathlib import Path
 
-from util.config.flags import arithmetic_of, run_options, settings_of
+from util.config.flags import collect_settings, run_options, select_arithmetic
 from util.train.session import Settings
 
 
@@ -16,7 +16,7 @@ def session_settings(settings: argparse.Namespace, more_housekeeping: Iterable[s
             `util.config.flags.compiles`.
         more_housekeeping: flags of the main that do not change its numbers.
     """
-    flags = settings_of(settings)
+    flags = collect_settings(settings)
     by_epochs = "epochs" in flags
     return Settings(
         folder=Path(settings.output_dir),
@@ -40,6 +40,6 @@ def session_settings(settings: argparse.Namespace, more_housekeeping: Iterable[s
         shard=settings.shard,
         compiled=settings.compile,
         flags=flags,
-        arithmetic=arithmetic_of(flags, more_housekeeping),
+        arithmetic=select_arithmetic(flags, more_housekeeping),
         run=run_options(settings),
     )

@@ -49,7 +49,7 @@ def add_autoencoder_flags(parser: FlagParser) -> None:
 
 
 def encoder_options(settings: argparse.Namespace) -> dict[str, Any]:
-    """What `models_zoo.classifier_of`, `load_classifier` and `load_encoder` take from the flags."""
+    """What `load_classifier`, `load_encoder` and their kin in `models_load` take from the flags."""
     return {
         "name": settings.model,
         "img_size": settings.input_size,
@@ -59,7 +59,7 @@ def encoder_options(settings: argparse.Namespace) -> dict[str, Any]:
 
 
 def autoencoder_options(settings: argparse.Namespace) -> dict[str, Any]:
-    """What `models_zoo.autoencoder_of` and `load_pretrained` take from `add_autoencoder_flags`."""
+    """What `load_pretrained` takes from `add_autoencoder_flags`."""
     return {
         "name": settings.model,
         "norm_pix_loss": settings.norm_pix_loss or None,

@@ -100,6 +100,6 @@ class Tally:
 _tallies: WeakKeyDictionary[Any, Tally] = WeakKeyDictionary()
 
 
-def tally_of(source: Any) -> Tally:
+def get_tally(source: Any) -> Tally:
     """The tally of a data set, which its loaders fill: one for each source of images."""
     return _tallies.setdefault(source, Tally())

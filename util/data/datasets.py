@@ -236,7 +236,7 @@ PLACES: dict[str, Builder] = {"packed:": packed, "hf:": hugging_face}
 DEFAULT = "imagefolder"
 
 
-def place_of(data_path: PathLike | None) -> str | None:
+def find_place(data_path: PathLike | None) -> str | None:
     """Which of `PLACES` a path begins with, None: it is a folder."""
     return next((place for place in PLACES if str(data_path).startswith(place)), None)
 
@@ -276,7 +276,7 @@ def build_dataset(
         raise BadInput(f"unknown data set {name!r}; the valid ones, nearest first: {names}")
     if split not in SPLITS:
         raise BadInput(f"unknown split {split!r} of {name}; expected train or val")
-    builder, place = DATASETS[name], place_of(data_path)
+    builder, place = DATASETS[name], find_place(data_path)
     if place is not None:
         if name != DEFAULT:
             raise BadInput(

@@ -35,7 +35,7 @@ def download(address: str, to: Path) -> None:
             than the disk has room for, or the server does not say where it ends.
     """
     with urlopen(address, timeout=SILENCE) as response, to.open("wb") as file:
-        expected = length_of(response)
+        expected = read_length(response)
         room = min(MOST_BYTES, shutil.disk_usage(to.parent).free)
         if expected is not None and expected > room:
             raise OSError(f"it holds {expected:,} bytes, and at most {room:,} are taken")
@@ -49,7 +49,7 @@ def download(address: str, to: Path) -> None:
         raise OSError(f"only {size} of {expected} bytes came")
 
 
-def length_of(response: HTTPResponse) -> int | None:
+def read_length(response: HTTPResponse) -> int | None:
     """Bytes that the server announces; None: it marks the end otherwise (in chunks).
 
     Raises:

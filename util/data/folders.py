@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from util.console import counted
-from util.data.images import IMAGENET_MEAN, IMAGENET_STD, PathLike, faults_of, read_image
+from util.data.images import IMAGENET_MEAN, IMAGENET_STD, PathLike, raising_bad_image, read_image
 from util.data.jpeg import read_pixels
 from util.data.listing import Listing, Names, list_images
 from util.data.pixel_limits import open_at_once
@@ -57,7 +57,7 @@ class FolderSource(Source):
 
     def encoded(self, index: int) -> tuple[bytes, int]:
         path = self.file_name(index)
-        with faults_of(path), open_at_once(path, self.max_pixels) as file:
+        with raising_bad_image(path), open_at_once(path, self.max_pixels) as file:
             return file.read(), int(self.labels[index])
 
     def file_name(self, index: int) -> str:

@@ -14,7 +14,7 @@ from util.data.images import (
     IMAGENET_STD,
     PathLike,
     decode_image,
-    faults_of,
+    raising_bad_image,
     read_image,
 )
 from util.data.jpeg import decode_pixels, read_pixels
@@ -72,7 +72,7 @@ class HubSource(Source):
         content = self.data[index][self.column]
         data, path = content["bytes"], content["path"]
         if data is None:
-            with faults_of(path), open_at_once(path, self.max_pixels) as file:
+            with raising_bad_image(path), open_at_once(path, self.max_pixels) as file:
                 data = file.read()
         return data, int(self.labels[index])
 

@@ -17,7 +17,7 @@ from util.data.label_values import (
     checked,
     count_classes,
     numbered,
-    values_of,
+    parse_label_map,
 )
 from util.data.source import Source
 from util.errors import BadInput, needs
@@ -39,7 +39,7 @@ class HubPairs(Source):
             decode.
         classes: names of the classes.
         first: the value in a mask that stands for class 0, see `check_label`.
-        meanings: classes by stored value, see `values_of`; None: values are classes.
+        meanings: classes by stored value, see `parse_label_map`; None: values are classes.
     """
 
     target = "mask"
@@ -109,7 +109,7 @@ def hugging_face_pairs(
     Raises:
         BadInput: it cannot be loaded, or has no such split or column.
     """
-    meanings = values_of(label_map)
+    meanings = parse_label_map(label_map)
     source = _open(split, place, [], meanings, max_pixels)
     notes: list[str] = []
     if num_classes is None and meanings is None:

@@ -102,7 +102,7 @@ def read_image(
             `max_pixels`, or with bands beside its colours that are no alpha.
         OSError: the machine could not read it (too many open files, a lost mount, ...).
     """
-    with faults_of(path), open_at_once(path, max_pixels) as file:
+    with raising_bad_image(path), open_at_once(path, max_pixels) as file:
         return _decode(file, path, max_pixels, paired).convert(MODES[channels])
 
 
@@ -113,7 +113,7 @@ def decode_image(
     max_pixels: int | None = None,
 ) -> Image.Image:
     """`read_image` of a file's contents; name is the file's, for the message."""
-    with faults_of(name):
+    with raising_bad_image(name):
         return _decode(io.BytesIO(data), name, max_pixels).convert(MODES[channels])
 
 
@@ -130,7 +130,7 @@ def read_stored(
     Raises as `read_image` does.
     """
     opened = open_at_once(path, max_pixels) if data is None else io.BytesIO(data)
-    with faults_of(path), opened as file:
+    with raising_bad_image(path), opened as file:
         image = _open(file, max_pixels)
         tiles = getattr(image, "tile", [])  # of an image that is not loaded yet
         stretched = {"L;2": 85, "L;4": 17}.get(tiles[0][3] if tiles else "", 1)
@@ -141,7 +141,7 @@ def read_stored(
 
 
 @contextmanager
-def faults_of(path: PathLike) -> Iterator[None]:
+def raising_bad_image(path: PathLike) -> Iterator[None]:
     """What is raised inside and is the file's fault becomes a `BadImage` of that path."""
     ImageFile.LOAD_TRUNCATED_IMAGES = False  # a library that set it would have us train on gray
     try:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from util.data.images import (
     decode_image,
-    faults_of,
+    raising_bad_image,
     read_image,
 )
 from util.data.pixel_limits import PathLike, open_at_once, pixel_limit
@@ -57,16 +57,16 @@ def read_pixels(path: PathLike, channels: int, *, max_pixels: int | None = None)
     Pixels are Pillow's. The gray of a colour JPEG it computes from RGB, and so it is asked for it:
     the file's own luma differs where a colour was clipped.
     """
-    with faults_of(path), open_at_once(path, max_pixels) as file:
+    with raising_bad_image(path), open_at_once(path, max_pixels) as file:
         data = bytearray(file.read(len(START)))
         if data == START:  # else not worth reading here, or endless
             data += file.read()
     if data[:3] == START:
         return decode_pixels(data, path, channels, max_pixels)
-    return pixels_of(path, channels, max_pixels)
+    return read_as_tensor(path, channels, max_pixels)
 
 
-def pixels_of(path: PathLike, channels: int, max_pixels: int | None = None) -> Tensor:
+def read_as_tensor(path: PathLike, channels: int, max_pixels: int | None = None) -> Tensor:
     """`read_image` as a tensor."""
     return as_pixels(read_image(path, channels, max_pixels=max_pixels))
 

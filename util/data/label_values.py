@@ -36,7 +36,7 @@ def label_pair(text: str) -> str:
     return text
 
 
-def values_of(pairs: Sequence[str] | None) -> dict[int, int] | None:
+def parse_label_map(pairs: Sequence[str] | None) -> dict[int, int] | None:
     """`--label_map` as stored value to class, `IGNORE` for what does not count; None: no such flag.
 
     Raises:
@@ -80,7 +80,7 @@ def apply_values(values: np.ndarray, meanings: Values, path: str) -> np.ndarray:
 Maps = Iterable[tuple[str, Callable[[], np.ndarray]]]
 
 
-def maps_of(folder: Path, files: Iterable[str], max_pixels: int | None = None) -> Maps:
+def find_label_maps(folder: Path, files: Iterable[str], max_pixels: int | None = None) -> Maps:
     """The label maps of a folder.
 
     Args:
@@ -136,7 +136,7 @@ def check_two_classes(
 
     Args:
         num_classes: K, which somebody or the masks have said.
-        meanings: of `values_of`; None: values are classes, and `IGNORE` is ignored.
+        meanings: of `parse_label_map`; None: values are classes, and `IGNORE` is ignored.
         place: where the masks are, for messages.
 
     Returns:
@@ -192,7 +192,7 @@ def checked(
 
     Args:
         names: of image and mask, for messages.
-        first, meanings: see `check_label` and `values_of`.
+        first, meanings: see `check_label` and `parse_label_map`.
 
     Raises:
         BadPair: a value that is no class, or another size than the image's.

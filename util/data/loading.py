@@ -13,7 +13,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 
-from util.data.conversions import Found, Tally, take, tally_of
+from util.data.conversions import Found, Tally, get_tally, take
 from util.errors import BadInput, RunFailed
 from util.progress import say
 
@@ -77,7 +77,7 @@ class Loader(DataLoader):
         # Of the three values of `Fetched`; with batch_size None torch hands over a single one.
         whole: Any = partial(_collated, collate or _as_it_is)
         super().__init__(Guarded(samples), collate_fn=whole, **options)
-        self.tally = tally_of(getattr(samples, "source", samples))
+        self.tally = get_tally(getattr(samples, "source", samples))
 
     def close(self) -> None:
         """End the loading processes now; the next iteration would start others."""

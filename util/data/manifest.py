@@ -33,7 +33,7 @@ def shard_name(number: int) -> str:
 # ---- Checksums ---------------------------------------------------------------------------------
 
 
-def digest_of(content: Mapping[str, Any]) -> str:
+def compute_digest(content: Mapping[str, Any]) -> str:
     """SHA-256 over JSON content in one spelling: keys sorted, ASCII, no spaces."""
     rest = {key: value for key, value in content.items() if key != CHECKSUM}
     text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
@@ -42,7 +42,7 @@ def digest_of(content: Mapping[str, Any]) -> str:
 
 def sealed(content: Mapping[str, Any], indent: int | None = None) -> bytes:
     """Content as JSON with its checksum."""
-    return json.dumps({**content, CHECKSUM: digest_of(content)}, indent=indent).encode("ascii")
+    return json.dumps({**content, CHECKSUM: compute_digest(content)}, indent=indent).encode("ascii")
 
 
 def opened(data: bytes, *, must: bool) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def opened(data: bytes, *, must: bool) -> dict[str, Any]:
         raise ValueError(f"it holds a {type(content).__name__}, expected an object")
     if must and CHECKSUM not in content:
         raise ValueError("it has no checksum")
-    if CHECKSUM in content and content[CHECKSUM] != digest_of(content):
+    if CHECKSUM in content and content[CHECKSUM] != compute_digest(content):
         raise ValueError("its checksum does not match: it is not what was written")
     return content
 

@@ -146,7 +146,7 @@ def pack(
         num_workers=num_workers,
         prefetch_factor=1 if num_workers else None,
     )
-    bad = sum(len(part_of(root, shard)["bad"]) for shard in kept)
+    bad = sum(len(read_whole_part(root, shard)["bad"]) for shard in kept)
     with Progress(number, len(kept), show=True, unit="shard") as bar:
         check_bad(root, bad, max_bad_images)
         for found, fault in loader:
@@ -247,7 +247,7 @@ def read_part(root: Path, shard: int) -> dict[str, Any] | None:
         return None
 
 
-def part_of(root: Path, shard: int) -> dict[str, Any]:
+def read_whole_part(root: Path, shard: int) -> dict[str, Any]:
     """The part of a shard that was whole a moment ago."""
     try:
         return load_part(root, shard)
@@ -308,7 +308,7 @@ def finish(source: Source, root: Path, settings: dict[str, Any], number: int) ->
     lines: list[str] = []
     changed: Found = {}
     for shard in range(number):
-        part = part_of(root, shard)
+        part = read_whole_part(root, shard)
         found = {Conversion[name]: tuple(pair) for name, pair in part["changed"].items()}
         merge(changed, found)
         records.append(np.array([tuple(record) for record in part["records"]], RECORD))
@@ -318,7 +318,7 @@ def finish(source: Source, root: Path, settings: dict[str, Any], number: int) ->
     if not lines:
         with writing(root / BAD_IMAGES):
             write_bad(root)
-        first = part_of(root, 0)["bad"][0]
+        first = read_whole_part(root, 0)["bad"][0]
         raise RunFailed(
             f"none of the {len(source)} images of {source.name} can be decoded; the first: {first}"
         )

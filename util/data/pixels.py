@@ -116,7 +116,7 @@ def _on_white(image: Image.Image) -> tuple[Image.Image, bool]:
 def _eight_bits(image: Image.Image) -> tuple[Image.Image, set[Conversion]]:
     """Gray of modes I;16, I and F to mode L, and what was done."""
     tags = getattr(image, "tag_v2", {})
-    lowest, highest, odd = _range_of(image)
+    lowest, highest, odd = _find_range(image)
     done = {Conversion.NOT_FINITE} if odd else set()
     if image.mode != "F" and (image.mode != "I" or image.format in ("PNG", "PPM")):
         low, high = 0.0, 2.0 ** tags.get(BITS_PER_SAMPLE, (16,))[0] - 1
@@ -142,7 +142,7 @@ def _eight_bits(image: Image.Image) -> tuple[Image.Image, set[Conversion]]:
     return levels, done
 
 
-def _range_of(image: Image.Image) -> tuple[float, float, bool]:
+def _find_range(image: Image.Image) -> tuple[float, float, bool]:
     """Smallest and largest finite value, and whether there are NaN or infinite ones."""
     low, high, odd = np.inf, -np.inf, False
     for _, strip in _strips(image):

@@ -71,7 +71,7 @@ class Preprocessing:
         )
 
 
-def preprocessing_of(
+def find_preprocessing(
     data: Mapping[str, Any], size: Sequence[int], channels: int
 ) -> tuple[Preprocessing, bool]:
     """What an exported model's images need, and whether its file said their mean and deviation.

@@ -40,14 +40,14 @@ def stream_number(stream: str) -> int:
     return len(STREAMS) + int.from_bytes(digest[:4], "big") % (2**32 - len(STREAMS))
 
 
-def seed_of(seed: int, stream: str, *key: int) -> int:
+def derive_seed(seed: int, stream: str, *key: int) -> int:
     """A 64-bit seed from (seed, stream, key), by numpy's SeedSequence."""
     sequence = np.random.SeedSequence([seed, stream_number(stream), *key])
     return int(sequence.generate_state(1, np.uint64)[0])
 
 
-def seeds_of(seed: int, streams: Sequence[str], keys: Sequence[Sequence[int]]) -> np.ndarray:
-    """`seed_of` of each stream and key at once: uint64 [streams, keys].
+def derive_seeds(seed: int, streams: Sequence[str], keys: Sequence[Sequence[int]]) -> np.ndarray:
+    """`derive_seed` of each stream and key at once: uint64 [streams, keys].
 
     SeedSequence takes 10 us for each, and a sample needs four. For many at once its arithmetic is
     cheaper on arrays: the same, for parts below 2**32, each one word.
@@ -56,7 +56,7 @@ def seeds_of(seed: int, streams: Sequence[str], keys: Sequence[Sequence[int]]) -
     """
     parts = np.array([(seed, 0, *key) for key in keys], dtype=np.uint64)  # [keys, parts]
     if len(keys) * len(streams) < FEW or parts.max() >= 2**32:
-        rows = [[seed_of(seed, stream, *key) for key in keys] for stream in streams]
+        rows = [[derive_seed(seed, stream, *key) for key in keys] for stream in streams]
         return np.array(rows, dtype=np.uint64)
     words = np.repeat(parts.astype(np.uint32)[None], len(streams), axis=0)
     words[:, :, 1] = np.array([stream_number(stream) for stream in streams])[:, None]
@@ -98,9 +98,9 @@ def _seed_sequence(words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return low, high
 
 
-def generator_of(seed: int, stream: str, *key: int) -> torch.Generator:
-    """A torch CPU generator seeded by `seed_of`."""
-    return torch.Generator().manual_seed(seed_of(seed, stream, *key))
+def make_generator(seed: int, stream: str, *key: int) -> torch.Generator:
+    """A torch CPU generator seeded by `derive_seed`."""
+    return torch.Generator().manual_seed(derive_seed(seed, stream, *key))
 
 
 @contextmanager
@@ -185,7 +185,7 @@ class EpochSampler(Sampler[list[Key]]):
 
     def order(self, epoch: int) -> np.ndarray:
         """The permutation that an epoch takes its images from: int64 [num_samples]."""
-        generator = generator_of(self.seed, "order", epoch // self.crops)
+        generator = make_generator(self.seed, "order", epoch // self.crops)
         return torch.randperm(self.num_samples, generator=generator).numpy()
 
     def __iter__(self) -> Iterator[list[Key]]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from util.console import counted
 from util.data.images import BadImage
-from util.data.randomness import Key, seed_of
+from util.data.randomness import Key, derive_seed
 from util.data.source import Source
 from util.errors import BadInput
 
@@ -38,7 +38,7 @@ def decode(source: Source, key: Key, seed: int) -> tuple[Any, Any, list[int]]:
         except BadImage as error:
             bad.append(index)
             last = error
-        index = seed_of(seed, "fallback", *key, attempt) % len(source)
+        index = derive_seed(seed, "fallback", *key, attempt) % len(source)
     raise BadInput(
         f"{len(bad)} of {len(source)} images were tried in turn and none could be decoded; the "
         f"last: {last}; see that --data_path is still there and holds images"
@@ -72,7 +72,7 @@ def refuse_bad(bad: Iterable[int], gather: Callable[[Any], list[Any]]) -> None:
         )
 
 
-def fault_of(source: Source, index: int) -> str:
+def find_fault(source: Source, index: int) -> str:
     """Why an image cannot be decoded, for the list of bad ones; decodes it once more."""
     try:
         source[index]

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler, default_collate, get_worker_info
 
 from util.data.loading import Loader
-from util.data.randomness import Key, seeded, seeds_of
+from util.data.randomness import Key, derive_seeds, seeded
 from util.data.replace import bad_slots, decode
 from util.data.source import Source
 from util.errors import BadInput
@@ -105,7 +105,7 @@ class Samples(Dataset):
 
     def __getitems__(self, keys: list[Key]) -> list[dict[str, Any]]:
         """The samples of a batch; neighbours that are crops of one image share its decoding."""
-        augment, *others = seeds_of(self.seed, self.streams, keys).tolist()
+        augment, *others = derive_seeds(self.seed, self.streams, keys).tolist()
         drawn = self.drawn(others) if self.drawn else {}
         generator = torch.Generator()
         samples: list[dict[str, Any]] = []

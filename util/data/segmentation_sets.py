@@ -25,9 +25,9 @@ from util.data.label_values import (
     check_two_classes,
     checked,
     count_classes,
-    maps_of,
+    find_label_maps,
     numbered,
-    values_of,
+    parse_label_map,
 )
 from util.data.listing import Names
 from util.data.pair_files import list_pairs
@@ -67,7 +67,7 @@ class PairSource(SegmentationSource):
         images, masks: folders.
         image_files, mask_files: N names in them.
         first: the value in a mask that stands for class 0, see `check_label`.
-        meanings: classes by stored value, see `values_of`; None: values are classes.
+        meanings: classes by stored value, see `parse_label_map`; None: values are classes.
     """
 
     def __init__(
@@ -218,7 +218,7 @@ def folder(
     and `label_map`, all masks of the training split are read to count them. Where values are not
     classes, `label_map` says what they stand for.
     """
-    meanings = values_of(label_map)
+    meanings = parse_label_map(label_map)
     root, notes = need_path("folder", data_path, FOLDER_LAYOUT), list[str]()
     folders = (root / split / "images", root / split / "masks")
     files = list_pairs(*folders, FOLDER_LAYOUT)
@@ -232,14 +232,16 @@ def folder(
         if num_classes is None and meanings is None:
             train = root / "train"
             train_files = list_pairs(train / "images", train / "masks", FOLDER_LAYOUT)[1]
-            num_classes, notes = count_classes(maps_of(train / "masks", train_files, max_pixels))
+            num_classes, notes = count_classes(
+                find_label_maps(train / "masks", train_files, max_pixels)
+            )
         names = numbered(num_classes, meanings)
     if not 0 < len(names) <= MOST_CLASSES:
         raise BadInput(
             f"{listed} names {len(names)} classes; expected 1 to {MOST_CLASSES}, one a line"
         )
     check_meanings(meanings, len(names))
-    maps = maps_of(folders[1], files[1], max_pixels)
+    maps = find_label_maps(folders[1], files[1], max_pixels)
     notes += check_two_classes(maps, len(names), meanings, split, str(folders[1]))
     source = PairSource("folder", split, names, folders, files, first=0, meanings=meanings)
     source.notes = notes

@@ -48,7 +48,7 @@ class HoldOut:
             return build(split)
         train = build("train")
         labels = getattr(train, "labels", None)
-        held = hold_out(ranks_of(train, self.seed), self.fraction, labels)
+        held = hold_out(draw_ranks(train, self.seed), self.fraction, labels)
         if not 0 < len(held) < len(train):
             raise BadInput(
                 f"--val_fraction {self.fraction} of {len(train):,} images holds {len(held):,} out; "
@@ -99,7 +99,7 @@ def hold_out(
     return np.sort(order[inside < np.repeat(taken, sizes)])
 
 
-def ranks_of(train: Source, seed: int) -> np.ndarray:
+def draw_ranks(train: Source, seed: int) -> np.ndarray:
     """A random number for each image: uint64 [N], a function of (seed, class, its file's name).
 
     Not of its position: a copy of the set that lacks some images, or has more, packed or not,
@@ -117,7 +117,7 @@ def ranks_of(train: Source, seed: int) -> np.ndarray:
     return np.fromiter(map(rank, range(len(train))), np.uint64, len(train))
 
 
-def leak_of(state: Mapping[str, Any], hold_out: HoldOut, path: str) -> str | None:
+def find_leak(state: Mapping[str, Any], hold_out: HoldOut, path: str) -> str | None:
     """What a reader must know where a checkpoint's run held out other images than are measured on.
 
     Args:
@@ -127,7 +127,7 @@ def leak_of(state: Mapping[str, Any], hold_out: HoldOut, path: str) -> str | Non
     """
     if hold_out.fraction is None or "arithmetic" not in state:
         return None
-    own = hold_out_of(state["arithmetic"])
+    own = read_hold_out(state["arithmetic"])
     if own == hold_out:
         return None
     there = "nothing of train"
@@ -139,6 +139,6 @@ def leak_of(state: Mapping[str, Any], hold_out: HoldOut, path: str) -> str | Non
     )
 
 
-def hold_out_of(settings: Mapping[str, Any]) -> HoldOut:
+def read_hold_out(settings: Mapping[str, Any]) -> HoldOut:
     """What a run holds out: its flags, or the settings in its checkpoint (older: nothing)."""
     return HoldOut(settings.get("val_fraction"), settings.get("val_seed", 0))

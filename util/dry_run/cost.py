@@ -144,7 +144,7 @@ class Memory:
 OPTIMIZER_STATE = {"adamw": 2, "lars": 1}
 
 
-def memory_of(
+def estimate_memory(
     cost: Cost,
     *,
     batch_size: int,
@@ -177,7 +177,7 @@ def memory_of(
 
 
 def checkpoint_bytes(parameters: int, learning: int, optimizer: str, averages: bool = False) -> int:
-    """Bytes of one checkpoint: weights, averaged ones, the optimiser's state; see `memory_of`."""
+    """Bytes of one checkpoint: weights, averaged ones, the optimiser's state."""
     return FULL * (parameters * (1 + averages) + OPTIMIZER_STATE[optimizer] * learning)
 
 

@@ -32,7 +32,7 @@ aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class Counted:
+class StepCount:
     """What one step of one batch size showed.
 
     Attributes:
@@ -136,7 +136,7 @@ def run_step(
     batch_size: int,
     precision: str,
     grad_checkpointing: bool,
-) -> Counted:
+) -> StepCount:
     """Count one forward and one backward pass; see `util.dry_run.cost.count_step`."""
     with without_values(model) as fake:
         fake.train()
@@ -154,7 +154,7 @@ def run_step(
             ledger.going_back = True
             if loss.requires_grad:
                 loss.backward(start)
-    return Counted(**ledger.operations, kept=ledger.kept, copies=ledger.copies)
+    return StepCount(**ledger.operations, kept=ledger.kept, copies=ledger.copies)
 
 
 def run_forward(model: nn.Module, output_of: Callable[[Any, int], Any]) -> int:

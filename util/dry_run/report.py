@@ -8,7 +8,7 @@ import torch
 
 from util.console import counted
 from util.dry_run.cost import FULL, numbered_checkpoints
-from util.dry_run.training import Data, DryRun
+from util.dry_run.training import DryRun, PlannedData
 from util.train.advice import warn_of_course
 
 GIGA = 1e9
@@ -18,7 +18,7 @@ OPTIMIZER_NAMES = {"adamw": "AdamW", "lars": "LARS"}
 # ---- What looks wrong --------------------------------------------------------------------------
 
 
-def warnings_of(run: DryRun) -> list[str]:
+def list_warnings(run: DryRun) -> list[str]:
     """What a user would want to be told before the run, most serious first."""
     course = warn_of_course(
         run.published,
@@ -70,11 +70,11 @@ def describe(run: DryRun) -> str:
             f"{run.global_batch:,} = {run.batch_size} x {counted(run.processes, 'process')} x "
             f"{counted(run.accum_iter, 'micro-step')}",
         ),
-        ("steps", f"{length_of(run)}, {counted(run.images, 'image')}"),
+        ("steps", f"{describe_length(run)}, {counted(run.images, 'image')}"),
         (
             "lr",
             f"{run.lr:.4g} at its peak (base lr {run.lr * 256 / run.global_batch:.4g}), warm-up "
-            f"{warmup_of(run)}, {run.decay} to {run.min_lr:.4g}",
+            f"{describe_warmup(run)}, {run.decay} to {run.min_lr:.4g}",
         ),
         ("parameters", f"{run.weights:,}, {run.learning:,} of them learn"),
         *(
@@ -86,10 +86,10 @@ def describe(run: DryRun) -> str:
     ]
     width = max(len(name) for name, _ in rows) + 2
     lines += [f"{name:{width}}{text}" for name, text in rows]
-    return "\n".join([*lines, *(f"warning: {text}" for text in warnings_of(run))])
+    return "\n".join([*lines, *(f"warning: {text}" for text in list_warnings(run))])
 
 
-def length_of(run: DryRun) -> str:
+def describe_length(run: DryRun) -> str:
     """The number of steps, in all and of an epoch."""
     each = run.steps_per_epoch
     if run.iterations is None:
@@ -98,7 +98,7 @@ def length_of(run: DryRun) -> str:
     return f"{run.steps:,}, {counted(epochs, 'epoch')} of {each:,}"
 
 
-def warmup_of(run: DryRun) -> str:
+def describe_warmup(run: DryRun) -> str:
     """The length of the warm-up."""
     epochs = f" ({counted(run.warmup_epochs, 'epoch')})" if run.iterations is None else ""
     return f"{counted(round(run.warmup_steps), 'step')}{epochs}"
@@ -165,7 +165,7 @@ class Features:
     """
 
     what: str
-    data: Data
+    data: PlannedData
     dataset: str
     used: int
     processes: int

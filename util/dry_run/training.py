@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from util.data.splits import NOTHING_HELD_OUT, HoldOut
-from util.dry_run.cost import Cost, Memory, checkpoint_bytes, memory_of, numbered_checkpoints
+from util.dry_run.cost import Cost, Memory, checkpoint_bytes, estimate_memory, numbered_checkpoints
 from util.errors import BadInput
 from util.train.advice import Published
 from util.train.dist import read_environment
@@ -30,7 +30,7 @@ KNOWN = {
 }
 
 
-class Counted(Protocol):
+class CountableSource(Protocol):
     """What is asked of a data set, of images or of pairs."""
 
     classes: Any
@@ -43,7 +43,7 @@ class Counted(Protocol):
 
 
 @dataclass(frozen=True)
-class Data:
+class PlannedData:
     """What a plan knows of the training set.
 
     Attributes:
@@ -62,10 +62,10 @@ def look_at_data(
     dataset: str,
     data_path: str | None,
     given: int | None,
-    open_source: Callable[[], Counted],
+    open_source: Callable[[], CountableSource],
     hold_out: HoldOut = NOTHING_HELD_OUT,
     limit: int | None = None,
-) -> Data:
+) -> PlannedData:
     """Count the training set where it is there, else what is known of it.
 
     Args:
@@ -89,9 +89,9 @@ def _whole(
     dataset: str,
     data_path: str | None,
     given: int | None,
-    open_source: Callable[[], Counted],
+    open_source: Callable[[], CountableSource],
     hold_out: HoldOut,
-) -> Data:
+) -> PlannedData:
     there = data_path is not None and (":" in data_path or Path(data_path).expanduser().exists())
     known = KNOWN.get(dataset)
     given = None if given is None else hold_out.left(given)
@@ -101,18 +101,22 @@ def _whole(
         except BadInput as error:
             if there or given is None:
                 raise
-            return Data(given, 3, 1000, f"assumed, for the set cannot be read ({error})", True)
+            return PlannedData(
+                given, 3, 1000, f"assumed, for the set cannot be read ({error})", True
+            )
         found, channels, classes = len(source), source.channels, len(source.classes)
         if given is None:
-            return Data(found, channels, classes, "counted")
-        return Data(given, channels, classes, f"assumed, {found:,} are there", given != found)
+            return PlannedData(found, channels, classes, "counted")
+        return PlannedData(
+            given, channels, classes, f"assumed, {found:,} are there", given != found
+        )
     found, channels, classes = hold_out.left(known[0]), *known[1:]
     if given is not None:
-        return Data(given, channels, classes, "assumed, as --dry_run_images says", True)
+        return PlannedData(given, channels, classes, "assumed, as --dry_run_images says", True)
     if dataset == "imagefolder":
         why = "there is no --data_path" if data_path is None else f"{data_path} is not there"
-        return Data(found, channels, classes, f"ImageNet-1K's: {why}", True)
-    return Data(found, channels, classes, "as published; not counted")
+        return PlannedData(found, channels, classes, f"ImageNet-1K's: {why}", True)
+    return PlannedData(found, channels, classes, "as published; not counted")
 
 
 def start_of_plan(checkpoint: str | None, model: str | None) -> tuple[bool, str]:
@@ -166,7 +170,7 @@ class DryRun:
 
     task: str
     what: str
-    data: Data
+    data: PlannedData
     dataset: str
     batch_size: int
     processes: int
@@ -251,7 +255,7 @@ class DryRun:
     @property
     def memory(self) -> Memory:
         """Of one device."""
-        return memory_of(
+        return estimate_memory(
             self.cost,
             batch_size=self.batch_size,
             image_values=self.image_values,
@@ -302,7 +306,7 @@ def parameters_by_part(model: Any) -> dict[str, tuple[int, int]]:
     return parts
 
 
-def processes_of(given: int | None, folder: Path) -> tuple[int, bool]:
+def plan_processes(given: int | None, folder: Path) -> tuple[int, bool]:
     """How many processes are planned for, and whether this is the one that speaks.
 
     Args:
@@ -313,7 +317,7 @@ def processes_of(given: int | None, folder: Path) -> tuple[int, bool]:
     return given or place.world_size, place.rank == 0
 
 
-def rate_of(
+def estimate_rate(
     given: float | None, measured: Callable[[], float] | None, processes: int
 ) -> tuple[float | None, str]:
     """Images/s of all processes, and where the number comes from.

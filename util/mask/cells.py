@@ -60,7 +60,7 @@ class Cells:
         return total / self.patches_each
 
 
-def cells_of(patches: Shape, cell: Sequence[int]) -> Cells:
+def make_cells(patches: Shape, cell: Sequence[int]) -> Cells:
     """The cells of a grid.
 
     Args:

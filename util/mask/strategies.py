@@ -355,7 +355,7 @@ def mask_settings() -> list[str]:
     return list(dict.fromkeys([*STANDARD, *own]))
 
 
-def strategy_of(settings: Mapping[str, Any]) -> MaskStrategy:
+def build_strategy(settings: Mapping[str, Any]) -> MaskStrategy:
     """The strategy that settings name under `mask`, with those of them that are its own."""
     return create_strategy(
         settings["mask"], **{n: settings[n] for n in mask_settings() if n in settings}

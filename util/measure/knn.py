@@ -209,7 +209,7 @@ def vote(found: Neighbours, k: int, temperature: float, num_classes: int) -> Ten
     return scores.where(voted, -1.0)
 
 
-def rank_of(scores: Tensor, label: Tensor) -> Tensor:
+def rank_label(scores: Tensor, label: Tensor) -> Tensor:
     """How many classes stand before the right one, of equals the lower ones; 0: predicted.
 
     Args:

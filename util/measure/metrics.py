@@ -58,7 +58,7 @@ def fill_nearest(images: Tensor, mask: Tensor, patch_size: Shape) -> Tensor:
     patches = patchify(images.double(), patch_size)
     count_masked(patches, mask)
     index = torch.arange(mask.shape[1], device=mask.device)
-    places = index.reshape(grid_of(images, patch_size))
+    places = index.reshape(patch_grid(images, patch_size))
     squared = torch.zeros(len(index), len(index), dtype=torch.int64, device=mask.device)
     for axis, side in enumerate(places.shape):
         i = index // math.prod(places.shape[axis + 1 :]) % side
@@ -108,7 +108,7 @@ def fill(
         return FILLS[name](images, mask, patch_size)
     patches = patchify(images.double(), patch_size)
     mean, std = patch_statistics(patches)
-    targets = unpatchify((patches - mean) / std, patch_size, grid_of(images, patch_size))
+    targets = unpatchify((patches - mean) / std, patch_size, patch_grid(images, patch_size))
     return apply_statistics(FILLS[name](targets, mask, patch_size), pick_masked(patches, mask))
 
 
@@ -130,7 +130,7 @@ def compose(images: Tensor, mask: Tensor, patches_masked: Tensor, patch_size: Sh
     return put_masked(images, mask, patches_masked, patch_size).clamp(0.0, WHITE)
 
 
-def grid_of(images: Tensor, patch_size: Shape) -> Shape:
+def patch_grid(images: Tensor, patch_size: Shape) -> Shape:
     """Patches along each axis of [B, C, *size]."""
     return tuple(side // patch for side, patch in zip(images.shape[2:], patch_size, strict=True))
 

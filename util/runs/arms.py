@@ -21,7 +21,7 @@ from typing import Any
 
 from util.errors import BadInput
 from util.names import known
-from util.yaml_values import mapping, seeds_of
+from util.yaml_values import mapping, read_seeds
 
 FORMS = ({"factors"}, {"base", "vary"}, {"list"})
 MOST_ARMS = 1000  # each is a run at every seed
@@ -62,7 +62,7 @@ def _set(given: Any, where: str) -> ArmSet:
     entry = mapping(given, where, ("seeds", "factors", "base", "vary", "list"))
     if entry.keys() - {"seeds"} not in FORMS:
         raise BadInput(f"{where}: give factors, or base and vary, or list")
-    seeds = seeds_of(entry["seeds"], where) if "seeds" in entry else None
+    seeds = read_seeds(entry["seeds"], where) if "seeds" in entry else None
     if "factors" in entry:
         found = _factorial(mapping(entry["factors"], f"factors of {where}"), seeds, where)
     elif "list" in entry:

@@ -76,7 +76,7 @@ READERS: dict[str, Callable[[Path], dict[str, Any]]] = {
 }
 
 
-def metrics_of(cell: Cell) -> dict[str, float]:
+def read_metrics(cell: Cell) -> dict[str, float]:
     """The numbers that a run left in its folder.
 
     Raises:
@@ -242,7 +242,7 @@ def settle(child: Child) -> dict[str, float]:
     if code:
         how = f"exit code {code}" if code > 0 else f"killed by {signal.Signals(-code).name}"
         raise RunFailed(f"{how}: {fault_in(cell.folder / LOG)} (log: {cell.folder / LOG})")
-    metrics, starts = metrics_of(cell), child.record["starts"]
+    metrics, starts = read_metrics(cell), child.record["starts"]
     last = starts[-1]
     done = {
         "id": secrets.token_hex(8),
@@ -282,7 +282,7 @@ def end_children(children: Sequence[Child], *, kill: bool) -> None:
 
 
 @dataclass
-class Progress:
+class CellQueue:
     """How far the cells are: titles, and why some failed."""
 
     waiting: list[str]
@@ -321,7 +321,7 @@ def run_cells(
         title to reason, of cells that failed or could not be started because another did.
     """
     done = {title for title, cell in cells.items() if cell.stamp()}
-    progress = Progress([title for title in wanted if title not in done], done)
+    progress = CellQueue([title for title in wanted if title not in done], done)
     running: list[Child] = []
     acted = 0
     try:

@@ -26,7 +26,7 @@ PLACES = {
 
 
 @dataclass(frozen=True)
-class Row:
+class PaperRow:
     """A row of a paper's table.
 
     Attributes:
@@ -54,11 +54,11 @@ class PaperTable:
     paper: str
     title: str
     metric: str
-    rows: tuple[Row, ...]
+    rows: tuple[PaperRow, ...]
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundRun:
     """What became of a row's run.
 
     Attributes:
@@ -115,7 +115,7 @@ def read_paper(path: Path, recipes: Path) -> list[PaperTable]:
     return tables
 
 
-def _row(given: Mapping[str, Any], path: Path, recipes: Path) -> Row:
+def _row(given: Mapping[str, Any], path: Path, recipes: Path) -> PaperRow:
     for key in given:
         if key not in ROW_KEYS:
             raise BadInput(
@@ -128,7 +128,7 @@ def _row(given: Mapping[str, Any], path: Path, recipes: Path) -> Row:
         if given.get("in", ".") != ".":
             folder = f"{folder}/{given['in']}"
     before = before if pretrain else None
-    return Row(
+    return PaperRow(
         given["name"], given.get("paper"), given.get("original"), pretrain, run, folder, before
     )
 
@@ -151,16 +151,16 @@ def find_runs(roots: Sequence[Path]) -> list[Path]:
     return list(found)
 
 
-def look_up(row: Row, metric: str, runs: Sequence[Path], recipes: Path) -> Found:
+def look_up(row: PaperRow, metric: str, runs: Sequence[Path], recipes: Path) -> FoundRun:
     """The run of a row among those found, and what it measured.
 
     A run belongs to a row by the end of its path, for example mae/pretrain_vit_base_1600/finetune;
     where its saved flags depart from the recipe, the note says so.
     """
     if row.run is None:
-        return Found("other method")
+        return FoundRun("other method")
     if row.folder is None:
-        return Found("not run", note="its recipe is not here")
+        return FoundRun("not run", note="its recipe is not here")
     task = MEASURED_BY[metric][1]
     folders = _folders(row.folder, runs)
     states = [found for f in folders if (found := _measured(f, task, metric, row, recipes))]
@@ -171,16 +171,16 @@ def look_up(row: Row, metric: str, runs: Sequence[Path], recipes: Path) -> Found
     return replace(best, note="; ".join([*filter(None, [best.note]), *others]))
 
 
-def _pretraining(row: Row, runs: Sequence[Path]) -> Found:
+def _pretraining(row: PaperRow, runs: Sequence[Path]) -> FoundRun:
     """How far the pretraining of a row is that has not been measured."""
     for folder in _folders(row.pretrained_in, runs):
         if (folder / METRICS).exists():
             epochs = [r["epoch"] for r in _records(folder / METRICS) if r["kind"] == "epoch"]
-            return Found("not run", note=f"pretraining did {max(epochs, default=-1) + 1} epochs")
-    return Found("not run")
+            return FoundRun("not run", note=f"pretraining did {max(epochs, default=-1) + 1} epochs")
+    return FoundRun("not run")
 
 
-def _pretrained_otherwise(row: Row, runs: Sequence[Path], recipes: Path) -> list[str]:
+def _pretrained_otherwise(row: PaperRow, runs: Sequence[Path], recipes: Path) -> list[str]:
     """Where the pretraining of a row departs from its recipe."""
     if row.pretrain is None:
         return []
@@ -206,7 +206,9 @@ def _records(path: Path) -> list[dict[str, Any]]:
         raise BadInput(f"{path} is damaged: {error}") from None
 
 
-def _measured(folder: Path, task: str, metric: str, row: Row, recipes: Path) -> Found | None:
+def _measured(
+    folder: Path, task: str, metric: str, row: PaperRow, recipes: Path
+) -> FoundRun | None:
     """A run's last measurement; None: the folder holds no run of that task."""
     metrics, config = folder / f"metrics-{task}.jsonl", folder / f"config-{task}.yaml"
     if not metrics.exists() or not config.exists():
@@ -214,14 +216,14 @@ def _measured(folder: Path, task: str, metric: str, row: Row, recipes: Path) -> 
     settings = read_settings(config)
     evals = [r for r in _records(metrics) if r["kind"] == "eval" and metric in r]
     if not evals:
-        return Found("running", note="nothing measured yet", folder=folder)
+        return FoundRun("running", note="nothing measured yet", folder=folder)
     last = evals[-1]
     if progress := _unfinished(last, settings):
-        return Found("running", note=progress, folder=folder)
+        return FoundRun("running", note=progress, folder=folder)
     assert row.run is not None
     changed = differences(read_recipe(recipes / row.run), settings)
     value = last.get(f"ema_{metric}", last[metric])  # averaged weights, where they are kept
-    return Found("done", float(value), "; ".join(changed), folder)
+    return FoundRun("done", float(value), "; ".join(changed), folder)
 
 
 def _unfinished(last: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
@@ -267,7 +269,7 @@ def _plain(value: Any) -> Any:
 
 # ---- For the reader ----------------------------------------------------------------------------
 
-Filled = Sequence[tuple[PaperTable, Sequence[Found]]]
+Filled = Sequence[tuple[PaperTable, Sequence[FoundRun]]]
 
 
 def markdown(filled: Filled) -> str:
@@ -313,7 +315,7 @@ def to_csv(filled: Filled) -> str:
     return text.getvalue()
 
 
-def commands(row: Row, metric: str, recipes: Path) -> list[str]:
+def commands(row: PaperRow, metric: str, recipes: Path) -> list[str]:
     """The commands that make a row, in order, on one node of 8 GPUs; none: no system of ours."""
     if row.run is None or row.folder is None:
         return []

@@ -17,7 +17,7 @@ from util.errors import BadInput
 from util.names import known, nearest
 from util.runs.arms import ArmSet, Copy, expand, read_arms
 from util.yaml_files import read_yaml
-from util.yaml_values import mapping, seeds_of
+from util.yaml_values import mapping, read_seeds
 
 PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
 NAME = re.compile(r"\w[\w.-]*")
@@ -74,7 +74,7 @@ class PlannedRun:
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """A row of a table: what to call it, and which metrics of which run it shows."""
 
     label: str
@@ -87,7 +87,7 @@ class Table:
     """A table of a plan."""
 
     title: str
-    rows: tuple[Row, ...]
+    rows: tuple[TableRow, ...]
 
     @property
     def metrics(self) -> list[str]:
@@ -134,7 +134,7 @@ def read_plan(path: Path, mains: Collection[str]) -> Plan:
     }
     arms = read_arms(top.get("arms") or {}, path)
     entries, copies = expand(mapping(top["runs"], f"runs in {path}"), arms, path)
-    seeds = seeds_of(top["seeds"], str(path))
+    seeds = read_seeds(top["seeds"], str(path))
     runs = _runs(entries, copies, seeds, defaults, mains, path)
     seeds = tuple(dict.fromkeys([*seeds, *(s for r in runs.values() for s in r.copy.seeds or ())]))
     return Plan(path, seeds, runs, _tables(top["tables"], runs, path), arms, top)
@@ -265,7 +265,7 @@ def _tables(given: Any, runs: Mapping[str, PlannedRun], path: Path) -> tuple[Tab
                 raise BadInput(f"row {row!r} of {where}: metrics are names")
             for run in copies or [named]:
                 text = str(label).replace("{arm}", str(runs[run].copy.arm))
-                made.append(Row(text, run, tuple(metrics)))
+                made.append(TableRow(text, run, tuple(metrics)))
         tables.append(Table(title, tuple(made)))
     return tuple(tables)
 
@@ -327,7 +327,7 @@ class Cell:
         return done["id"] if done else None
 
 
-def cells_of(plan: Plan, seeds: Sequence[int], output: Path) -> dict[str, Cell]:
+def list_cells(plan: Plan, seeds: Sequence[int], output: Path) -> dict[str, Cell]:
     """All cells by title: seed after seed, so that whole tables of fewer seeds come early.
 
     Runs whose arms have seeds of their own are made at those, and at seeds that the plan does not

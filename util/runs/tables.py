@@ -6,7 +6,7 @@ from typing import Any
 
 from util.errors import BadInput
 from util.names import nearest
-from util.runs.plan import DONE, Cell, Plan, Row
+from util.runs.plan import DONE, Cell, Plan, TableRow
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float | None, float | None]:
@@ -15,7 +15,7 @@ def mean_and_deviation(values: Sequence[float]) -> tuple[float | None, float | N
     return mean, statistics.stdev(values) if len(values) > 1 else None
 
 
-def fill_row(row: Row, cells: Sequence[Cell], dones: Mapping[str, dict[str, Any]]) -> dict:
+def fill_row(row: TableRow, cells: Sequence[Cell], dones: Mapping[str, dict[str, Any]]) -> dict:
     """A row as data: for each metric its values by seed, mean and deviation; and what it cost.
 
     Args:

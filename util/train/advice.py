@@ -61,10 +61,10 @@ def check_settings(values: Mapping[str, Any]) -> None:
     outputs = {name: values.get(name) for name in ("output_dir", "log_dir")}
     for name, folder in outputs.items():
         if folder:
-            check_outside(f"--{name}", folder, roots_of(values))
+            check_outside(f"--{name}", folder, find_roots(values))
 
 
-def roots_of(values: Mapping[str, Any]) -> list[tuple[str, Path]]:
+def find_roots(values: Mapping[str, Any]) -> list[tuple[str, Path]]:
     """The folders that a command reads images from, each with the flag that names it."""
     roots = [
         (f"--{name}", Path(one)) for name in ("images", "predict") for one in values.get(name) or ()

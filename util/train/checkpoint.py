@@ -24,7 +24,7 @@ from util.files import build_whole, link, open_whole, reading, sweep, writing
 from util.plain_types import known_programs, plain_types
 from util.plugins import check_plugins
 from util.progress import say_once
-from util.train.checksums import Signed, check_bytes, kind_of, verify
+from util.train.checksums import Signed, check_bytes, name_kind, verify
 
 LAST, BEST = "checkpoint-last.pth", "checkpoint-best.pth"
 
@@ -50,7 +50,7 @@ def save_checkpoint(
         write_signed(path, state)
         if epoch is not None:
             link(path, folder / LAST)
-            for old in numbered_of(folder, state["task"])[:-keep] if keep else []:
+            for old in list_numbered(folder, state["task"])[:-keep] if keep else []:
                 old.unlink()
     return path
 
@@ -91,10 +91,10 @@ def best_or_newest(folder: Path, task: str) -> Path | None:
     return newest(folder, task).path
 
 
-def numbered_of(folder: Path, task: str) -> list[Path]:
+def list_numbered(folder: Path, task: str) -> list[Path]:
     """The numbered checkpoints of a task, oldest first; unreadable ones are left out."""
     found = []
-    for path in checkpoints_of(folder):
+    for path in list_checkpoints(folder):
         if LAST[:-4] not in path.name and (head := peek(path)) is not None and head["task"] == task:
             found.append((head["step"], path))
     return [path for _, path in sorted(found)]
@@ -148,7 +148,7 @@ def write_signed(path: Path, state: Mapping[str, Any]) -> None:
             torch.save(dict(state), signed)  # type: ignore[arg-type]  # write and flush suffice
             signed.sign()
     except (OSError, RuntimeError) as error:
-        reason = os_error_of(error)
+        reason = find_os_error(error)
         if reason is None:
             raise
         raise CannotWrite(
@@ -157,7 +157,7 @@ def write_signed(path: Path, state: Mapping[str, Any]) -> None:
         ) from error
 
 
-def os_error_of(error: BaseException | None) -> OSError | None:
+def find_os_error(error: BaseException | None) -> OSError | None:
     """The operating system's error behind an exception: torch wraps it in a RuntimeError."""
     while error is not None and not isinstance(error, OSError):
         error = error.__cause__ or error.__context__
@@ -177,7 +177,7 @@ def load_file(path: str | Path) -> dict[str, Any]:
     with reading(path):
         if not path.is_file():
             inside = f", such as its {LAST}" if (path / LAST).is_file() else ""
-            raise BadInput(f"checkpoint {path} {kind_of(path)}; expected a file{inside}")
+            raise BadInput(f"checkpoint {path} {name_kind(path)}; expected a file{inside}")
         signed, fault = check_bytes(path)
     if fault:
         raise BadInput(f"checkpoint {path} is not readable: {fault}")
@@ -262,14 +262,14 @@ def refusal(error: Exception) -> str:
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundCheckpoint:
     """A checkpoint to go on from, and what was passed over to get to it."""
 
     path: Path | None
     skipped: list[str]
 
 
-def newest(folder: Path, task: str) -> Found:
+def newest(folder: Path, task: str) -> FoundCheckpoint:
     """The newest readable checkpoint of a task in a run folder, by the step inside the files.
 
     The other tasks' checkpoints are none of its business: pretraining and fine-tuning in one folder
@@ -277,7 +277,7 @@ def newest(folder: Path, task: str) -> Found:
     """
     candidates, skipped = [], []
     with reading(folder):
-        paths = checkpoints_of(folder)
+        paths = list_checkpoints(folder)
     for path in paths:
         head = peek(path)
         if head is None:
@@ -287,9 +287,9 @@ def newest(folder: Path, task: str) -> Found:
     for _, _, path in sorted(candidates, reverse=True):
         fault = verify(path)
         if fault is None:
-            return Found(path, skipped)
+            return FoundCheckpoint(path, skipped)
         skipped.append(f"{path.name}: {fault}")
-    return Found(None, skipped)
+    return FoundCheckpoint(None, skipped)
 
 
 def find_resume(folder: Path, task: str, resume: str) -> tuple[Path | None, list[str]]:
@@ -320,7 +320,7 @@ def find_resume(folder: Path, task: str, resume: str) -> tuple[Path | None, list
     return found.path or (None if resume in ("auto", "none") else Path(resume)), notes
 
 
-def start_of(
+def agree_on_start(
     folder: Path, task: str, resume: str, gather: Callable[[Any], list[Any]]
 ) -> tuple[Path | None, list[str]]:
     """`find_resume`, the main process's answer on all of them. A collective."""
@@ -343,7 +343,7 @@ def load_task(path: Path, task: str) -> dict[str, Any]:
     return state
 
 
-def checkpoints_of(folder: Path) -> list[Path]:
+def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a run folder, by name; the order of training is inside the files.
 
     Raises:

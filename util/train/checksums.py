@@ -48,7 +48,7 @@ def verify(path: Path) -> str | None:
     digest = hashlib.sha256()
     try:
         if not path.is_file():  # opening a named pipe would wait for its writer
-            return f"it {kind_of(path)}"
+            return f"it {name_kind(path)}"
         left = path.stat().st_size - COMMENT
         with path.open("rb") as file:
             while left > 0:
@@ -67,7 +67,7 @@ def verify(path: Path) -> str | None:
     return None
 
 
-def kind_of(path: Path) -> str:
+def name_kind(path: Path) -> str:
     """What is at a path that is not a regular file, for people."""
     try:
         if path.is_dir():

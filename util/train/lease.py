@@ -38,7 +38,7 @@ LONGEST, LARGEST_PID = 10_000, 2**31 - 1
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundLease:
     """A lease as it stands in a folder.
 
     Attributes:
@@ -52,7 +52,7 @@ class Found:
     file: tuple[int, int]
 
 
-def read_lease(path: Path) -> Found | None:
+def read_lease(path: Path) -> FoundLease | None:
     """The lease in a file; None: there is none.
 
     Raises:
@@ -66,7 +66,7 @@ def read_lease(path: Path) -> Found | None:
             text = file.read(LONGEST) if stat.S_ISREG(status.st_mode) else b""
     except FileNotFoundError:
         return None
-    return Found(owner_in(text), status.st_mtime, (status.st_dev, status.st_ino))
+    return FoundLease(owner_in(text), status.st_mtime, (status.st_dev, status.st_ino))
 
 
 def owner_in(text: bytes) -> Owner | None:
@@ -79,7 +79,7 @@ def owner_in(text: bytes) -> Owner | None:
     return owner if fits and 0 < owner.pid <= LARGEST_PID else None
 
 
-def reason_to_take(found: Found, me: Owner, now: float) -> str | None:
+def reason_to_take(found: FoundLease, me: Owner, now: float) -> str | None:
     """Why a lease that was found is nobody's any more; None: it is held.
 
     Args:
@@ -275,7 +275,7 @@ def write_in_place(path: Path, me: Owner, error: OSError) -> bool:
     return True
 
 
-def remove_stale(path: Path, found: Found, own: Path, me: Owner) -> bool:
+def remove_stale(path: Path, found: FoundLease, own: Path, me: Owner) -> bool:
     """Remove a stale lease; of several who try, one does.
 
     The right to remove one is itself a file, which one alone can make. So nobody takes away the

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from util.data.splits import hold_out_of, leak_of
+from util.data.splits import find_leak, read_hold_out
 from util.files import writing
 from util.progress import say
 from util.train.checkpoint import BEST
@@ -13,7 +13,7 @@ from util.train.checkpoint import BEST
 MEASURED = "measured"
 
 
-def identity_of(checkpoint: str, step: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+def make_identity(checkpoint: str, step: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
     """What a measurement is of, to be kept under `MEASURED` in its file.
 
     Args:
@@ -41,7 +41,7 @@ def chosen_on(checkpoint: str, state: Mapping[str, Any]) -> str | None:
     """
     if not Path(checkpoint).name.startswith(BEST[:-4]):
         return None
-    return hold_out_of(state.get("arithmetic", {})).words
+    return read_hold_out(state.get("arithmetic", {})).words
 
 
 def measured_on(
@@ -53,8 +53,8 @@ def measured_on(
         settings: flags of the measurement. state: what the checkpoint holds.
         speaks: whether to tell the reader as well.
     """
-    hold_out = hold_out_of(settings)
-    leak = leak_of(state, hold_out, checkpoint)
+    hold_out = read_hold_out(settings)
+    leak = find_leak(state, hold_out, checkpoint)
     if speaks and leak is not None:
         say(f"warning: {leak}")
     return {"measured_on": hold_out.words} | ({} if leak is None else {"warning": leak})

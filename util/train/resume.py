@@ -137,7 +137,7 @@ ORDER = (
 )  # fmt: skip
 
 
-def timeline_of(state: Mapping[str, Any], settings: Arithmetic) -> Timeline:
+def read_timeline(state: Mapping[str, Any], settings: Arithmetic) -> Timeline:
     """That of a checkpoint's run, as far as it went.
 
     Args:
@@ -162,7 +162,7 @@ def move(
         state, saved: the checkpoint, and the settings of its run.
         current: settings of this start.
     """
-    before = timeline_of(state, saved)
+    before = read_timeline(state, saved)
     length, was = timeline.steps_per_epoch, before.steps_per_epoch
     epoch, step = state["epoch"], state["step"]
     done = step - before.begin(epoch)
@@ -216,7 +216,7 @@ def check_length(timeline: Timeline, state: Mapping[str, Any], path: Path) -> No
     if timeline.iterations is not None:
         length, flag = f"{timeline.iterations} iterations", f"--iterations {step}"
     else:
-        needed = timeline.epoch_of(step) + 1
+        needed = timeline.find_epoch(step) + 1
         length, flag = f"{timeline.epochs} epochs", f"--epochs {needed}"
         if timeline.epochs is not None and timeline.first <= timeline.epochs:
             length += f", {timeline.total} steps"  # else it would count back from epochs beyond
@@ -251,7 +251,7 @@ def follow_changes(
     step, total = state["step"], timeline.total
     values: dict[str, Any] = {
         "steps_per_epoch": timeline.steps_per_epoch,
-        "steps_per_epoch_before": timeline_of(state, saved).steps_per_epoch,
+        "steps_per_epoch_before": read_timeline(state, saved).steps_per_epoch,
         "steps_left": total - step,
     }
     texts = [what_is_left(timeline, step)]

@@ -6,8 +6,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from util.data.conversions import tally_of
-from util.data.replace import fault_of
+from util.data.conversions import get_tally
+from util.data.replace import find_fault
 from util.data.source import Source
 from util.errors import Stopped
 from util.files import at_start
@@ -124,10 +124,10 @@ class Run:
         )
         self.bad_images = BadImages(
             folder / named(BAD_IMAGES, task),
-            lambda i: f"{source.file_name(i)}: {fault_of(source, i)}",
+            lambda i: f"{source.file_name(i)}: {find_fault(source, i)}",
             max_bad_images,
             procs.gather,
-            tally=tally_of(source),
+            tally=get_tally(source),
             write=procs.main,
         )
         self.step_log = StepLog(
@@ -217,7 +217,7 @@ class Run:
         self.step_log.report_pending()
         state = {
             "task": self.task,
-            "epoch": self.timeline.epoch_of(step),
+            "epoch": self.timeline.find_epoch(step),
             "stage": stage,
             "step": step,
             "log_bytes": self.logger.size(),

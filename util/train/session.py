@@ -109,7 +109,7 @@ class Start:
         workers: loading processes of this process.
 
     Raises:
-        BadInput: --resume names no checkpoint of this task; see `ckpt.start_of`.
+        BadInput: --resume names no checkpoint of this task; see `ckpt.agree_on_start`.
     """
 
     def __init__(
@@ -119,7 +119,9 @@ class Start:
         torch.manual_seed(settings.seed)
         torch.backends.cuda.matmul.allow_tf32 = settings.tf32
         torch.backends.cudnn.allow_tf32 = settings.tf32
-        self.path, self.notes = ckpt.start_of(settings.folder, task, settings.resume, procs.gather)
+        self.path, self.notes = ckpt.agree_on_start(
+            settings.folder, task, settings.resume, procs.gather
+        )
         self.saved = None if self.path is None else ckpt.load_task(self.path, task)
         self.global_batch = settings.batch_size * procs.world_size * settings.accum_iter
         wanted = settings.num_workers

@@ -104,20 +104,20 @@ class Placed:
         What the model does not have, or in another shape, stays as it is.
         """
         own = self.model.state_dict()
-        return {name: part_of(value, own.get(name)) for name, value in weights.items()}
+        return {name: cut_part(value, own.get(name)) for name, value in weights.items()}
 
 
 def optimizer_parts(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> dict[str, Any]:
     """This process's parts of an optimiser's state without shards, for its `load_state_dict`."""
     parameters = dict(enumerate(p for g in optimizer.param_groups for p in g["params"]))
     parts = {
-        index: {name: part_of(value, parameters.get(index)) for name, value in entries.items()}
+        index: {name: cut_part(value, parameters.get(index)) for name, value in entries.items()}
         for index, entries in state["state"].items()
     }
     return {**state, "state": parts}
 
 
-def part_of(whole: Any, like: Tensor | None) -> Any:
+def cut_part(whole: Any, like: Tensor | None) -> Any:
     """A tensor cut as a parameter of its shape is; anything else as it is. No communication."""
     if not isinstance(like, DTensor) or getattr(whole, "shape", None) != like.shape:
         return whole

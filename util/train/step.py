@@ -43,7 +43,7 @@ class Stopwatch:
         return seconds
 
 
-def steps_of(loader: Iterable[Any], accum_iter: int) -> Iterator[list[Any]]:
+def group_steps(loader: Iterable[Any], accum_iter: int) -> Iterator[list[Any]]:
     """Group micro-batches into optimiser steps; the sampler yields whole steps only."""
     group: list[Any] = []
     for batch in loader:

@@ -46,13 +46,13 @@ class Timeline:
         """Steps done when an epoch, from 0, begins."""
         return self.start + (epoch - self.first) * self.steps_per_epoch
 
-    def epoch_of(self, step: int) -> int:
+    def find_epoch(self, step: int) -> int:
         """The epoch, from 0, that the `step`-th step, from 1, is part of."""
         return self.first + (step - 1 - self.start) // self.steps_per_epoch
 
     def words(self, step: int) -> str:
         """Where the `step`-th step is, for the reader: epochs counted from 1."""
-        return "" if self.epochs is None else f"epoch {self.epoch_of(step) + 1} of {self.epochs}"
+        return "" if self.epochs is None else f"epoch {self.find_epoch(step) + 1} of {self.epochs}"
 
     def scheduled(self, step: int) -> int:
         """What a learning rate schedule goes by after `step` steps.

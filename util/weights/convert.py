@@ -24,7 +24,7 @@ from util.weights.convert_upernet import (
     is_segmenter,
     segmenter_from_mmseg,
 )
-from util.weights.nested_weights import USUAL, Place, find_weights
+from util.weights.nested_weights import USUAL, NestedWeights, find_weights
 
 # A masked autoencoder's own: no encoder has them.
 PRETRAINING_KEYS = ("decoder_", "mask_token", "encoder_mask_token", "pos_phase", "pca.")
@@ -94,7 +94,7 @@ class EncoderWeights:
         return torch.cat([self.table[:, :1], code.unsqueeze(0).to(self.table.dtype)], dim=1)
 
 
-def style_of(weights: Mapping[str, Any]) -> str:
+def find_style(weights: Mapping[str, Any]) -> str:
     """Whose names these are: one of `STYLES`, or timm, which are the official code's and ours.
 
     Whole segmenters: segmenter is ours; public run has timm's names with mmsegmentation's heads.
@@ -121,7 +121,7 @@ def in_our_names(
     Raises:
         BadInput: there are no weights, or some that fit nowhere.
     """
-    if isinstance(state.get(PLACE), Place):
+    if isinstance(state.get(PLACE), NestedWeights):
         return state
     place = find_weights(state, source, key)
     weights, notes = place.weights, list[str]()
@@ -133,7 +133,7 @@ def in_our_names(
             f"{weights[whole[0]].dtype}): it is quantised, or of another kind; save the weights "
             "as they were before"
         )
-    style = style_of(weights)
+    style = find_style(weights)
     if style in STYLES:
         weights, notes = STYLES[style].read(weights, source)
     elif style == "segmenter":
@@ -144,7 +144,7 @@ def in_our_names(
     return {**rest, "style": style, "notes": notes, PLACE: place, "model": weights}
 
 
-def beside_weights(state: Mapping[str, Any], place: Place) -> dict[str, Any]:
+def beside_weights(state: Mapping[str, Any], place: NestedWeights) -> dict[str, Any]:
     """What a file says beside its weights: without tensors, and without other weights than ours.
 
     Entries that mean something to us and have another type in another program's file are dropped.
@@ -208,7 +208,7 @@ def read_encoder(
     # What the file says goes before what is counted: a block that is missing is then missed.
     said = ("num_heads", "depth", "embed_dim", "mlp_ratio")
     arguments |= {name: own[name] for name in said if name in own}
-    grid = grid_of(table.shape[1] - 1, (patch[0], patch[1]), own.get("img_size"), img_size)
+    grid = infer_grid(table.shape[1] - 1, (patch[0], patch[1]), own.get("img_size"), img_size)
     if grid is None and "cls_token" not in weights:
         raise BadInput(
             f"{source} holds an encoder without a class token (no cls_token, positions for "
@@ -242,11 +242,11 @@ def read_encoder(
         probe="head.1.weight" in weights,
         pool="avg" if normless or "fc_norm.weight" in weights else "cls",
         eps=state.get("norm_eps", EPS),
-        assumed=assumed_of(state, arguments["img_size"]),
+        assumed=list_assumptions(state, arguments["img_size"]),
     )
 
 
-def assumed_of(state: Mapping[str, Any], size: Pair) -> list[str]:
+def list_assumptions(state: Mapping[str, Any], size: Pair) -> list[str]:
     """What is taken for granted of an encoder whose file has weights alone; heads apart.
 
     Args:
@@ -261,7 +261,7 @@ def assumed_of(state: Mapping[str, Any], size: Pair) -> list[str]:
     return [*texts, "GELU"]
 
 
-def grid_of(count: int, patch: Pair, own_size: Any, hint: Pair | None) -> Pair | None:
+def infer_grid(count: int, patch: Pair, own_size: Any, hint: Pair | None) -> Pair | None:
     """(gh, gw) of `count` patches: by the file's own image size; or a square; or by the hint.
 
     None where none of these has that many.
@@ -284,7 +284,7 @@ def is_plain_code(table: Tensor, grid: Pair) -> bool:
     return bool((table[0, 1:].double() - code).abs().max() < CODE_TOLERANCE)
 
 
-def flags_of(state: Mapping[str, Any]) -> dict[str, Any]:
+def read_flags(state: Mapping[str, Any]) -> dict[str, Any]:
     """The flags that official files carry beside their weights, or none."""
     flags = state.get("args")
     return vars(flags) if isinstance(flags, argparse.Namespace) else {}

@@ -6,8 +6,8 @@ from util.errors import BadInput
 from util.styles import EPS, STYLES
 from util.weights.export_model import (
     NO_DECODER,
+    ExportTarget,
     LoadedModel,
-    Target,
     metadata,
     write_and_compare,
 )
@@ -60,8 +60,8 @@ def to_mmae(source: LoadedModel, path: Path) -> list[str]:
     return [write_and_compare(source, path, state)]
 
 
-OFFICIAL = Target(to_official)
-MMSEG = Target(
+OFFICIAL = ExportTarget(to_official)
+MMSEG = ExportTarget(
     to_mmsegmentation,
     refused={
         **NO_DECODER,
@@ -70,4 +70,4 @@ MMSEG = Target(
     takes_segmenter=True,
     keeps_lscale=True,
 )
-MMAE = Target(to_mmae, like_mae=False, takes_segmenter=True)
+MMAE = ExportTarget(to_mmae, like_mae=False, takes_segmenter=True)

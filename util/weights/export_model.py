@@ -22,7 +22,7 @@ BAKED = "the learned phases are baked into the positions: resizing these is no l
 NO_DECODER = {"decoder": "takes no decoder; choose official or transformers"}
 
 
-class Preprocessing(Protocol):
+class ExportPreprocessing(Protocol):
     """How images are prepared, for other programs; see `util.data.preprocessing`."""
 
     def for_timm(self) -> dict[str, Any]:
@@ -60,7 +60,7 @@ class LoadedModel:
     state: dict[str, Any]
     part: str
     eps: float
-    preprocessing: Preprocessing
+    preprocessing: ExportPreprocessing
     own_statistics: bool
     read_again: Callable[[Path, str], Any]
     keep_lscale: bool = False
@@ -104,7 +104,7 @@ class LoadedModel:
 
 
 @dataclass(frozen=True)
-class Target:
+class ExportTarget:
     """Another program, or another layout of files, that weights are written for.
 
     Attributes:

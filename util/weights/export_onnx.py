@@ -9,8 +9,8 @@ from util.weights.export import appearing, check_same, run_onnx, save_onnx
 from util.weights.export_model import (
     LOOSE,
     NO_DECODER,
+    ExportTarget,
     LoadedModel,
-    Target,
     compute_outputs,
     metadata,
 )
@@ -48,4 +48,4 @@ def to_onnx(source: LoadedModel, path: Path) -> list[str]:
     ]
 
 
-ONNX = Target(to_onnx, suffixes=(".onnx",), refused=NO_DECODER)
+ONNX = ExportTarget(to_onnx, suffixes=(".onnx",), refused=NO_DECODER)

@@ -10,14 +10,14 @@ from util.errors import BadInput, needs
 from util.train.checkpoint import local_file, peek
 from util.weights.export import check_same, has_lscale, run_onnx
 from util.weights.export_files import MMAE, MMSEG, OFFICIAL
-from util.weights.export_model import BAKED, LOOSE, LoadedModel, Target, compute_outputs
+from util.weights.export_model import BAKED, LOOSE, ExportTarget, LoadedModel, compute_outputs
 from util.weights.export_onnx import ONNX
 from util.weights.export_timm import TIMM
 from util.weights.export_transformers import TRANSFORMERS, compute_transformers
 from util.weights.files import CONFIG, read_json, weights_file
 
 # By the name that --to takes.
-TARGETS: dict[str, Target] = {
+TARGETS: dict[str, ExportTarget] = {
     "timm": TIMM,
     "transformers": TRANSFORMERS,
     "mmseg": MMSEG,

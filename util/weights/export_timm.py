@@ -16,8 +16,8 @@ from util.weights.export_model import (
     BOUND,
     LOOSE,
     NO_DECODER,
+    ExportTarget,
     LoadedModel,
-    Target,
     compute_outputs,
 )
 
@@ -125,4 +125,6 @@ def timm_config(
     return config
 
 
-TIMM = Target(to_timm, suffixes=(".pth", ".safetensors", ""), refused=NO_DECODER, keeps_lscale=True)
+TIMM = ExportTarget(
+    to_timm, suffixes=(".pth", ".safetensors", ""), refused=NO_DECODER, keeps_lscale=True
+)

@@ -10,7 +10,7 @@ from torch import Tensor
 from util.errors import BadInput, needs
 from util.styles import STYLES
 from util.weights.export import appearing, check_same, save_folder
-from util.weights.export_model import IMAGES, LOOSE, LoadedModel, Target, compute_outputs
+from util.weights.export_model import IMAGES, LOOSE, ExportTarget, LoadedModel, compute_outputs
 from util.weights.files import PREPROCESSOR
 
 
@@ -73,4 +73,4 @@ def compute_transformers(model: Any, source: LoadedModel) -> dict[str, Tensor]:
     return {"tokens": getattr(model, "vit", model)(images, **more).last_hidden_state}
 
 
-TRANSFORMERS = Target(to_transformers_folder, makes_folder=True)
+TRANSFORMERS = ExportTarget(to_transformers_folder, makes_folder=True)

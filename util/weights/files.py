@@ -10,7 +10,7 @@ import torch
 from util.errors import BadInput, needs
 from util.files import reading
 from util.styles import STYLES
-from util.train.checkpoint import LAST, checkpoints_of, load_file, local_file
+from util.train.checkpoint import LAST, list_checkpoints, load_file, local_file
 from util.weights.convert import in_our_names
 
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
@@ -85,7 +85,7 @@ def weights_file(path: str) -> Path:
     place = local_file(path)
     with reading(place):
         theirs = any((place / name).is_file() for name in (*FILES, *INDICES))
-        lasts = [] if theirs else [p.name for p in checkpoints_of(place) if "-last" in p.name]
+        lasts = [] if theirs else [p.name for p in list_checkpoints(place) if "-last" in p.name]
     if len(lasts) > 1:
         raise BadInput(
             f"{place} holds the last checkpoints of several tasks ({', '.join(lasts)}); give one "

@@ -94,7 +94,7 @@ def grouped(names: Iterable[str]) -> str:
     """Names of tensors by the module that they are in: blocks.0-11 144, cls_token, head.* 2."""
     groups: dict[str, list[str]] = {}
     for name in names:
-        groups.setdefault(group_of(name), []).append(name)
+        groups.setdefault(name_group(name), []).append(name)
     texts = []
     for group, members in list(groups.items())[:MOST_GROUPS]:
         text = group
@@ -105,7 +105,7 @@ def grouped(names: Iterable[str]) -> str:
     return ", ".join([*texts, *([f"and {more} more"] if more else [])])
 
 
-def group_of(name: str) -> str:
+def name_group(name: str) -> str:
     """The module of a tensor, `decoder_*` for all of a decoder, or the name of a single one."""
     if name.startswith("decoder_"):
         return "decoder_*"

@@ -48,7 +48,7 @@ USUAL = ("model", "state_dict")
 
 
 @dataclass(frozen=True)
-class Place:
+class NestedWeights:
     """An encoder's weights in a file, alone or with what belongs to them (a decoder, a head).
 
     Attributes:
@@ -110,7 +110,7 @@ def quoted(names: Sequence[str]) -> str:
     return ", ".join(f"'{name}'" for name in names)
 
 
-def find_weights(state: Mapping[str, Any], source: str, key: str | None = None) -> Place:
+def find_weights(state: Mapping[str, Any], source: str, key: str | None = None) -> NestedWeights:
     """The weights in the contents of a file.
 
     Where several places hold an encoder's, the roles that their names tell decide, see `ROLES`.
@@ -132,14 +132,14 @@ def find_weights(state: Mapping[str, Any], source: str, key: str | None = None) 
         return no_encoder(state, source)
     places = whole or places
     chosen = choose(places, key, source)
-    labelled = zip(labels_of(places), places, strict=True)
+    labelled = zip(make_labels(places), places, strict=True)
     others = {label: place.address for label, place in labelled if place is not chosen}
     return replace(chosen, others=others)
 
 
 def search(
     state: Mapping[Any, Any], source: str, wrappers: tuple[str, ...] = ()
-) -> Iterator[Place]:
+) -> Iterator[NestedWeights]:
     """All places in nested dicts with a patch projection, outer dicts first."""
     tensors = {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)}
     yield from places_in(tensors, source, wrappers)
@@ -149,16 +149,16 @@ def search(
                 yield from search(inner, source, (*wrappers, name))
 
 
-def places_in(tensors: Weights, source: str, wrappers: tuple[str, ...]) -> Iterator[Place]:
+def places_in(tensors: Weights, source: str, wrappers: tuple[str, ...]) -> Iterator[NestedWeights]:
     """The places in one flat dict, each with the tensors that only its prefix reaches."""
     names = bare_names(tensors, source)
-    found = {prefix: None for name in names for prefix in prefixes_of(name, names)}
+    found = {prefix: None for name in names for prefix in find_prefixes(name, names)}
     prefixes = sorted(found, key=len)
     for prefix in prefixes:
         deeper = tuple(p for p in prefixes if p != prefix and p.startswith(prefix))
         own = {n: k for n, k in names.items() if n.startswith(prefix) and not n.startswith(deeper)}
         said, inside = as_written(prefix, own)
-        yield Place(
+        yield NestedWeights(
             source,
             wrappers,
             prefix,
@@ -187,7 +187,7 @@ def bare_names(tensors: Weights, source: str) -> dict[str, str]:
     return names
 
 
-def prefixes_of(name: str, names: Mapping[str, str]) -> Iterator[str]:
+def find_prefixes(name: str, names: Mapping[str, str]) -> Iterator[str]:
     """What stands before the patch projection, if this is one."""
     for projection, _ in PROJECTIONS:
         if (match := projection.fullmatch(name)) is not None:
@@ -221,14 +221,14 @@ def in_common(lists: Sequence[Sequence[str]]) -> int:
     return count
 
 
-def is_whole(place: Place) -> bool:
+def is_whole(place: NestedWeights) -> bool:
     """Whether a first block is beside the patch projection."""
     names = [re.sub(r"^(vit|encoder(?=\.blocks)|backbone)\.", "", name) for name in place.weights]
     firsts = tuple(first for _, blocks in PROJECTIONS for first in blocks)
     return any(name.startswith(firsts) for name in names)
 
 
-def choose(places: Sequence[Place], key: str | None, source: str) -> Place:
+def choose(places: Sequence[NestedWeights], key: str | None, source: str) -> NestedWeights:
     """The place that a key means, or whose name goes before those of the others.
 
     Raises:
@@ -240,7 +240,7 @@ def choose(places: Sequence[Place], key: str | None, source: str) -> Place:
         if not meant:
             raise BadInput(
                 f"--weights_key {key}: {source} holds no weights of that name, but "
-                f"{quoted(labels_of(places))}; give one of these, or leave it out"
+                f"{quoted(make_labels(places))}; give one of these, or leave it out"
             )
         places = meant
     first = min(place.role for place in places)
@@ -252,18 +252,18 @@ def choose(places: Sequence[Place], key: str | None, source: str) -> Place:
     if all(same_weights(best[0], place) for place in best[1:]):
         return best[0]
     raise BadInput(
-        f"{source} holds weights of several encoders, {quoted(labels_of(best))}; name the one to "
+        f"{source} holds weights of several encoders, {quoted(make_labels(best))}; name the one to "
         "take with --weights_key"
     )
 
 
-def same_weights(one: Place, other: Place) -> bool:
+def same_weights(one: NestedWeights, other: NestedWeights) -> bool:
     """Whether two places hold the same tensors under the same names."""
     a, b = one.weights, other.weights
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def labels_of(places: Sequence[Place]) -> list[str]:
+def make_labels(places: Sequence[NestedWeights]) -> list[str]:
     """For each place what `--weights_key` takes: a part of its address that no other has."""
     return [
         next(
@@ -274,7 +274,7 @@ def labels_of(places: Sequence[Place]) -> list[str]:
     ]
 
 
-def no_encoder(state: Mapping[str, Any], source: str) -> Place:
+def no_encoder(state: Mapping[str, Any], source: str) -> NestedWeights:
     """The tensors of a file in which no encoder was found, for whoever says what is missing.
 
     Raises:
@@ -289,13 +289,13 @@ def no_encoder(state: Mapping[str, Any], source: str) -> Place:
         inner = [(len(w), name, w) for name, w in tensors_below(state)]
         if inner and "param_groups" not in state:
             _, name, weights = max(inner, key=lambda found: found[:2])
-            return Place(source, (*wrappers, name), "", "", weights)
+            return NestedWeights(source, (*wrappers, name), "", "", weights)
         what = ", ".join(map(str, list(state)[:8])) or "nothing"
         hint = ""
         if "param_groups" in state:
             hint = ": this is the state of an optimiser; give the file with the model's weights"
         raise BadInput(f"{source} holds no weights, only {what}{hint}")
-    return Place(source, wrappers, "", "", weights)
+    return NestedWeights(source, wrappers, "", "", weights)
 
 
 def tensors_below(state: Mapping[Any, Any]) -> Iterator[tuple[str, Weights]]:

@@ -114,7 +114,7 @@ def new_model(
     arguments = models_zoo.model_arguments(args.model) | own
     if args.model not in models_zoo.CLASSIFIERS:
         raise BadInput(
-            f"{args.model} is no classifier; choose from {', '.join(models_zoo.CLASSIFIERS)}"
+            f"{args.model} is not a classifier; choose from {', '.join(models_zoo.CLASSIFIERS)}"
         )
     arguments["in_chans"] = in_chans
     for name, value in (("lscale_init", args.lscale_init), ("patch_size", args.patch_size)):

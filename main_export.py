@@ -69,7 +69,9 @@ def build_parser() -> FlagParser:
         help="of ours, official MAE, timm, mmsegmentation, ONNX; or a folder of transformers; "
         "path or https URL; no default",
     )
-    parser.add_argument("--to", choices=list(TARGETS), help="whose file to write; no default")
+    parser.add_argument(
+        "--to", choices=list(TARGETS), help="program or format to write for; no default"
+    )
     parser.add_argument(
         "--output",
         type=expanded_path,
@@ -79,7 +81,7 @@ def build_parser() -> FlagParser:
         "--part",
         choices=PARTS,
         default="auto",
-        help="what to take along; auto: all that the file has and --to takes",
+        help="part to export; auto: all that the file holds and --to can take",
     )
     parser.add_argument(
         "--keep_lscale",
@@ -87,10 +89,14 @@ def build_parser() -> FlagParser:
         help="timm: leave LScale as timm's LayerScale instead of folding it; mmseg always does",
     )
     parser.add_argument(
-        "--ema", action="store_true", help="take the averaged weights of a fine-tuning"
+        "--ema",
+        action="store_true",
+        help="use the averaged weights (EMA) of a fine-tuned checkpoint",
     )
     parser.add_argument(
-        "--input_size", type=size_pair, help="pixels to run at; default: the file's"
+        "--input_size",
+        type=size_pair,
+        help="image size of the exported model, in pixels; default: the file's",
     )
     add_pos_resize_flag(parser)
     add_autoencoder_flags(parser)

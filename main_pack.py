@@ -51,7 +51,7 @@ def build_parser() -> FlagParser:
     )
     add_pixels_flag(parser)
     parser.add_argument(
-        "--split", choices=SPLITS, nargs="+", default=list(SPLITS), help="parts of it to pack"
+        "--split", choices=SPLITS, nargs="+", default=list(SPLITS), help="splits to pack"
     )
     parser.add_argument(
         "--output_dir", type=expanded_path, help="folder to write train/ and val/ into; no default"
@@ -69,18 +69,23 @@ def build_parser() -> FlagParser:
         default=256,
         help="pixels to shrink larger images to; 0: none is; nor by --format keep",
     )
-    parser.add_argument("--quality", type=number(int, 1, 95), default=90, help="of --format jpeg")
+    parser.add_argument(
+        "--quality", type=number(int, 1, 95), default=90, help="JPEG quality of --format jpeg"
+    )
     parser.add_argument(
         "--max_bad_images",
         type=number(int, 0),
         default=100,
-        help="more images that cannot be decoded end it; until then they are left out and listed",
+        help="stop if more images than this cannot be decoded; until then they are left out "
+        "and listed",
     )
     parser.add_argument(
         "--num_workers", type=processes_flag(0), help="processes; default: the cores, at most 10"
     )
     parser.add_argument(
-        "--verify", action="store_true", help="write nothing, compare all checksums"
+        "--verify",
+        action="store_true",
+        help="verify the checksums of what is packed; write nothing",
     )
     return parser
 

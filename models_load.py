@@ -151,7 +151,7 @@ def build_autoencoder(
     name = name or state.get("model_name")
     kind, known = MODELS.get(name or "", (MaskedAutoencoderViT, {}))
     if strange := sorted(map(str, arguments.keys() - signature(kind).parameters.keys())):
-        raise BadInput(f"{path} says of its model what ours has not: {', '.join(strange)}")
+        raise BadInput(f"{path} describes a model that ours cannot be: {', '.join(strange)}")
     model = kind(**(known | arguments))
     load_weights(model, weights, path)
     state[LOADED] = Loading().lines(model, named)
@@ -449,6 +449,7 @@ def _check_name(name: str | None, arguments: dict[str, Any], path: str) -> None:
     ]
     if differing:
         raise BadInput(
-            f"{path} is another architecture: {'; '.join(differing)}; leave --model out to take "
+            f"{path} has a different architecture: {'; '.join(differing)}; leave --model out to "
+            f"take "
             "the file's"
         )

@@ -475,13 +475,13 @@ def add_term_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--lscale_init",
         type=optional(number(float, 0, MOST_LSCALE, open_low=True)),
-        help="LScale's gamma at the start; none: no LScale",
+        help="initial value of LScale's gamma; none: no LScale",
     )
     group.add_argument(
         "--branch_init",
         type=number(float, 0, MOST_LSCALE),
         default=1.0,
-        help="factor on the last weights of each branch at the start (the control of LScale)",
+        help="factor on the initial last weights of each residual branch (the control of LScale)",
     )
     group.add_argument(
         "--pos_offset",
@@ -494,7 +494,9 @@ def add_term_flags(parser: argparse.ArgumentParser) -> None:
 def add_architecture_flags(parser: argparse.ArgumentParser) -> None:
     """Patches, and the decoder."""
     group = parser.add_argument_group("architecture (unset sizes follow --model)")
-    group.add_argument("--patch_size", type=size_pair, help="pixels; default: the name's")
+    group.add_argument(
+        "--patch_size", type=size_pair, help="patch size in pixels; default: that of --model"
+    )
     group.add_argument(
         "--decoder",
         choices=list(DECODERS),

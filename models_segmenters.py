@@ -74,7 +74,7 @@ def build_segmenter_encoder(
         if key in said and said[key] != own[key]
     ]
     if differing:
-        raise BadInput(f"{path} is another architecture: {'; '.join(differing)}")
+        raise BadInput(f"{path} has a different architecture: {'; '.join(differing)}")
     weights: dict[str, Any] = {
         key: tensor
         for key, tensor in stored.weights.items()
@@ -210,4 +210,4 @@ def _check_name(model: UperNet, name: str, path: str) -> None:
         if found[key] != expected[key]
     ]
     if differing:
-        raise BadInput(f"{path} is another architecture: {'; '.join(differing)}")
+        raise BadInput(f"{path} has a different architecture: {'; '.join(differing)}")

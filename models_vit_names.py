@@ -64,7 +64,7 @@ def from_mmseg(weights: Mapping[str, Tensor], source: str) -> tuple[Weights, lis
             if tensor.any():
                 raise BadInput(
                     f"{source} has relative position biases ({key}) that are not zero; our encoder "
-                    "has none, so it would be another function: only files without them fit"
+                    "has none, so its outputs would differ: only files without them fit"
                 )
             continue
         backbone[name] = tensor
@@ -252,8 +252,8 @@ def read_config(config: Mapping[str, Any], source: str) -> dict[str, Any]:
     for name, expected in (("hidden_act", "gelu"), ("qkv_bias", True)):
         if config.get(name, expected) != expected:
             raise BadInput(
-                f"{source} has {name} {config[name]}, our encoder's is {expected}: it would be "
-                "another function"
+                f"{source} has {name} {config[name]}, our encoder's is {expected}: its outputs "
+                "would differ"
             )
     names = {
         "img_size": "image_size",

@@ -776,7 +776,7 @@ def test_weights_from_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert larger.eval()(torch.randn(1, 3, 128, 128)).shape == (1, CLASSES)
     with pytest.raises(BadInput, match="lscale_init come with the weights"):
         create_model(name, pretrained=path, lscale_init=None)
-    with pytest.raises(BadInput, match="another architecture"):
+    with pytest.raises(BadInput, match="a different architecture"):
         create_model("vit_tiny_patch8", pretrained=path)
 
     mae, checkpoint = autoencoder(tmp_path / "mae", **MMMAE)

@@ -869,7 +869,7 @@ def files(tmp_path_factory: pytest.TempPathFactory, pretrained: str) -> dict[str
 ALONE = "alone"
 EVAL = [ALONE, "--eval"]
 BAD_INPUT = {
-    "another architecture": (["--model=vit_tiny_patch4"], "another architecture"),
+    "another architecture": (["--model=vit_tiny_patch4"], "a different architecture"),
     "another patch": (["--model=vit_micro_patch8"], "patch_size"),
     "unknown model": (["--model=vit_micro_patch5"], "vit_micro_patch4"),
     "no classifier": ([ALONE, "--model=mae_vit_micro_patch4"], "is no classifier"),
@@ -894,7 +894,7 @@ BAD_INPUT = {
     ),
     "eval without labels": ([*EVAL, "--resume={tuned}", "--dataset=photos"], "no labels"),
     "eval of another architecture": (
-        [*EVAL, "--resume={tuned}", "--model=vit_tiny_patch4"], "another architecture",
+        [*EVAL, "--resume={tuned}", "--model=vit_tiny_patch4"], "a different architecture",
     ),
     "too few outputs": (["--nb_classes=2"], "--nb_classes 2"),
     "no labels": (["--dataset=photos"], "no labels"),

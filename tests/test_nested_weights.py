@@ -585,7 +585,7 @@ def test_arguments_of_another_program(tmp_path: Path) -> None:
     model, state = load_encoder(str(write(tmp_path / "f.pth", content)))
     assert "model_args" not in state and len(model.blocks) == 2
     content["model_args"] = ARGUMENTS | {"n_layer": 2}
-    with pytest.raises(BadInput, match="what ours has not: n_layer"):
+    with pytest.raises(BadInput, match="model that ours cannot be: n_layer"):
         load_pretrained(str(write(tmp_path / "f.pth", content)))
 
 

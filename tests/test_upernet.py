@@ -536,7 +536,7 @@ def test_scales_of_the_model_alone_stay(tmp_path: Path) -> None:
 def test_another_encoder_is_refused(tmp_path: Path) -> None:
     source, arguments = micro_mae()
     path = save_pretrained(tmp_path, source, arguments)
-    with pytest.raises(BadInput, match=r"another architecture: embed_dim 128.*192"):
+    with pytest.raises(BadInput, match=r"a different architecture: embed_dim 128.*192"):
         load_segmenter_encoder(create_segmenter("vit_tiny_patch8", K, **SMALL), str(path))
     with pytest.raises(BadInput, match="rescale, extend"):
         load_segmenter_encoder(micro(), str(path), "stretch")
@@ -680,7 +680,7 @@ def test_files_that_hold_no_segmenter(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="no segmenter"):
         load_segmenter(str(official_file(tmp_path)))
     path = save_segmenter(tmp_path, micro())
-    with pytest.raises(BadInput, match=r"another architecture: embed_dim 128.*192"):
+    with pytest.raises(BadInput, match=r"a different architecture: embed_dim 128.*192"):
         load_segmenter(str(path), "vit_tiny_patch8")
     named = to_mmseg_names(micro())
     for missing in ("decode_head.conv_seg.bias", "backbone.layers.2.ln1.weight"):

@@ -64,7 +64,7 @@ def add_job_flags(parser: argparse.ArgumentParser) -> None:
         help="logs of the job, and the run folder where --output_dir is not given; %%j: job number",
     )
     group.add_argument(
-        "--nodes", type=number(int, 1, MOST_TASKS), default=1, help="machines of the job"
+        "--nodes", type=number(int, 1, MOST_TASKS), default=1, help="nodes of the job"
     )
     group.add_argument(
         "--ngpus",

@@ -176,7 +176,7 @@ def build_parser() -> FlagParser:
         )
     names = [f"mae_vit_{size}_patch16" for size in ("tiny", "small", "base", "large")]
     group.add_argument(
-        "--models", nargs="*", default=names, help="names of models; none: no such sweep"
+        "--models", nargs="*", default=names, help="models of that sweep; none: no such sweep"
     )
     group.add_argument(
         "--plot",
@@ -201,7 +201,7 @@ def build_parser() -> FlagParser:
     )
     add_device_flag(group)
     group.add_argument(
-        "--seed", type=number(int, 0, 2**32 - 1), default=0, help="of weights, masks and order"
+        "--seed", type=number(int, 0, 2**32 - 1), default=0, help="seed of weights, masks and order"
     )
     group.add_argument(
         "--peak_tflops",

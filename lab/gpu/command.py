@@ -45,7 +45,11 @@ def build_parser() -> FlagParser:
         help="folder for result.json and the files of the parts",
     )
     parser.add_argument(
-        "--only", choices=NAMES, nargs="+", default=NAMES, help="these parts, in their own order"
+        "--only",
+        choices=NAMES,
+        nargs="+",
+        default=NAMES,
+        help="only these parts, in their own order",
     )
     parser.add_argument(
         "--seconds",
@@ -54,7 +58,7 @@ def build_parser() -> FlagParser:
         help="for all parts together; what is not reached by then is said",
     )
     parser.add_argument(
-        "--device", choices=("cuda", "cpu"), default="cuda", help="what is measured"
+        "--device", choices=("cuda", "cpu"), default="cuda", help="device to measure"
     )
     parser.add_argument(
         "--tiny", action="store_true", help="every branch at the smallest size, without figures"

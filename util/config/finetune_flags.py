@@ -101,7 +101,7 @@ def build_parser(argv: Sequence[str] | None = ()) -> FlagParser:
     group.add_argument(
         "--layer_decay",
         type=number(float, 0, 1, open_low=True),
-        help="factor on the learning rate from one block to the one before it",
+        help="layer decay: factor on the learning rate from each block to the one before it",
         **UNSET,
     )
     group.add_argument(
@@ -110,7 +110,7 @@ def build_parser(argv: Sequence[str] | None = ()) -> FlagParser:
         nargs=2,
         default=[0.9, 0.999],
         metavar=("BETA1", "BETA2"),
-        help="of AdamW; a linear probe has LARS and no betas",
+        help="betas of AdamW; a linear probe uses LARS, which has none",
     )
     add_shard_flag(parser)
     add_run_flags(parser)
@@ -119,10 +119,13 @@ def build_parser(argv: Sequence[str] | None = ()) -> FlagParser:
         "--eval_every", type=number(int, 0), default=1, help="epochs between measurements"
     )
     group.add_argument(
-        "--eval", action="store_true", help="measure --resume or --finetune; no training"
+        "--eval", action="store_true", help="evaluate --resume or --finetune; no training"
     )
     group.add_argument(
-        "--dist_eval", action="store_true", help="accepted; evaluation is exact on any processes"
+        "--dist_eval",
+        action="store_true",
+        help="accepted for MAE's commands; evaluation is exact on any number of processes "
+        "without it",
     )
     add_dry_run_flags(parser)
     return parser
@@ -132,12 +135,12 @@ def add_model_flags(parser: FlagParser) -> None:
     """What is trained, and where it starts."""
     group = parser.add_argument_group("model")
     group.add_argument("--model", metavar="NAME", help="encoder; default: the checkpoint's")
-    group.add_argument("--list_models", action="store_true", help="print the names and leave")
+    group.add_argument("--list_models", action="store_true", help="print the names and exit")
     group.add_argument(
         "--finetune",
         type=expanded_path,
         metavar="CHECKPOINT",
-        help="path or https URL of weights to start from; default: from scratch",
+        help="weights to start from: a file, a run folder or an https URL; default: from scratch",
     )
     add_pos_resize_flag(group)
     group.add_argument(
@@ -148,15 +151,19 @@ def add_model_flags(parser: FlagParser) -> None:
     group.add_argument(
         "--in_chans",
         type=number(int, 1, MOST_CHANNELS),
-        help="channels, from scratch; default: the data's",
+        help="image channels of a model trained from scratch; default: the data's",
     )
     add_heads_flag(group)
     add_weights_key_flag(group)
-    group.add_argument("--patch_size", type=size_pair, help="from scratch; default: the name's")
+    group.add_argument(
+        "--patch_size",
+        type=size_pair,
+        help="patch size of a model trained from scratch, in pixels; default: that of --model",
+    )
     group.add_argument(
         "--lscale_init",
         type=optional(number(float, 0, MOST_LSCALE, open_low=True)),
-        help="from scratch: LScale's gamma at the start; default: no LScale",
+        help="initial value of LScale's gamma in a model trained from scratch; default: no LScale",
     )
     group.add_argument(
         "--global_pool",

@@ -113,7 +113,7 @@ def add_split_flags(parser: FlagParser) -> None:
         "--val_seed",
         type=number(int, 0, 2**32 - 1),
         default=0,
-        help="of that draw; the same in every command and for every --seed",
+        help="seed of the --val_fraction split: the same in every command, whatever --seed is",
     )
 
 
@@ -133,7 +133,7 @@ def add_view_flags(parser: FlagParser) -> None:
     group.add_argument(
         "--train_images",
         type=number(int, 1),
-        help="learn from so many, evenly spaced; default: all",
+        help="train on only so many images, evenly spaced; default: all",
     )
     group.add_argument(
         "--crop_scale",
@@ -203,7 +203,9 @@ def add_optimisation_flags(
         help=f"peak learning rate, overrides --blr; default: {peak or 'by --blr'}",
     )
     group.add_argument("--min_lr", type=rate, default=0.0, help="learning rate at the end")
-    group.add_argument("--weight_decay", type=rate, default=0.05, help="of the optimiser")
+    group.add_argument(
+        "--weight_decay", type=rate, default=0.05, help="weight decay of the optimiser"
+    )
     group.add_argument(
         "--clip_grad",
         type=number(float, 0, open_low=True),
@@ -213,7 +215,8 @@ def add_optimisation_flags(
         "--precision",
         choices=list(PRECISIONS),
         default="fp32",
-        help="of matrix products; bf16 and fp16 are torch's autocast, weights stay float32",
+        help="precision of matrix products; bf16 and fp16 are torch's autocast, weights stay "
+        "float32",
     )
     group.add_argument(
         "--grad_checkpointing",
@@ -292,7 +295,8 @@ def add_checkpoint_flags(parser: FlagParser, lengths: str = "epochs") -> Any:
         "--max_bad_images",
         type=number(int, 0),
         default=100,
-        help="more images that cannot be decoded end the run; until then others replace them",
+        help="stop if more images than this cannot be decoded; until then other images replace "
+        "them",
     )
     group.add_argument(
         "--resume",
@@ -304,7 +308,7 @@ def add_checkpoint_flags(parser: FlagParser, lengths: str = "epochs") -> Any:
     group.add_argument(
         "--allow_changes",
         action="store_true",
-        help="go on although flags that change the numbers differ from the checkpoint's",
+        help="resume although flags that change the result differ from the checkpoint's",
     )
     return group
 
@@ -335,7 +339,7 @@ def add_heads_flag(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--num_heads",
         type=number(int, 1, MOST_WIDTH),
-        help="attention heads of weights that do not say it; default: --model's, or those of our "
+        help="attention heads, for weights that do not say; default: --model's, or those of our "
         "model of that width and depth",
     )
 
@@ -354,7 +358,10 @@ def add_run_flags(parser: FlagParser) -> None:
     )
     add_device_flag(group)
     group.add_argument(
-        "--seed", type=number(int, 0, 2**32 - 1), default=0, help="of all random numbers of the run"
+        "--seed",
+        type=number(int, 0, 2**32 - 1),
+        default=0,
+        help="seed of all random numbers of the run",
     )
     group.add_argument(
         "--log_every", type=number(int, 1), default=20, help="steps between records in the metrics"
@@ -377,7 +384,7 @@ def add_dry_run_flags(parser: FlagParser) -> None:
     group.add_argument(
         "--dry_run",
         action="store_true",
-        help="print what the run would do and cost, check it, and leave; nothing is written",
+        help="print what the run would do and cost, check it, and exit; nothing is written",
     )
     group.add_argument(
         "--dry_run_images",
@@ -392,7 +399,7 @@ def add_dry_run_flags(parser: FlagParser) -> None:
     group.add_argument(
         "--images_per_second",
         type=number(float, 0, open_low=True),
-        help="of all processes together, to tell the hours; default: no hours",
+        help="images/s of all processes together, to estimate the hours; default: no estimate",
     )
     group.add_argument(
         "--dry_run_measure",

@@ -33,7 +33,8 @@ def build_parser() -> FlagParser:
         "--checkpoint",
         type=expanded_path,
         metavar="FILE",
-        help="weights of ours, official MAE or timm: a file or https URL; no default",
+        help="weights of ours, official MAE or timm: a file, a run folder or an https URL; no "
+        "default",
     )
     add_encoder_flags(group)
     add_pos_resize_flag(group)
@@ -64,16 +65,20 @@ def add_neighbour_flags(parser: FlagParser) -> None:
         "--features",
         choices=FEATURES,
         default="avg",
-        help="class token, mean of the patch tokens, or both, one after the other",
+        help="class token, mean of the patch tokens, or both concatenated",
     )
     group.add_argument(
-        "--k", type=number(int, 1), nargs="+", default=[20], help="neighbours; several in one pass"
+        "--k",
+        type=number(int, 1),
+        nargs="+",
+        default=[20],
+        help="numbers of neighbours; several are measured in one pass",
     )
     group.add_argument(
         "--temperature",
         type=number(float, 0, open_low=True),
         default=0.07,
-        help="of the weight exp(similarity / temperature) of a neighbour's vote",
+        help="temperature of a neighbour's vote, exp(similarity / temperature)",
     )
     for name, what in (("train_images", "neighbours among"), ("val_images", "classify")):
         group.add_argument(
@@ -92,5 +97,5 @@ def add_neighbour_flags(parser: FlagParser) -> None:
         "--bank_chunk",
         type=number(int, 1),
         default=8192,
-        help="training images that they are compared with at a time, per process",
+        help="training images compared at a time, per process",
     )

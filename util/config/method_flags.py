@@ -31,7 +31,7 @@ def add_mask_flags(group: argparse._ArgumentGroup, unset: str = "") -> None:
         "--mask",
         choices=list(STRATEGIES),
         default="random",
-        help="which patches are hidden",
+        help="masking strategy: which patches are hidden",
     )
     group.add_argument(
         "--mask_ratio",

@@ -47,7 +47,7 @@ def build_parser() -> FlagParser:
         "--top_k",
         type=number(int, 1, MOST_CLASSES),
         default=5,
-        help="classes of each image, the most likely first",
+        help="number of classes to list for each image, the most likely first",
     )
     add_model_flags(parser)
     group = parser.add_argument_group("run")
@@ -71,7 +71,9 @@ def add_model_flags(parser: FlagParser) -> None:
     """How the checkpoint's model sees images."""
     group = parser.add_argument_group("model (unset: as the checkpoint says)")
     group.add_argument(
-        "--ema", action="store_true", help="take the averaged weights of a fine-tuning"
+        "--ema",
+        action="store_true",
+        help="use the averaged weights (EMA) of a fine-tuned checkpoint",
     )
     group.add_argument(
         "--input_size",

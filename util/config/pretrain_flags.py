@@ -54,7 +54,7 @@ def build_parser(
         metavar="NAME",
         help="autoencoder; --list_models prints the names",
     )
-    group.add_argument("--list_models", action="store_true", help="print the names and leave")
+    group.add_argument("--list_models", action="store_true", help="print the names and exit")
     group.add_argument(
         "--in_chans",
         type=number(int, 1, MOST_CHANNELS),

@@ -90,17 +90,21 @@ def build_parser(argv: Sequence[str] | None = ()) -> FlagParser:
     )
     group = parser.add_argument_group("model")
     group.add_argument("--model", metavar="NAME", help="encoder; default: the checkpoint's")
-    group.add_argument("--list_models", action="store_true", help="print the names and leave")
+    group.add_argument("--list_models", action="store_true", help="print the names and exit")
     group.add_argument(
         "--finetune",
         type=expanded_path,
         metavar="CHECKPOINT",
-        help="encoder to start from: path or https URL; default: from scratch",
+        help="encoder to start from: a file, a run folder or an https URL; default: from scratch",
     )
     add_pos_resize_flag(group)
     add_heads_flag(group)
     add_weights_key_flag(group)
-    group.add_argument("--patch_size", type=size_pair, help="from scratch; default: the name's")
+    group.add_argument(
+        "--patch_size",
+        type=size_pair,
+        help="patch size of a model trained from scratch, in pixels; default: that of --model",
+    )
     group.add_argument(
         "--lscale_init",
         type=optional(number(float, 0, MOST_LSCALE, open_low=True)),
@@ -120,7 +124,10 @@ def build_parser(argv: Sequence[str] | None = ()) -> FlagParser:
         help="width of the UPer head; beside a small encoder it holds most weights",
     )
     group.add_argument(
-        "--aux_channels", type=width, default=256, help="of the auxiliary head, used in training"
+        "--aux_channels",
+        type=width,
+        default=256,
+        help="width of the auxiliary head, which only training uses",
     )
     group.add_argument("--dropout", type=below_one, default=0.1, help="dropout in the heads")
     group.add_argument(
@@ -136,7 +143,7 @@ def build_parser(argv: Sequence[str] | None = ()) -> FlagParser:
         nargs=2,
         default=LOOKS_BY_DEFAULT["resize"],
         metavar=("LONG", "SHORT"),
-        help="bounds of an image's sides, its aspect kept; also for evaluation",
+        help="resize images to fit these two sides, keeping the aspect ratio; also for evaluation",
     )
     group.add_argument(
         "--ratio_range",
@@ -144,7 +151,7 @@ def build_parser(argv: Sequence[str] | None = ()) -> FlagParser:
         nargs=2,
         default=[0.5, 2.0],
         metavar=("MIN", "MAX"),
-        help="random factor on --resize",
+        help="range of the random factor on --resize",
     )
     group.add_argument(
         "--cat_max_ratio",
@@ -161,7 +168,7 @@ def build_parser(argv: Sequence[str] | None = ()) -> FlagParser:
         "--layer_decay",
         type=number(float, 0, 1, open_low=True),
         default=0.65,
-        help="factor on the learning rate from one block to the one before it",
+        help="layer decay: factor on the learning rate from each block to the one before it",
     )
     group.add_argument(
         "--betas",
@@ -169,7 +176,7 @@ def build_parser(argv: Sequence[str] | None = ()) -> FlagParser:
         nargs=2,
         default=[0.9, 0.999],
         metavar=("BETA1", "BETA2"),
-        help="of AdamW: decay of its two averages",
+        help="betas of AdamW: decay rates of its two averages",
     )
     group.add_argument(
         "--aux_weight",
@@ -194,34 +201,37 @@ def build_parser(argv: Sequence[str] | None = ()) -> FlagParser:
         help="iterations between measurements of the mIoU",
     )
     group.add_argument(
-        "--pictures", type=number(int, 0, 1000), default=6, help="held-out images to draw each time"
+        "--pictures",
+        type=number(int, 0, 1000),
+        default=6,
+        help="held-out images to draw as pictures each time",
     )
     group = parser.add_argument_group("inference")
-    group.add_argument("--eval", action="store_true", help="measure --resume; no training")
+    group.add_argument("--eval", action="store_true", help="evaluate --resume; no training")
     group.add_argument(
         "--predict",
         type=expanded_path,
         nargs="+",
         metavar="PATH",
-        help="images to segment by --resume, and folders; default: none",
+        help="images, and folders of them, to segment with --resume; default: none",
     )
     group.add_argument(
         "--inference",
         choices=("slide", "whole"),
         default="slide",
-        help="slide: mean over overlapping windows; whole: the image at once",
+        help="inference; slide: mean over overlapping windows; whole: the image at once",
     )
     group.add_argument(
         "--window",
         type=size_pair,
         default=LOOKS_BY_DEFAULT["window"],
-        help="pixels of a window of slide",
+        help="window of sliding inference, in pixels",
     )
     group.add_argument(
         "--stride",
         type=size_pair,
         default=LOOKS_BY_DEFAULT["stride"],
-        help="pixels from window to window",
+        help="stride of sliding inference, in pixels",
     )
     group.add_argument(
         "--multi_scale",
@@ -229,7 +239,7 @@ def build_parser(argv: Sequence[str] | None = ()) -> FlagParser:
         help=f"mean over scales {' '.join(map(str, SCALES))}; short side at least --resize's",
     )
     group.add_argument(
-        "--flip", action="store_true", help="mean over the image and its mirror image"
+        "--flip", action="store_true", help="flip testing: mean over the image and its mirror image"
     )
     add_dry_run_flags(parser)
     return parser

@@ -28,7 +28,7 @@ def add_plan_flags(parser: FlagParser) -> None:
         help="runs (or seed-S/RUN) whose name matches, such as 'knn_*', and what they need; "
         "default: all",
     )
-    parser.add_argument("--list", action="store_true", help="print the cells and leave")
+    parser.add_argument("--list", action="store_true", help="print the cells and exit")
 
 
 def add_paper_flags(parser: FlagParser) -> None:

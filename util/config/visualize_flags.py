@@ -31,7 +31,8 @@ def build_parser() -> FlagParser:
         "--checkpoint",
         type=expanded_path,
         metavar="FILE",
-        help="of ours, or official MAE weights with their decoder; no default",
+        help="pretraining checkpoint of ours (a file or its run folder), or official MAE "
+        "weights with their decoder; no default",
     )
     parser.add_argument(
         "--images",
@@ -51,13 +52,15 @@ def build_parser() -> FlagParser:
     )
     add_split_flags(parser)
     add_pixels_flag(parser)
-    parser.add_argument("--num_images", type=number(int, 1), default=8, help="images, at most")
+    parser.add_argument(
+        "--num_images", type=number(int, 1), default=8, help="number of images, at most"
+    )
     group = parser.add_argument_group(
         "masks (default: those of the checkpoint's run; --measure: 75 % random, and the run's)"
     )
     add_mask_flags(group, unset="default: the run's")
     parser.add_argument(
-        "--seed", type=number(int, 0, 2**32 - 1), default=0, help="of the random masks"
+        "--seed", type=number(int, 0, 2**32 - 1), default=0, help="seed of the random masks"
     )
     parser.add_argument(
         "--measure",

@@ -41,7 +41,7 @@ def add_autoencoder_flags(parser: FlagParser) -> None:
     group.add_argument(
         "--decoder_num_heads",
         type=number(int, 1, MOST_WIDTH),
-        help="the same of the decoder; default alike",
+        help="the same of the decoder; default: as the encoder",
     )
     group.add_argument(
         "--norm_pix_loss", action="store_true", help="the decoder predicts normalised pixels"

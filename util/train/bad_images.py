@@ -63,7 +63,7 @@ class BadImages:
                 lines = [visible_line(self.describe(i)) for i in sorted(self.indices)]
                 write_text(self.path, "".join(f"{line}\n" for line in lines))
                 for i in new:
-                    say(f"another image takes the place of {self.describe(i)}")
+                    say(f"could not decode {self.describe(i)}; using another image instead")
         if len(self.indices) > self.limit:
             raise RunFailed(
                 f"{counted(len(self.indices), 'image')} cannot be decoded, more than "

@@ -195,8 +195,9 @@ def _numbers(
     if missing:
         found = [name for name in names if name in environment]
         raise BadInput(
-            f"the environment is half set for several processes: {', '.join(found)} given, "
-            f"{', '.join(missing)} missing; start with {launcher}, or unset them"
+            "the environment variables for several processes are incomplete: "
+            f"{', '.join(found)} given, {', '.join(missing)} missing; start with {launcher}, or "
+            "unset them"
         )
     try:
         rank, world, local = (int(environment[name]) for name in names[:3])

@@ -296,13 +296,14 @@ def go_on(
     changed = differences(saved, arithmetic)
     if changed and not allow_changes:
         raise BadInput(
-            f"{path} was trained with other settings, which change the numbers: "
+            f"{path} was trained with different settings that change the result: "
             f"{'; '.join(changed + faults)}; give the same ones, or another --output_dir, or "
             "--allow_changes"
         )
     if faults and not allow_changes:
         raise BadInput(
-            f"{path} would go on with other numbers: {'; '.join(faults)}; start anew in another "
+            f"{path} would be resumed with different results: {'; '.join(faults)}; start a new "
+            f"run in another "
             "--output_dir, or give --allow_changes"
         )
     timeline, moves = move(timeline, state, saved, arithmetic)

@@ -212,7 +212,7 @@ def read_encoder(
     if grid is None and "cls_token" not in weights:
         raise BadInput(
             f"{source} holds an encoder without a class token (no cls_token, positions for "
-            f"{table.shape[1]} patches alone); ours have one, so it would be another function"
+            f"{table.shape[1]} patches alone); ours have one, so its outputs would differ"
         )
     if grid is None:
         raise BadInput(

@@ -79,7 +79,7 @@ def encoder_of_segmenter(weights: Mapping[str, Tensor], source: str) -> tuple[We
     if learned:
         raise BadInput(
             f"{source} has relative position biases ({learned[0]}) that are not zero; without them "
-            "its encoder would be another function, and an encoder alone has no place for them"
+            "its encoder would compute something else, and an encoder alone has no place for them"
         )
     encoder = {
         k.removeprefix("encoder."): v for k, v in weights.items() if k.startswith("encoder.")

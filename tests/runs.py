@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from util.signals import STOP_SIGNALS
+from util.signals import STOP_SIGNALS, TERMINAL_SIGNALS
 from util.train.checkpoint import LAST, load_file
 from util.train.logger import MACHINE
 
@@ -18,7 +18,7 @@ from util.train.logger import MACHINE
 @contextmanager
 def signals_kept() -> Iterator[None]:
     """Put the handlers back: a command that has ended ignores signals, a test run should not."""
-    handlers = {number: signal.getsignal(number) for number in (*STOP_SIGNALS, signal.SIGINT)}
+    handlers = {number: signal.getsignal(number) for number in (*STOP_SIGNALS, *TERMINAL_SIGNALS)}
     try:
         yield
     finally:

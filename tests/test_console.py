@@ -1,21 +1,25 @@
 """What comes from outside cannot command the terminal, and is printed in any encoding."""
 
+import fcntl
 import io
 import logging
 import os
+import select
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
-from launch import PATIENCE, ROOT, TINY
+from launch import PATIENCE, ROOT, TINY, steps_done, until
 from PIL import Image
 
 from util.console import print_text, visible, visible_line
 from util.data.conversions import Tally
-from util.errors import EXIT_BAD_INPUT, BadInput
+from util.errors import EXIT_BAD_INPUT, EXIT_STOPPED, BadInput
 from util.progress import say
 from util.train.bad_images import BadImages
+from util.train.checkpoint import load_file
 from util.train.logger import RunLogger, prepare_folder
 from util.train.rank_log import rank_log
 
@@ -142,6 +146,35 @@ def test_a_folder_of_results_that_torch_cannot_name_is_bad_input(tmp_path):
     with pytest.raises(BadInput, match=r"cannot write to folder .*--output_dir or --log_dir"):
         RunLogger(tmp_path / "m.jsonl", folder)
     prepare_folder(tmp_path / "Näme 名前")
+
+
+@pytest.mark.smoke
+def test_a_terminal_that_is_closed_stops_a_run_which_saves(tmp_path: Path) -> None:
+    """The kernel sends SIGHUP to all of its processes, and what they write then fails."""
+    held, keep = os.openpty()
+
+    def own_terminal() -> None:
+        os.setsid()
+        fcntl.ioctl(keep, termios.TIOCSCTTY, 0)
+
+    words = ["main_pretrain.py", *TINY, "--log_every=1", "--epochs=1000", "--num_workers=1"]
+    child = subprocess.Popen(
+        [sys.executable, *words, f"--output_dir={tmp_path}"], cwd=ROOT,
+        stdin=keep, stdout=keep, stderr=keep, preexec_fn=own_terminal,
+    )  # fmt: skip
+    os.close(keep)
+
+    def begun() -> bool:
+        if select.select([held], [], [], 0)[0]:
+            os.read(held, 2**16)  # or the bar would wait for somebody to read
+        return steps_done(tmp_path) > 2
+
+    until(begun)
+    os.close(held)
+    assert child.wait() == EXIT_STOPPED
+    log = (tmp_path / "log-rank0.txt").read_text()
+    assert "SIGHUP" in log and "Traceback" not in log
+    assert load_file(tmp_path / "checkpoint-last.pth")["step"] >= steps_done(tmp_path) > 2
 
 
 @pytest.mark.smoke

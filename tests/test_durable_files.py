@@ -55,7 +55,7 @@ WRITERS = {
     "lab/gpu/parts.py:run_part": "a log of a part, read at once",
     "lab/gpu/parts.py:save": WHOLE,
     "lab/gpu/parts.py:keep": WHOLE,
-    "util/console.py:hang_up": "goes nowhere",
+    "util/console.py:hang_up_if_lost": "goes nowhere",
     "lab/study/command.py:write_plan": WHOLE,
     "lab/study/command.py:write_report": WHOLE,
     "main_tables.py:paper_tables": WHOLE,

@@ -19,14 +19,14 @@ from runs import records, signals_kept
 import main_pretrain
 from util import signals
 from util.errors import EXIT_INTERRUPTED, EXIT_STOPPED, RunFailed
-from util.signals import STOP_SIGNALS, StoppedAtStart
+from util.signals import STOP_SIGNALS, TERMINAL_SIGNALS, StoppedAtStart
 from util.train.agreement import Agreement
 from util.train.checkpoint import LAST, load_file
 from util.train.dist import Processes, peers_lost
 from util.train.lease import NAME
 
 HERE = Path(__file__).resolve().parent
-ALL = (*STOP_SIGNALS, signal.SIGINT)
+ALL = (*STOP_SIGNALS, *TERMINAL_SIGNALS)
 TRAINING = ("main_pretrain", "main_finetune", "main_segment")
 OTHERS = sorted({*COMMANDS, *JOBS} - set(TRAINING))
 
@@ -361,4 +361,4 @@ def test_a_forked_child_dies_of_signals_as_before(monkeypatch: pytest.MonkeyPatc
         signals._forget()
         after = {number: signal.getsignal(number) for number in ALL}
     dies = dict.fromkeys(STOP_SIGNALS, signal.SIG_DFL)
-    assert after == dies | {signal.SIGINT: signal.SIG_IGN}
+    assert after == dies | dict.fromkeys(TERMINAL_SIGNALS, signal.SIG_IGN)

@@ -4,10 +4,12 @@ File names, class names and decoders' messages come from outside. They may hold 
 and bytes that are no UTF-8, which Python keeps as lone surrogates.
 """
 
+import errno
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TextIO
 
 # Control characters (C0 without tab and newline, DEL, C1), line separators, marks that reverse the
@@ -66,20 +68,28 @@ def printable(text: str, stream: TextIO) -> str:
 def print_text(text: str = "", *, stream: TextIO | None = None, end: str = "\n") -> None:
     """Print a text for people and flush; the default stream is standard output."""
     stream = sys.stdout if stream is None else stream
-    try:
+    with hang_up_if_lost(stream):
         print(printable(text, stream), file=stream, end=end, flush=True)
-    except BrokenPipeError:
-        hang_up(stream)
 
 
-def hang_up(stream: TextIO) -> None:
-    """Nobody reads a stream any more (`| head`, a `tee` that died): what is written to it is lost.
+# A pipe that nobody reads (`| head`, a `tee` that died), and a terminal that was closed.
+LOST = (errno.EPIPE, errno.EIO)
+
+
+@contextmanager
+def hang_up_if_lost(stream: TextIO) -> Iterator[None]:
+    """Write inside; where nobody reads the stream any more, what is written to it is lost.
 
     A run that trains goes on; its log has everything.
     """
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, stream.fileno())
-    os.close(nowhere)
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in LOST:
+            raise
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 # What the running command has said already, of what is said once.

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from tqdm import tqdm
 
-from util.console import first_time, hang_up, printable
+from util.console import first_time, hang_up_if_lost, printable
 
 log = logging.getLogger("mmae")
 log.setLevel(logging.INFO)
@@ -43,11 +43,9 @@ log.addHandler(EARLY)
 
 def say(text: str) -> None:
     """A line for the reader, which does not tear the progress bar, and for the process's log."""
-    try:
+    with hang_up_if_lost(sys.stdout):
         tqdm.write(printable(text, sys.stdout), file=sys.stdout)
         sys.stdout.flush()
-    except BrokenPipeError:
-        hang_up(sys.stdout)
     log.info(text)
 
 

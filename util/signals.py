@@ -16,6 +16,8 @@ from typing import Any
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again later
 EXIT_INTERRUPTED = 130  # a shell's code for a program that Ctrl-C ended
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+# What a terminal sends to all of a command's processes: at Ctrl-C, and when it is closed.
+TERMINAL_SIGNALS = (signal.SIGINT, signal.SIGHUP)
 # Seconds in which a start must act on a signal. Slurm and torchrun kill 30 seconds after SIGTERM.
 PATIENCE = 5.0
 # Where launchers say how many processes there are.
@@ -122,9 +124,12 @@ def take_interrupt() -> None:
 
 
 def stoppable() -> list[signal.Signals]:
-    """The signals that stop a run: Ctrl-C too, unless the shell lets us ignore it (`command &`)."""
-    interrupt = [signal.SIGINT] if signal.getsignal(signal.SIGINT) != signal.SIG_IGN else []
-    return [*STOP_SIGNALS, *interrupt]
+    """The signals that stop a run.
+
+    A terminal's too, unless whoever started us has us ignore them (`command &`, `nohup`).
+    """
+    heard = [n for n in TERMINAL_SIGNALS if signal.getsignal(n) != signal.SIG_IGN]
+    return [*STOP_SIGNALS, *heard]
 
 
 def begin() -> None:
@@ -199,7 +204,7 @@ def _watch(read: int) -> None:
     """In a thread: end the process when it does not act on a signal in time."""
     while data := os.read(read, 64):
         for number in data:
-            if number not in (*STOP_SIGNALS, signal.SIGINT):
+            if number not in (*STOP_SIGNALS, *TERMINAL_SIGNALS):
                 continue
             _start.seen = _start.seen or number
             if not _start.over.wait(PATIENCE):
@@ -217,6 +222,6 @@ def _forget() -> None:
     for number in STOP_SIGNALS:
         if signal.getsignal(number) is _note:
             signal.signal(number, signal.SIG_DFL)
-    # A terminal sends Ctrl-C to the whole group, and the parent answers for all.
-    if signal.getsignal(signal.SIGINT) is _note:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in TERMINAL_SIGNALS:  # they come to the whole group, and the parent answers for all
+        if signal.getsignal(number) is _note:
+            signal.signal(number, signal.SIG_IGN)

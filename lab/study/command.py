@@ -39,7 +39,7 @@ from util.names import nearest
 from util.progress import say
 from util.runs.plan import Cell, Plan, list_cells, read_plan
 from util.runs.tables import fill_tables, show
-from util.signals import STOP_SIGNALS
+from util.signals import STOP_SIGNALS, TERMINAL_SIGNALS
 from util.train.logger import prepare_folder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,7 +47,7 @@ ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = ("main_pretrain", "main_finetune", "main_knn", "main_visualize")
 RESULT, DOCUMENT, PICTURES = "study.json", "study.md", "pictures"
 RATES = "results/lscale_lr.json"  # what main_tables.py made of recipes/tables/lscale_lr.yaml
-SIGNALS = (*STOP_SIGNALS, signal.SIGINT, signal.SIGHUP)
+SIGNALS = (*STOP_SIGNALS, *TERMINAL_SIGNALS)
 
 
 def build_parser() -> FlagParser:

@@ -17,7 +17,7 @@ from util.data.replace import bad_slots, decode
 from util.data.source import Source
 from util.errors import BadInput
 from util.mask.strategies import MaskStrategy
-from util.signals import STOP_SIGNALS
+from util.signals import STOP_SIGNALS, TERMINAL_SIGNALS
 from util.spec import Shape
 
 # Draws that have a numbered stream; any other has one by its name, which meets no other purpose's.
@@ -156,7 +156,7 @@ def _init_worker(leaving: Tensor, worker: int) -> None:
         if leaving.item():
             os._exit(0)
 
-    for number in (*STOP_SIGNALS, signal.SIGINT):
+    for number in (*STOP_SIGNALS, *TERMINAL_SIGNALS):
         signal.signal(number, note)
 
 

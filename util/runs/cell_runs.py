@@ -27,14 +27,14 @@ from util.errors import EXIT_STOPPED, RunFailed, Stopped
 from util.files import write_text, writing
 from util.progress import say
 from util.runs.plan import DONE, STARTS, Cell
-from util.signals import STOP_SIGNALS
+from util.signals import STOP_SIGNALS, TERMINAL_SIGNALS
 from util.train.logger import METRICS, prepare_folder
 
 ROOT = Path(__file__).resolve().parents[2]  # where the mains are
 LOG = "log.txt"
 # Seconds between looks at the children, and between notes of their time.
 POLL, HEARTBEAT = 0.1, 30.0
-SIGNALS = (*STOP_SIGNALS, signal.SIGINT, signal.SIGHUP)
+SIGNALS = (*STOP_SIGNALS, *TERMINAL_SIGNALS)
 
 
 # ---- What is measured, and on what -------------------------------------------------------------

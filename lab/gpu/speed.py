@@ -128,7 +128,8 @@ def modes(scale: Scale) -> dict[str, Any]:
 def data(scale: Scale) -> dict[str, Any]:
     """One core, by files and packed sets; the decoders; then all cores, and the step with them."""
     jpegs, packed = scale.folder / "jpegs", scale.folder / "packed"
-    bench.main(["jpegs", f"--made={jpegs}", f"--count={24 if scale.tiny else 4096}"])
+    if not jpegs.exists():  # of an earlier start in this folder
+        bench.main(["jpegs", f"--made={jpegs}", f"--count={24 if scale.tiny else 4096}"])
     small = [*TINY, "--images=8", "--num_workers=0"] if scale.tiny else []
     one = small or ["--images=512", "--repeats=3"]
     flags = ["data", f"--data_path={jpegs}", f"--packed_path={packed}", *one]

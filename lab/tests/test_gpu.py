@@ -1,6 +1,7 @@
 """The GPU kit on a CPU: every part at a tiny size, its limits, and its going on past failure."""
 
 import json
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -164,6 +165,14 @@ def test_kernels_by_kind_and_the_share_in_which_one_runs() -> None:
     }  # fmt: skip
     assert busy_share([(0, 10)]) == 1
     assert busy_share([(5, 9), (0, 4), (1, 2), (8, 10)]) == 0.9
+
+
+def test_a_plugin_gives_tests_the_gpu_for_the_cpu() -> None:
+    """It comes before the mains take the function by name."""
+    program = "import lab.gpu.force, main_visualize; print(main_visualize.choose_device('cpu', 0))"
+    words = [sys.executable, "-c", program]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "cuda:0\n"
 
 
 def test_stopping_leaves_no_trace() -> None:

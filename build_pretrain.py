@@ -108,7 +108,7 @@ def peak_lr(args: argparse.Namespace, model: Any, num_visible: int, global_batch
     """The learning rate after the warm-up."""
     if args.lr is not None:
         return args.lr
-    return model.adjust_lr(scaled_lr(args.blr, global_batch), num_visible)
+    return model.adjust_lr(scaled_lr(args.blr, global_batch, args.lr_batch), num_visible)
 
 
 def build_optimizer(args: argparse.Namespace, model: models_zoo.PretrainModel, lr: float) -> AdamW:

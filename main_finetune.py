@@ -139,7 +139,9 @@ def finetune(
         measure = measurement(held_out, val_source, num_classes, procs)
 
     # ---------------------------------------------- loader, placement, optimiser, checkpoint
-    lr = scaled_lr(args.blr, start.global_batch) if args.lr is None else args.lr
+    lr = args.lr
+    if lr is None:
+        lr = scaled_lr(args.blr, start.global_batch, args.lr_batch)
     best: dict[str, Any] = saved["best"] if saved else {"top1": -1.0, "epoch": -1}
 
     def snapshot() -> dict[str, Any]:

@@ -17,6 +17,7 @@ from build_finetune import (
     published_for,
 )
 from engine_finetune import BatchAugmentation
+from util.config.flags import read_course
 from util.data.splits import read_hold_out
 from util.dry_run.cost import COUNTED, count_step
 from util.dry_run.training import (
@@ -60,6 +61,8 @@ def plan_run(args: argparse.Namespace, count: int, warnings: Sequence[str] = ())
         (lambda: rate_here(args, type(model), arguments)) if args.dry_run_measure else None,
         count,
     )
+    course = read_course(args)
+    lr = scaled_lr(args.blr, global_batch, args.lr_batch) if args.lr is None else args.lr
     warnings = [
         *warn_of_start(args.finetune, args.tune, args.layer_decay),
         *warnings,
@@ -76,8 +79,10 @@ def plan_run(args: argparse.Namespace, count: int, warnings: Sequence[str] = ())
         accum_iter=args.accum_iter,
         epochs=args.epochs,
         warmup_epochs=args.warmup_epochs,
-        lr=scaled_lr(args.blr, global_batch) if args.lr is None else args.lr,
-        min_lr=args.min_lr,
+        lr=lr,
+        min_lr=course.end(lr, args.min_lr, global_batch),
+        decay=str(course),
+        lr_batch=course.lr_batch,
         published=published_for(args),
         warnings=warnings,
         parameters=parameters_by_part(model),

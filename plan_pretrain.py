@@ -10,6 +10,7 @@ import torch
 
 from build_pretrain import PUBLISHED, TASK, build_model, build_optimizer, open_set, peak_lr
 from engine_pretrain import build_masker
+from util.config.flags import read_course
 from util.data.samples import Drawn
 from util.data.splits import read_hold_out
 from util.dry_run.cost import COUNTED, count_step
@@ -40,7 +41,8 @@ def plan_run(args: argparse.Namespace, count: int, warnings: Sequence[str] = ())
         model, _ = build_model(args, args.in_chans or data.channels)
     masker = build_masker(vars(args), model)
     Drawn(masker.strategy, masker.cells.grid, model.draws)  # names that the run would refuse
-    lr = peak_lr(args, model, masker.num_visible, args.batch_size * count * args.accum_iter)
+    course, global_batch = read_course(args), args.batch_size * count * args.accum_iter
+    lr = peak_lr(args, model, masker.num_visible, global_batch)
     rate, rate_note = estimate_rate(
         args.images_per_second,
         (lambda: rate_here(args, data.channels)) if args.dry_run_measure else None,
@@ -58,7 +60,9 @@ def plan_run(args: argparse.Namespace, count: int, warnings: Sequence[str] = ())
         epochs=args.epochs,
         warmup_epochs=args.warmup_epochs,
         lr=lr,
-        min_lr=args.min_lr,
+        min_lr=course.end(lr, args.min_lr, global_batch),
+        decay=str(course),
+        lr_batch=course.lr_batch,
         published=PUBLISHED,
         warnings=[*warnings, *warn_of_shards(args.shard, count)],
         parameters=parameters_by_part(model),

@@ -24,6 +24,7 @@ START = "--finetune={pretrained}"
 ERASED = "--reprob=0.5"
 MIXED = "--mixup=0.8 --cutmix=1"
 
+FALLS = "--schedule=steps --decay_epochs 1"
 TABLE: Table = {
     # ---- What is trained
     "--tune": [
@@ -97,6 +98,14 @@ TABLE: Table = {
     "--blr": Row("--blr=0.05", "rates weights", without="--lr"),
     "--lr": Row("--lr=0.02", "rates weights"),
     "--min_lr": Row("--min_lr=0.001", "rates weights"),
+    "--schedule": [
+        Row("--schedule=full_cosine", "rates weights"),
+        Row("--schedule steps --decay_epochs 1", "rates weights"),
+    ],
+    "--warmup_lr": Row("--warmup_lr=0.001", "rates weights"),
+    "--decay_epochs": Row("--decay_epochs 1 1.2", "rates weights", FALLS),
+    "--decay_rate": Row("--decay_rate=0.5", "rates weights", FALLS),
+    "--lr_batch": Row("--lr_batch=2", "rates weights", "--min_lr=0.001"),
     "--weight_decay": Row("--weight_decay=0.5", "optimizer weights"),
     "--clip_grad": Row("--clip_grad=0.01", "weights"),
     "--precision": [Row(f"--precision={p}", "precision weights") for p in ("bf16", "fp16")],
@@ -146,6 +155,8 @@ PLANNED = """
     --blr: lr
     --cls_token: activations encoder head memory
     --dataset: data warning
+    --decay_epochs: lr
+    --decay_rate: lr
     --dry_run_images: data in lr steps time
     --dry_run_processes: batch lr steps
     --ema_decay: averaged disk memory
@@ -158,6 +169,7 @@ PLANNED = """
     --keep: disk
     --layer_decay: warning
     --lr: lr
+    --lr_batch: lr warning
     --lscale_init: activations encoder finetune memory parameters
     --min_lr: lr
     --model: AdamW FLOPs activations disk encoder finetune gradients head in memory parameters
@@ -166,6 +178,7 @@ PLANNED = """
     --patch_size: FLOPs activations encoder finetune in memory parameters
     --precision: activations half-precision memory
     --save_every: disk
+    --schedule: lr
     --shard: warning
     --train_images: data in lr steps time warning
     --tune: AdamW FLOPs LARS activations disk encoder finetune gradients head in lr memory

@@ -20,6 +20,7 @@ PCA = "--target=pca --pca_components=8 --pca_patches=64"
 HELD_OUT = "--eval_every=2 --eval_images=3"
 LENGTH = "images which masks rates log saves weights"
 
+FALLS = "--schedule=steps --decay_epochs 1"
 TABLE: Table = {
     # ---- The method
     "--method": Row("--method=mae", "start learns masks weights"),
@@ -87,6 +88,14 @@ TABLE: Table = {
     "--blr": Row("--blr=0.01", "rates weights"),
     "--lr": Row("--lr=0.01", "rates weights"),
     "--min_lr": Row("--min_lr=0.0001", "rates weights"),
+    "--schedule": [
+        Row("--schedule=full_cosine", "rates weights"),
+        Row("--schedule steps --decay_epochs 1", "rates weights"),
+    ],
+    "--warmup_lr": Row("--warmup_lr=0.001", "rates weights"),
+    "--decay_epochs": Row("--decay_epochs 1 1.2", "rates weights", FALLS),
+    "--decay_rate": Row("--decay_rate=0.5", "rates weights", FALLS),
+    "--lr_batch": Row("--lr_batch=64", "rates weights"),
     "--weight_decay": Row("--weight_decay=0.5", "optimizer weights"),
     "--clip_grad": Row("--clip_grad=0.01", "weights"),
     "--precision": [Row(f"--precision={p}", "precision weights") for p in ("bf16", "fp16")],
@@ -126,6 +135,8 @@ PLANNED = """
     --batch_size: activations batch images lr memory shared steps time
     --blr: lr
     --dataset: data warning
+    --decay_epochs: lr
+    --decay_rate: lr
     --decoder: activations decoder memory parameters
     --decoder_depth: FLOPs activations decoder in memory parameters
     --decoder_embed_dim: FLOPs activations decoder in parameters
@@ -139,6 +150,7 @@ PLANNED = """
     --input_size: FLOPs activations decoder encoder in memory parameters pretrain shared
     --keep: disk
     --lr: lr
+    --lr_batch: lr
     --mask: pretrain
     --mask_ratio: FLOPs activations in memory pretrain shared
     --method: activations decoder encoder parameters pretrain shared
@@ -152,6 +164,7 @@ PLANNED = """
     --precision: activations half-precision memory shared
     --predict_ratio: FLOPs activations lr pretrain
     --save_every: disk
+    --schedule: lr
     --shard: warning
     --target: activations decoder parameters
     --train_images: data in lr steps time warning

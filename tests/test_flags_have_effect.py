@@ -67,9 +67,17 @@ def value_names(source: str) -> set[str]:
 
 # Flags that a source reads by a list of their names: the words that do so, and the names.
 SESSION = (ROOT / "util/config/session_flags.py").read_text()
+FLAGS = ast.parse((ROOT / "util/config/flags.py").read_text())
+COURSE = ast.unparse(
+    next(n for n in FLAGS.body if isinstance(n, ast.FunctionDef) and n.name == "read_course")
+)
 WEIGHTS = (ROOT / "util/config/weights_flags.py").read_text()
 READ_TOGETHER = {
-    "session_settings(args, ": read_names(SESSION, "settings") | set(run_options(Everything())),
+    "session_settings(args, ": (
+        read_names(SESSION, "settings")
+        | read_names(COURSE, "settings")
+        | set(run_options(Everything()))
+    ),
     "build_masker(vars(args), ": set(STANDARD),
     "read_hold_out(vars(args))": {"val_fraction", "val_seed"},
     "all_mask_settings()": set(STANDARD),

@@ -1,7 +1,7 @@
 """Flags and recipes: what the user asked for, resolved once and checked."""
 
 import argparse
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from util.flag_types import (
     size_pair,
 )
 from util.plugins import loaded_plugins
+from util.train.schedule import SCHEDULES, Course
 from util.train.step import PRECISIONS
 
 # Flags that may differ on resume: they change where and how often, and no number.
@@ -203,6 +204,8 @@ def add_optimisation_flags(
         help=f"peak learning rate, overrides --blr; default: {peak or 'by --blr'}",
     )
     group.add_argument("--min_lr", type=rate, default=0.0, help="learning rate at the end")
+    if lengths == "epochs":
+        _add_schedule_flags(group, rate)
     group.add_argument(
         "--weight_decay", type=rate, default=0.05, help="weight decay of the optimiser"
     )
@@ -239,6 +242,64 @@ def add_optimisation_flags(
     for action in parser._actions:
         if action.dest in unset:
             action.default = argparse.SUPPRESS
+
+
+def _add_schedule_flags(group: Any, rate: Callable[[str], float]) -> None:
+    """The course of the learning rate, of a run that is counted in epochs."""
+    group.add_argument(
+        "--schedule",
+        choices=list(SCHEDULES),
+        default="cosine",
+        help="course of the rate after the warm-up; cosine: half a cosine to --min_lr; "
+        "full_cosine: one that spans the warm-up too; steps: times --decay_rate at each of "
+        "--decay_epochs (the last two as SimMIM)",
+    )
+    group.add_argument(
+        "--warmup_lr", type=rate, default=0.0, help="learning rate at the start of the warm-up"
+    )
+    group.add_argument(
+        "--decay_epochs",
+        type=number(float, 0, open_low=True),
+        nargs="+",
+        help="epochs from which on --schedule steps multiplies the rate; default: none",
+    )
+    group.add_argument(
+        "--decay_rate",
+        type=number(float, 0, 1, open_low=True),
+        default=0.1,
+        help="factor on the rate at each of --decay_epochs",
+    )
+    group.add_argument(
+        "--lr_batch",
+        type=number(int, 1, MOST_IN_BATCH),
+        help="images per step that --blr, --min_lr and --warmup_lr are given for: each is "
+        "multiplied by global batch / N (SimMIM: 512); default: --blr alone, by 256",
+    )
+
+
+def read_course(settings: argparse.Namespace) -> Course:
+    """How the learning rate goes, of resolved flags.
+
+    Raises:
+        BadInput: `--decay_epochs` and `--schedule steps` are not given together, or one of these
+            epochs lies behind the end of the run.
+    """
+    if (settings.schedule == "steps") != bool(settings.decay_epochs):
+        raise BadInput(
+            "--schedule steps and --decay_epochs go together: at these epochs the rate falls"
+        )
+    if max(settings.decay_epochs or [0]) >= settings.epochs:
+        raise BadInput(
+            f"--decay_epochs {max(settings.decay_epochs):g} is not before the end of the run, "
+            f"--epochs {settings.epochs}"
+        )
+    return Course(
+        schedule=settings.schedule,
+        warmup_lr=settings.warmup_lr,
+        decay_epochs=tuple(settings.decay_epochs or ()),
+        decay_rate=settings.decay_rate,
+        lr_batch=settings.lr_batch,
+    )
 
 
 def add_shard_flag(parser: FlagParser) -> None:

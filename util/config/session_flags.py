@@ -4,7 +4,8 @@ import argparse
 from collections.abc import Iterable
 from pathlib import Path
 
-from util.config.flags import collect_settings, run_options, select_arithmetic
+from util.config.flags import collect_settings, read_course, run_options, select_arithmetic
+from util.train.schedule import Course
 from util.train.session import Settings
 
 
@@ -28,6 +29,7 @@ def session_settings(settings: argparse.Namespace, more_housekeeping: Iterable[s
         iterations=None if by_epochs else settings.iterations,
         warmup=settings.warmup_epochs if by_epochs else settings.warmup_iterations,
         min_lr=settings.min_lr,
+        course=read_course(settings) if by_epochs else Course(),
         batch_size=settings.batch_size,
         accum_iter=settings.accum_iter,
         crops_per_image=getattr(settings, "crops_per_decode", 1),

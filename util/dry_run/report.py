@@ -73,7 +73,7 @@ def describe(run: DryRun) -> str:
         ("steps", f"{describe_length(run)}, {counted(run.images, 'image')}"),
         (
             "lr",
-            f"{run.lr:.4g} at its peak (base lr {run.lr * 256 / run.global_batch:.4g}), warm-up "
+            f"{run.lr:.4g} at its peak (base lr {run.base_lr:.4g}), warm-up "
             f"{describe_warmup(run)}, {run.decay} to {run.min_lr:.4g}",
         ),
         ("parameters", f"{run.weights:,}, {run.learning:,} of them learn"),

@@ -165,6 +165,7 @@ class DryRun:
         rate_note: where that comes from.
         iterations, warmup_iterations: of a run that is not counted in epochs.
         decay: of the learning rate after the warm-up.
+        lr_batch: images per step that the base rate is given for; None: 256.
         warnings: what is known from the flags alone, see `util.train.advice`.
     """
 
@@ -196,12 +197,18 @@ class DryRun:
     iterations: int | None = None
     warmup_iterations: float = 0
     decay: str = "cosine"
+    lr_batch: int | None = None
     warnings: Sequence[str] = ()
 
     @property
     def global_batch(self) -> int:
         """Images per optimiser step."""
         return self.batch_size * self.processes * self.accum_iter
+
+    @property
+    def base_lr(self) -> float:
+        """The peak learning rate for `lr_batch` images per step."""
+        return self.lr * (self.lr_batch or 256) / self.global_batch
 
     @property
     def steps_per_epoch(self) -> int:

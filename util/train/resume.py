@@ -76,6 +76,17 @@ def leaning_masks(settings: Arithmetic) -> str | None:
     )
 
 
+def one_cosine(settings: Arithmetic) -> Arithmetic:
+    """Before there was a choice of schedules."""
+    return {
+        "schedule": "cosine",
+        "warmup_lr": 0.0,
+        "decay_epochs": None,
+        "decay_rate": 0.1,
+        "lr_batch": None,
+    }
+
+
 # In the order in which they came. A checkpoint holds how many of them its run had: append, and
 # never take one out. A new flag that changes numbers needs an entry, or older runs are refused.
 CHANGES: tuple[Change, ...] = (
@@ -90,6 +101,7 @@ CHANGES: tuple[Change, ...] = (
     Change(("finetune", "segment"), added=lambda settings: {"weights_key": None}),
     Change(("pretrain", "finetune", "segment"), added=lambda settings: {"max_pixels": None}),
     Change(("pretrain",), added=lambda settings: {"mask_cell": [1]}),
+    Change(("pretrain", "finetune"), added=one_cosine),
 )
 VERSION = len(CHANGES)
 

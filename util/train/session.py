@@ -15,7 +15,7 @@ The epoch loop is the main's, see `engine_train.train_steps` for the steps in it
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from util.train.lease import Lease
 from util.train.optim import load_moments
 from util.train.resume import go_on
 from util.train.run import Run
-from util.train.schedule import CosineSchedule, PolySchedule
+from util.train.schedule import Course, PolySchedule
 from util.train.shard import Placed
 from util.train.step import OptimizerStep
 from util.train.timeline import Timeline
@@ -66,6 +66,7 @@ class Settings:
         flags: all resolved flags in plain types, for the run folder.
         arithmetic: those of them that change the numbers.
         run: what `Run` takes as it is.
+        course: of the learning rate, where the run is counted in epochs.
     """
 
     folder: Path
@@ -91,6 +92,7 @@ class Settings:
     flags: dict[str, Any]
     arithmetic: dict[str, Any]
     run: dict[str, Any]
+    course: Course = field(default_factory=Course)
 
 
 class Start:
@@ -208,7 +210,9 @@ class Session:
         self.timeline = Timeline(
             self.sampler.steps_per_epoch, epochs=settings.epochs, iterations=settings.iterations
         )
-        self.schedule = build_schedule(lr, settings, self.sampler.steps_per_epoch)
+        self.schedule = build_schedule(
+            lr, settings, self.sampler.steps_per_epoch, self.sampler.global_batch
+        )
         self.optimizer = optimizer()
         self.optimizer_step = OptimizerStep(
             self.trained,
@@ -267,7 +271,7 @@ class Session:
             warmup=settings.warmup,
             unit=unit,
             lr=self.lr,
-            min_lr=settings.min_lr,
+            min_lr=settings.min_lr * settings.course.scale(self.sampler.global_batch),
         )
 
     def _go_on(
@@ -350,10 +354,18 @@ def build_sampler(images: int, settings: Settings, procs: Processes) -> EpochSam
     return kind(images, settings.batch_size, **layout)
 
 
-def build_schedule(lr: float, settings: Settings, steps_per_epoch: int) -> Callable[[int], float]:
-    """Half a cosine over epochs (MAE), a straight line over iterations (mmsegmentation)."""
+def build_schedule(
+    lr: float, settings: Settings, steps_per_epoch: int, global_batch: int
+) -> Callable[[int], float]:
+    """By the run's course over epochs, a straight line over iterations (mmsegmentation)."""
     if settings.iterations is not None:
         return PolySchedule(lr, int(settings.warmup), settings.iterations, settings.min_lr)
     assert settings.epochs is not None
-    warmup, total = settings.warmup * steps_per_epoch, settings.epochs * steps_per_epoch
-    return CosineSchedule(lr, settings.min_lr, warmup, total)
+    return settings.course.build(
+        lr,
+        settings.min_lr,
+        warmup_epochs=settings.warmup,
+        epochs=settings.epochs,
+        steps_per_epoch=steps_per_epoch,
+        global_batch=global_batch,
+    )

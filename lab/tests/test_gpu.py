@@ -13,6 +13,7 @@ import torch
 import lab.gpu.checks as checks
 import lab.gpu.command as command
 import lab.gpu.parts as parts
+import main_pretrain
 from lab.gpu.checks import stopping
 from lab.gpu.kernels import busy_share, by_kind
 from lab.gpu.parts import PARTS, ROOT, Part, Result, Scale, run_part
@@ -165,6 +166,33 @@ def test_kernels_by_kind_and_the_share_in_which_one_runs() -> None:
     }  # fmt: skip
     assert busy_share([(0, 10)]) == 1
     assert busy_share([(5, 9), (0, 4), (1, 2), (8, 10)]) == 0.9
+
+
+def test_waits_are_forbidden_in_every_step_but_that_which_compiles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And allowed where a step is told of, and after the loop, however it ends."""
+    mode, seen, told = ["default"], [], []
+
+    def steps(*, after_step: Any) -> int:
+        for number in range(3):
+            seen.append(mode[0])
+            if after_step(number):
+                break
+        return 3
+
+    def end(flags: list[str]) -> int:
+        assert flags[-1] in ("--no-compile", "--compile")
+        main_pretrain.train_steps(after_step=lambda number: told.append(mode[0]))
+        assert mode == ["default"]
+        return 0
+
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda new: mode.__setitem__(0, new))
+    monkeypatch.setattr(main_pretrain, "train_steps", steps)
+    monkeypatch.setattr(checks, "ends", end)
+    assert checks.no_waits(Scale("cpu", True, tmp_path))["holds"]
+    assert seen == ["error"] * 3 + ["default", "error", "error"] and told == ["default"] * 6
+    assert main_pretrain.train_steps is steps
 
 
 def test_a_plugin_gives_tests_the_gpu_for_the_cpu() -> None:

@@ -90,7 +90,9 @@ def build_parser(argv: Sequence[str] | None = ()) -> FlagParser:
     add_split_flags(parser)
     for name, what in (("train_images", "learn from"), ("val_images", "measure on")):
         parser.add_argument(
-            f"--{name}", type=number(int, 1), help=f"{what} so many, evenly spaced; default: all"
+            f"--{name}",
+            type=number(int, 1),
+            help=f"{what} only so many images, evenly spaced; default: all",
         )
     add_model_flags(parser)
     add_augmentation_flags(parser)

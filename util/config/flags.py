@@ -197,7 +197,8 @@ def add_optimisation_flags(
     )
     rate = number(float, 0, MOST_RATE)
     unset_blr = f"; default: --lr {peak}" if peak else ""
-    group.add_argument("--blr", type=rate, help=f"lr = blr x global batch / 256{unset_blr}")
+    per = "256 (or --lr_batch)" if lengths == "epochs" else "256"
+    group.add_argument("--blr", type=rate, help=f"lr = blr x global batch / {per}{unset_blr}")
     group.add_argument(
         "--lr",
         type=rate,

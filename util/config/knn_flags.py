@@ -80,9 +80,11 @@ def add_neighbour_flags(parser: FlagParser) -> None:
         default=0.07,
         help="temperature of a neighbour's vote, exp(similarity / temperature)",
     )
-    for name, what in (("train_images", "neighbours among"), ("val_images", "classify")):
+    for name, what in (("train_images", "compare with"), ("val_images", "classify")):
         group.add_argument(
-            f"--{name}", type=number(int, 1), help=f"{what} so many, evenly spaced; default: all"
+            f"--{name}",
+            type=number(int, 1),
+            help=f"{what} only so many images, evenly spaced; default: all",
         )
     group.add_argument(
         "--batch_size", type=number(int, 1, MOST_IN_BATCH), default=128, help="images per process"

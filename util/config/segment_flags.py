@@ -83,7 +83,9 @@ def build_parser(argv: Sequence[str] | None = ()) -> FlagParser:
     )
     for name, what in (("train_images", "learn from"), ("val_images", "measure on")):
         parser.add_argument(
-            f"--{name}", type=number(int, 1), help=f"{what} so many, evenly spaced; default: all"
+            f"--{name}",
+            type=number(int, 1),
+            help=f"{what} only so many images, evenly spaced; default: all",
         )
     parser.add_argument(
         "--check_data", action="store_true", help="read every image and mask before training"

@@ -94,8 +94,10 @@ def _child(
     os.dup2(handle, 2)
     os.chdir(ROOT)
     os.environ.update(env)
-    # A shell without job control lets what runs in its background ignore Ctrl-C, the tests too.
+    # A shell without job control lets what runs in its background ignore Ctrl-C, the tests too, and
+    # nohup a closed terminal.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     torch.set_num_threads(1)
     take_signals()  # as a file that runs as a command does first
     if prepare is not None:

@@ -5,6 +5,7 @@ import io
 import logging
 import os
 import select
+import signal
 import subprocess
 import sys
 import termios
@@ -154,6 +155,7 @@ def test_a_terminal_that_is_closed_stops_a_run_which_saves(tmp_path: Path) -> No
     held, keep = os.openpty()
 
     def own_terminal() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
         os.setsid()
         fcntl.ioctl(keep, termios.TIOCSCTTY, 0)
 

@@ -34,6 +34,12 @@ OTHERS = sorted({*COMMANDS, *JOBS} - set(TRAINING))
 # ---- Imports -----------------------------------------------------------------------------------
 
 
+def hear_the_terminal() -> None:
+    """In a new process: a shell's background ignores Ctrl-C, and nohup a closed terminal."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 def held_in_import(command: str, folder: Path) -> subprocess.Popen[str]:
     """A command that has begun to import torch, and will not come further."""
     process = subprocess.Popen(
@@ -48,8 +54,7 @@ def held_in_import(command: str, folder: Path) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # A shell without job control lets what runs in its background ignore Ctrl-C.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        preexec_fn=hear_the_terminal,
     )
     until(lambda: (folder / "held.0").exists())
     return process

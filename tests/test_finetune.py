@@ -872,7 +872,7 @@ BAD_INPUT = {
     "another architecture": (["--model=vit_tiny_patch4"], "a different architecture"),
     "another patch": (["--model=vit_micro_patch8"], "patch_size"),
     "unknown model": (["--model=vit_micro_patch5"], "vit_micro_patch4"),
-    "no classifier": ([ALONE, "--model=mae_vit_micro_patch4"], "is no classifier"),
+    "no classifier": ([ALONE, "--model=mae_vit_micro_patch4"], "is not a classifier"),
     "nothing to start from": ([ALONE], "--model NAME"),
     "missing file": (["--finetune={root}/none.pth"], "does not exist"),
     "a folder": (["--finetune={root}"], "holds no weights"),

@@ -249,6 +249,18 @@ class Enough(Exception):
     """A run has come to what a test asks of it."""
 
 
+# The course of the learning rate, alike in the mains that count epochs.
+FALLS = "--schedule=steps --decay_epochs 1"
+SCHEDULE: dict[str, Row | list[Row]] = {
+    "--schedule": [
+        Row("--schedule=full_cosine", "rates weights"),
+        Row(FALLS, "rates weights"),
+    ],
+    "--warmup_lr": Row("--warmup_lr=0.001", "rates weights"),
+    "--decay_epochs": Row("--decay_epochs 1 1.2", "rates weights", FALLS),
+    "--decay_rate": Row("--decay_rate=0.5", "rates weights", FALLS),
+    "--lr_batch": Row("--lr_batch=64", "rates weights", "--min_lr=0.001"),
+}
 # A dry run and what it assumes, alike in all mains that plan.
 DRY_RUN: dict[str, Row] = {
     "--dry_run_images": Row("--dry_run_images=4321", "said", "--dry_run", "4,321"),

@@ -24,7 +24,6 @@ START = "--finetune={pretrained}"
 ERASED = "--reprob=0.5"
 MIXED = "--mixup=0.8 --cutmix=1"
 
-FALLS = "--schedule=steps --decay_epochs 1"
 TABLE: Table = {
     # ---- What is trained
     "--tune": [
@@ -98,14 +97,7 @@ TABLE: Table = {
     "--blr": Row("--blr=0.05", "rates weights", without="--lr"),
     "--lr": Row("--lr=0.02", "rates weights"),
     "--min_lr": Row("--min_lr=0.001", "rates weights"),
-    "--schedule": [
-        Row("--schedule=full_cosine", "rates weights"),
-        Row("--schedule steps --decay_epochs 1", "rates weights"),
-    ],
-    "--warmup_lr": Row("--warmup_lr=0.001", "rates weights"),
-    "--decay_epochs": Row("--decay_epochs 1 1.2", "rates weights", FALLS),
-    "--decay_rate": Row("--decay_rate=0.5", "rates weights", FALLS),
-    "--lr_batch": Row("--lr_batch=2", "rates weights", "--min_lr=0.001"),
+    **alike.SCHEDULE,
     "--weight_decay": Row("--weight_decay=0.5", "optimizer weights"),
     "--clip_grad": Row("--clip_grad=0.01", "weights"),
     "--precision": [Row(f"--precision={p}", "precision weights") for p in ("bf16", "fp16")],
@@ -169,7 +161,7 @@ PLANNED = """
     --keep: disk
     --layer_decay: warning
     --lr: lr
-    --lr_batch: lr warning
+    --lr_batch: lr
     --lscale_init: activations encoder finetune memory parameters
     --min_lr: lr
     --model: AdamW FLOPs activations disk encoder finetune gradients head in memory parameters

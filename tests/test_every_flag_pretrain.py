@@ -20,7 +20,6 @@ PCA = "--target=pca --pca_components=8 --pca_patches=64"
 HELD_OUT = "--eval_every=2 --eval_images=3"
 LENGTH = "images which masks rates log saves weights"
 
-FALLS = "--schedule=steps --decay_epochs 1"
 TABLE: Table = {
     # ---- The method
     "--method": Row("--method=mae", "start learns masks weights"),
@@ -88,14 +87,7 @@ TABLE: Table = {
     "--blr": Row("--blr=0.01", "rates weights"),
     "--lr": Row("--lr=0.01", "rates weights"),
     "--min_lr": Row("--min_lr=0.0001", "rates weights"),
-    "--schedule": [
-        Row("--schedule=full_cosine", "rates weights"),
-        Row("--schedule steps --decay_epochs 1", "rates weights"),
-    ],
-    "--warmup_lr": Row("--warmup_lr=0.001", "rates weights"),
-    "--decay_epochs": Row("--decay_epochs 1 1.2", "rates weights", FALLS),
-    "--decay_rate": Row("--decay_rate=0.5", "rates weights", FALLS),
-    "--lr_batch": Row("--lr_batch=64", "rates weights"),
+    **alike.SCHEDULE,
     "--weight_decay": Row("--weight_decay=0.5", "optimizer weights"),
     "--clip_grad": Row("--clip_grad=0.01", "weights"),
     "--precision": [Row(f"--precision={p}", "precision weights") for p in ("bf16", "fp16")],

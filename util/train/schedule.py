@@ -30,15 +30,36 @@ class CosineSchedule:
         return self.min_lr + (self.lr - self.min_lr) * 0.5 * (1 + math.cos(math.pi * min(done, 1)))
 
 
+class TimmsWarmUp:
+    """Linear warm-up in whole steps, and each step with the rate of the step before it.
+
+    timm's scheduler is moved on after the optimiser, so only the first step has its own (SimMIM).
+    """
+
+    lr: float
+    warmup_steps: float
+    warmup_lr: float
+
+    def __call__(self, step: int) -> float:
+        """Learning rate of step `step`, counted from 0 over the whole run."""
+        before, warmup = max(step - 1, 0), int(self.warmup_steps)
+        if before < warmup:
+            return self.warmup_lr + (self.lr - self.warmup_lr) * before / warmup
+        return self.after_warmup(before)
+
+    def after_warmup(self, step: int) -> float:
+        """The schedule's own rate of a step."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
-class FullCosineSchedule:
-    """Linear warm-up, then the rest of half a cosine that spans all steps, the warm-up's too.
+class FullCosineSchedule(TimmsWarmUp):
+    """A warm-up, then the rest of half a cosine that spans all steps, the warm-up's too.
 
     So the warm-up ends a little below the peak's line: at 97.6 % of `lr` after a tenth of the
-    steps. Each step has the rate of the step before it, the first one its own: timm's scheduler is
-    moved on after the optimiser (SimMIM).
+    steps.
 
-    Args: as `CosineSchedule`'s; a warm-up ends on a whole step.
+    Args: as `CosineSchedule`'s.
 
     Source: Xie et al., "SimMIM" (arXiv 2111.09886), its released code, and timm's schedulers.
     """
@@ -49,20 +70,16 @@ class FullCosineSchedule:
     total_steps: int
     warmup_lr: float = 0.0
 
-    def __call__(self, step: int) -> float:
-        """Learning rate of step `step`, counted from 0 over the whole run."""
-        before, warmup = max(step - 1, 0), int(self.warmup_steps)
-        if before < warmup:
-            return self.warmup_lr + (self.lr - self.warmup_lr) * before / warmup
-        done = min(before / self.total_steps, 1)
+    def after_warmup(self, step: int) -> float:
+        """See `TimmsWarmUp`."""
+        done = min(step / self.total_steps, 1)
         return self.min_lr + (self.lr - self.min_lr) * 0.5 * (1 + math.cos(math.pi * done))
 
 
 @dataclass(frozen=True)
-class StepSchedule:
-    """Linear warm-up, then the peak, multiplied by `factor` from each of some steps on.
-
-    Each step has the rate of the step before it, as `FullCosineSchedule`'s (SimMIM, 800 epochs).
+class StepSchedule(TimmsWarmUp):
+    """A warm-up, then the peak, multiplied by `factor` from each of some steps on (SimMIM's 800
+    epochs).
 
     Args:
         lr, min_lr, warmup_steps, warmup_lr: as `CosineSchedule`'s; no rate falls below `min_lr`.
@@ -77,12 +94,9 @@ class StepSchedule:
     factor: float = 0.1
     warmup_lr: float = 0.0
 
-    def __call__(self, step: int) -> float:
-        """Learning rate of step `step`, counted from 0 over the whole run."""
-        before, warmup = max(step - 1, 0), int(self.warmup_steps)
-        if before < warmup:
-            return self.warmup_lr + (self.lr - self.warmup_lr) * before / warmup
-        passed = sum(before >= milestone for milestone in self.milestones)
+    def after_warmup(self, step: int) -> float:
+        """See `TimmsWarmUp`."""
+        passed = sum(step >= milestone for milestone in self.milestones)
         return max(self.lr * self.factor**passed, min(self.min_lr, self.lr))
 
 

@@ -82,9 +82,9 @@ def newer_gpu() -> bool:
 
 def few_tokens(q: Tensor, k: Tensor) -> bool:
     """Whether attention is of so few tokens that another kernel than torch's choice is faster."""
-    half = q.dtype in (torch.bfloat16, torch.float16)
-    fits = max(q.shape[-2], k.shape[-2]) <= FEW_TOKENS and q.shape[-1] % 8 == 0
-    return q.device.type == "cuda" and half and fits and newer_gpu()
+    if q.device.type != "cuda" or q.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    return max(q.shape[-2], k.shape[-2]) <= FEW_TOKENS and q.shape[-1] % 8 == 0 and newer_gpu()
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

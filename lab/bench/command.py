@@ -24,8 +24,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.attention import sdpa_kernel
 from torch.utils.data import DataLoader
 
+import models_layers
 import models_zoo
 from engine_pretrain import Masker, PretrainLoss
 from engine_train import train_steps
@@ -258,7 +260,6 @@ def build_step(rank: int, arm: Arm, device_name: str, meeting: str) -> Answer:
     """In a child: what takes so many steps, and gives seconds a step; "peak" gives bytes."""
     device = choose_device(device_name, rank)
     torch.manual_seed(0)
-    choose_attention(arm.attention)
     place = Place(rank, arm.processes, rank, arm.processes, f"file://{meeting}")
     procs = join(place, device)
     if arm.sharded and arm.processes == 1:  # shards need a group, also one of a single process
@@ -275,6 +276,7 @@ def build_step(rank: int, arm: Arm, device_name: str, meeting: str) -> Answer:
         visible = count_visible(model.num_patches, arm.mask_ratio)
         masker = Masker(strategy, make_cells(model.grid, (1,)), visible, model.patch_size)
         step = our_step(model, arm, procs, strategy, masker, visible)
+    step = with_attention(step, arm.attention)
     seconds_of = stopwatch(device)
     if device.type == "cuda":
         return on_a_gpu(step, device)
@@ -287,10 +289,20 @@ def build_step(rank: int, arm: Arm, device_name: str, meeting: str) -> Answer:
     return answer
 
 
-def choose_attention(name: str | None) -> None:
-    """Leave torch one of its fused kernels of attention on a GPU; None: it chooses itself."""
-    for kernel in ATTENTION if name else ():
-        getattr(torch.backends.cuda, f"enable_{ATTENTION[kernel]}_sdp")(kernel == name)
+def with_attention(step: Callable[[], Any], name: str | None) -> Callable[[], Any]:
+    """A step whose attention is computed by one of torch's kernels alone; None: by its choice.
+
+    For a process of its own: our models then leave the choice of few tokens to it, too.
+    """
+    if name is None:
+        return step
+    models_layers.FEW_TOKENS = 0
+
+    def chosen() -> Any:
+        with sdpa_kernel(ATTENTION[name]):
+            return step()
+
+    return chosen
 
 
 def on_a_gpu(step: Callable[[], Any], device: torch.device) -> Answer:

@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from torch.nn.attention import SDPBackend
+
 from models_mmae import METHODS as PRESETS
 from util.console import shown
 from util.errors import BadInput
@@ -15,10 +17,13 @@ PEERS = ("transformers", "official")
 METHODS = ("mae", "mmae", *PEERS)
 # torch.compile's own names of its ways; a word alone is the first, which training has.
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
-# Words for torch's kernels of attention, and its own names of them.
+# torch's kernels of attention.
 ATTENTION = {
-    "cudnn": "cudnn", "flash": "flash", "efficient": "mem_efficient", "math": "math",
-}  # fmt: skip
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
 ADAMW = ("fused", "foreach", "plain")
 
 

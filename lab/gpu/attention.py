@@ -6,16 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lab.bench.contenders import ATTENTION
 from lab.bench.limits import stopwatch
 from lab.bench.measuring import summary
 from lab.gpu.parts import Scale
 
-KERNELS = {
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "math": SDPBackend.MATH,
-}
 # Images, tokens, heads, width of a head: of the blocks of MAE at 224 pixels, 75 % masked.
 SHAPES = {
     "ViT-B encoder": (512, 50, 12, 64),
@@ -34,7 +29,7 @@ def attention(scale: Scale) -> dict[str, Any]:
     for name, (images, tokens, heads, width) in SHAPES.items():
         shape = (2, 5, 2, 8) if scale.tiny else (images, tokens, heads, width)
         found[name] = {"shape": shape}
-        for kernel, backend in KERNELS.items():
+        for kernel, backend in ATTENTION.items():
             try:
                 found[name][kernel] = milliseconds(shape, backend, device)
             except RuntimeError as error:

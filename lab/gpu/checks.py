@@ -11,7 +11,7 @@ from torch import Tensor
 
 import main_pretrain
 from lab.bench.peers import create_vitmae
-from lab.gpu.parts import Scale
+from lab.gpu.parts import Scale, keep
 from models_zoo import create_model, model_arguments
 from util.errors import EXIT_STOPPED
 from util.styles import STYLES
@@ -247,6 +247,7 @@ def no_waits(scale: Scale) -> dict[str, Any]:
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
+    found: dict[str, Any] = {}
     main_pretrain.train_steps = watched
     try:
         for compiled in (False, True):
@@ -256,6 +257,8 @@ def no_waits(scale: Scale) -> dict[str, Any]:
                 "--epochs=1",
             ]
             assert ends([*flags, "--compile" if compiled else "--no-compile"]) == 0
+            found["compiled" if compiled else "eager"] = "no step waited"
+            keep(scale, "no_waits", found)
     finally:
         main_pretrain.train_steps = original
-    return {"holds": True}
+    return found | {"holds": True}

@@ -2,12 +2,13 @@
 
 python -m lab.gpu                          all parts, the most important first
 python -m lab.gpu --only steps data        some of them
-python -m lab.gpu --tiny --device cpu      every part at a tiny size, on any machine
+python -m lab.gpu --tiny                   at a tiny size, on any machine
 """
 
 import argparse
 import importlib
 import json
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -58,7 +59,9 @@ def build_parser() -> FlagParser:
         help="for all parts together; what is not reached by then is said",
     )
     parser.add_argument(
-        "--device", choices=("cuda", "cpu"), default="cuda", help="device to measure"
+        "--device",
+        choices=("cuda", "cpu"),
+        help="device to measure; default: cuda, with --tiny the CPU where there is no GPU",
     )
     parser.add_argument(
         "--tiny", action="store_true", help="every branch at the smallest size, without figures"
@@ -73,6 +76,8 @@ def build_parser() -> FlagParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the parts; see the module."""
     args = build_parser().parse(argv)
+    if args.device is None:
+        args.device = "cpu" if args.tiny and not torch.cuda.is_available() else "cuda"
     scale = Scale(args.device, args.tiny, Path(args.folder).resolve())
     if args.part:
         part = next(part for part in PARTS if part.name == args.part)
@@ -81,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_text(scale.folder / f"{part.name}.json", json.dumps(found))
         return
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise BadInput("there is no GPU here; --device cpu --tiny goes through every part without")
+        raise BadInput("there is no GPU here; --tiny goes through the parts that need none")
     prepare_folder(scale.folder)
     about = machine(torch.device(args.device))
     say("\n".join(machine_lines(about)))
@@ -101,6 +106,7 @@ def run_parts(scale: Scale, only: Sequence[str], seconds: float, about: dict) ->
     """
     end = time.monotonic() + seconds
     results: list[Result] = []
+    saving = threading.Lock()
 
     def run(part: Part) -> Result:
         left = end - time.monotonic()
@@ -109,8 +115,9 @@ def run_parts(scale: Scale, only: Sequence[str], seconds: float, about: dict) ->
         say(f"{part.name}: {part.question} (at most {limit:.0f} s)")
         result = run_part(part, scale, limit, ENVIRONMENT)
         say(f"{part.name}: {result.status} in {result.seconds:.1f} s")
-        results.append(result)
-        save(scale.folder / "result.json", about, results)
+        with saving:
+            results.append(result)
+            save(scale.folder / "result.json", about, results)
         return result
 
     wanted = [part for part in PARTS if part.name in only]

@@ -17,6 +17,7 @@ from PIL import Image
 
 import lab.bench.command as lab_bench
 import main_pack
+import models_layers
 from lab.bench import data_speed, limits, step_speed, training_speed
 from lab.bench import measuring as benchmark
 from lab.bench.children import Answer, Children
@@ -262,19 +263,30 @@ def find_layout(text: str) -> torch.memory_format:
     return torch.channels_last if innermost else torch.contiguous_format
 
 
-def test_attention_can_be_left_one_kernel() -> None:
-    cuda = torch.backends.cuda
+def test_attention_can_be_left_one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In each step; a kernel of few tokens, which is ours, does not overrule it."""
+    monkeypatch.setattr(models_layers, "FEW_TOKENS", 64)
     kinds = ("cudnn", "flash", "mem_efficient", "math")
-    before = {kind: getattr(cuda, f"{kind}_sdp_enabled")() for kind in kinds}
-    try:
-        lab_bench.choose_attention(None)
-        assert {kind: getattr(cuda, f"{kind}_sdp_enabled")() for kind in kinds} == before
-        lab_bench.choose_attention("efficient")
-        now = {kind: getattr(cuda, f"{kind}_sdp_enabled")() for kind in kinds}
-        assert now == {kind: kind == "mem_efficient" for kind in kinds}
-    finally:
-        for kind, value in before.items():
-            getattr(cuda, f"enable_{kind}_sdp")(value)
+
+    def enabled() -> dict[str, bool]:
+        return {kind: getattr(torch.backends.cuda, f"{kind}_sdp_enabled")() for kind in kinds}
+
+    before = enabled()
+    assert lab_bench.with_attention(enabled, None)() == before
+    assert models_layers.FEW_TOKENS == 64
+    step = lab_bench.with_attention(enabled, "efficient")
+    assert step() == {kind: kind == "mem_efficient" for kind in kinds}
+    assert models_layers.FEW_TOKENS == 0 and enabled() == before
+    arm = parse_arm("mae,attention=math", Arm(model="mae_vit_micro_patch4", size=16, batch=2))
+    asked: list[dict[str, bool]] = []
+    whole = MaskedAutoencoderViT.forward
+    monkeypatch.setattr(
+        MaskedAutoencoderViT,
+        "forward",
+        lambda *given: (asked.append(enabled()), whole(*given))[1],
+    )
+    lab_bench.build_step(0, arm, "cpu", "/nowhere")(1)
+    assert asked[-1] == {kind: kind == "math" for kind in kinds}
 
 
 # ---- On a GPU: arms share its memory -------------------------------------------------------------

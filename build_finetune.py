@@ -76,12 +76,17 @@ def open_set(args: argparse.Namespace, split: str, channels: int | None) -> Sour
 
 
 def new_model(
-    args: argparse.Namespace, origin: dict[str, Any] | None, in_chans: int, num_classes: int
+    args: argparse.Namespace,
+    origin: dict[str, Any] | None,
+    in_chans: int,
+    num_classes: int,
+    depth: int | None = None,
 ) -> tuple[Any, dict[str, Any]]:
     """The model that the flags describe, with a fresh head, and its arguments in plain types.
 
     Args:
         origin: what --finetune holds; None: from scratch.
+        depth: of a model from scratch, for a plan; None: that of --model.
     """
     own = {
         "num_classes": num_classes,
@@ -90,6 +95,8 @@ def new_model(
         "drop_path": args.drop_path,
     }
     if origin is not None:
+        if args.probe_block is not None and args.tune != "linear":
+            raise BadInput(f"--probe_block with --tune {args.tune}: it is for --tune linear")
         given = [f"--{n}" for n in ("lscale_init", "patch_size", "in_chans") if getattr(args, n)]
         if given:
             raise BadInput(f"{', '.join(given)} with --finetune: the checkpoint says what it is")
@@ -100,11 +107,14 @@ def new_model(
             img_size=args.input_size,
             pos_resize=args.pos_resize,
             num_heads=args.num_heads,
+            blocks=args.probe_block,
             **own,
         )
-        # As MAE's codes do: a fine-tuned head starts at almost nothing, a probe's at .01.
-        model.init_head(0.01 if args.tune == "linear" else 2e-5)
+        # As the official codes do; MAE's starts a fine-tuned head at almost nothing.
+        model.init_head(0.01 if args.tune == "linear" else model.head_std)
         return model, arguments
+    if args.probe_block is not None:
+        raise BadInput("--probe_block without --finetune: there is nothing to probe")
     if args.weights_key is not None:
         raise BadInput("--weights_key without --finetune: there is no file to find weights in")
     if args.model is None:
@@ -117,6 +127,8 @@ def new_model(
             f"{args.model} is not a classifier; choose from {', '.join(models_zoo.CLASSIFIERS)}"
         )
     arguments["in_chans"] = in_chans
+    if depth is not None:
+        arguments["depth"] = depth
     for name, value in (("lscale_init", args.lscale_init), ("patch_size", args.patch_size)):
         if models_zoo.CLASSIFIERS[args.model][0] is models_zoo.VisionTransformer:
             if name == "lscale_init" or value is not None:

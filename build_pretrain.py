@@ -21,8 +21,6 @@ from util.train.optim import create_adamw, parameter_groups
 from util.train.schedule import scaled_lr
 
 TASK = "pretrain"
-# MAE's recipe, for what is warned of.
-PUBLISHED = Published(1.5e-4, 4096)
 
 
 def open_set(
@@ -72,6 +70,7 @@ def build_samples(
         flip=not args.no_flip,
         channels=source.channels,
         margin=source.eval_margin,
+        interpolation=args.interpolation,
     )
     drawn = Drawn(masker.strategy, masker.cells.grid, model.draws)
     return Samples(source, transform, args.seed, drawn)
@@ -111,6 +110,13 @@ def peak_lr(args: argparse.Namespace, model: Any, num_visible: int, global_batch
     return model.adjust_lr(scaled_lr(args.blr, global_batch, args.lr_batch), num_visible)
 
 
+def published_for(model: models_zoo.PretrainModel) -> Published:
+    """The recipe that a run is held to, for what is warned of."""
+    blr, batch = model.published
+    return Published(blr, batch)
+
+
 def build_optimizer(args: argparse.Namespace, model: models_zoo.PretrainModel, lr: float) -> AdamW:
-    """AdamW with MAE's betas; biases and norms do not decay."""
-    return create_adamw(parameter_groups(model, args.weight_decay), lr, betas=(0.9, 0.95))
+    """AdamW; biases and norms do not decay."""
+    groups = parameter_groups(model, args.weight_decay)
+    return create_adamw(groups, lr, betas=(args.betas[0], args.betas[1]))

@@ -1,7 +1,7 @@
 """What a segmentation is made of, from its flags: data, model, optimiser, inference."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ import torch
 import models_segmenters
 import models_zoo
 from engine_segment import Inference
+from models_load_kinds import check_kind
 from util.config.segment_flags import LR, SCALES
 from util.console import counted, listed
 from util.data.randomness import evenly
@@ -91,7 +92,13 @@ def new_model(args: argparse.Namespace, num_classes: int) -> tuple[Any, list[str
         if args.weights_key is not None:
             raise BadInput("--weights_key without --finetune: there is no file to find weights in")
         more = {"patch_size": args.patch_size} if args.patch_size else {}
-        own["lscale_init"] = args.lscale_init
+        listed = models_zoo.CLASSIFIERS.get(args.model)
+        if listed is None or listed[0] is models_zoo.VisionTransformer:
+            own["lscale_init"] = args.lscale_init
+        elif args.lscale_init is not None:
+            raise BadInput(
+                f"--lscale_init with --model {args.model}, which is no vision transformer"
+            )
         model = create_in_memory(
             lambda: models_zoo.create_segmenter(args.model, num_classes, **own, **more)
         )
@@ -99,6 +106,8 @@ def new_model(args: argparse.Namespace, num_classes: int) -> tuple[Any, list[str
     if args.patch_size:
         raise BadInput("--patch_size with --finetune: the checkpoint says what it is")
     state = load_state(args.finetune, args.weights_key)
+    if state.get("encoder_kind", "vit") != "vit":
+        return _model_of_kind(args, state, own | {"num_classes": num_classes})
     encoder = read_encoder(state, args.finetune, args.input_size)
     stored = encoder.arguments
     known = ("patch_size", "in_chans", "embed_dim", "depth", "mlp_ratio")
@@ -107,11 +116,7 @@ def new_model(args: argparse.Namespace, num_classes: int) -> tuple[Any, list[str
         stored, args.finetune, args.model, args.num_heads
     )
     state[ASSUMED] = assumed + encoder.assumed
-    if stored["in_chans"] != 3:
-        raise BadInput(
-            f"{args.finetune} takes images of {stored['in_chans']} channels; segmentation sets are "
-            "RGB: pretrain on RGB images"
-        )
+    _check_channels(stored, args.finetune)
     model = create_in_memory(
         lambda: models_zoo.segmenter_from(arguments | own | {"num_classes": num_classes})
     )
@@ -120,6 +125,34 @@ def new_model(args: argparse.Namespace, num_classes: int) -> tuple[Any, list[str
     models_segmenters.build_segmenter_encoder(state, model, args.finetune, args.pos_resize)
     statistics = set_statistics(args.mean)
     return model, [*state[LOADED], *assumptions(state, args.finetune, statistics)]
+
+
+def _model_of_kind(
+    args: argparse.Namespace, state: dict[str, Any], own: dict[str, Any]
+) -> tuple[Any, list[str]]:
+    """`new_model` from a file with an encoder that is no plain vision transformer."""
+    kind, stored = state["encoder_kind"], dict(state["model_args"])
+    for flag, given in (("num_heads", args.num_heads), ("lscale_init", args.lscale_init)):
+        if given is not None:
+            raise BadInput(f"--{flag} with {args.finetune}: an encoder of kind {kind} has its own")
+    check_kind(args.model, kind, stored, args.finetune)
+    _check_channels(stored, args.finetune)
+    unused = ("num_classes", "global_pool", "probe", "shared_bias")
+    arguments = {k: v for k, v in stored.items() if k not in unused}
+    arguments |= {"encoder_kind": kind, **own}
+    state[ASSUMED] = state.get("assumed", [])
+    model = create_in_memory(lambda: models_zoo.segmenter_from(arguments))
+    models_segmenters.build_segmenter_encoder(state, model, args.finetune, args.pos_resize)
+    statistics = set_statistics(args.mean)
+    return model, [*state[LOADED], *assumptions(state, args.finetune, statistics)]
+
+
+def _check_channels(stored: Mapping[str, Any], path: str) -> None:
+    if stored["in_chans"] != 3:
+        raise BadInput(
+            f"{path} takes images of {stored['in_chans']} channels; segmentation sets are RGB: "
+            "pretrain on RGB images"
+        )
 
 
 def build_optimizer(args: argparse.Namespace, model: Any, lr: float) -> torch.optim.Optimizer:

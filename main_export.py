@@ -172,6 +172,11 @@ def read_autoencoder(args: argparse.Namespace, state: dict[str, Any]) -> tuple[A
     return model, arguments
 
 
+def read_eps(model: Any) -> float:
+    """The epsilon of a model's LayerNorms."""
+    return next((m.eps for m in model.modules() if isinstance(m, torch.nn.LayerNorm)), EPS)
+
+
 def read_source(args: argparse.Namespace) -> LoadedModel:
     """Read the checkpoint, as much of it as is to be exported.
 
@@ -181,11 +186,6 @@ def read_source(args: argparse.Namespace) -> LoadedModel:
     path, state = args.checkpoint, load_state(args.checkpoint, args.weights_key)
     if args.ema:
         take_averaged(state, path)
-    if (kind := state.get("encoder_kind", "vit")) != "vit":
-        raise BadInput(
-            f"{path} holds an encoder of kind {kind}: {args.to} has no such model, and ours takes "
-            "its checkpoint as it is"
-        )
     part = choose_part(args.part, args.to, state["model"])
     head = "own" if part == "head" else "none"
     if part == "decoder":
@@ -194,7 +194,8 @@ def read_source(args: argparse.Namespace) -> LoadedModel:
         model, arguments, state = models_zoo.build_classifier(
             state, path, head=head, **encoder_options(args)
         )
-        arguments |= {name: pair(arguments[name]) for name in ("img_size", "patch_size")}
+        sides = [name for name in ("img_size", "patch_size") if name in arguments]
+        arguments |= {name: pair(arguments[name]) for name in sides}
         # How a model was trained does not belong to its weights.
         arguments |= {"drop_path": 0.0}
 
@@ -209,7 +210,7 @@ def read_source(args: argparse.Namespace) -> LoadedModel:
     size, channels = arguments["img_size"], arguments["in_chans"]
     seen, said = find_preprocessing(state.get("data", {}), size, channels)
     return LoadedModel(
-        model.eval(), arguments, state, part, state.get("norm_eps", EPS), seen, said, read_again,
+        model.eval(), arguments, state, part, read_eps(model), seen, said, read_again,
         args.keep_lscale, lost,
     )  # fmt: skip
 

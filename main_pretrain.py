@@ -16,7 +16,6 @@ from pathlib import Path
 
 import models_zoo
 from build_pretrain import (
-    PUBLISHED,
     TASK,
     build_model,
     build_optimizer,
@@ -24,6 +23,7 @@ from build_pretrain import (
     fit_model,
     open_set,
     peak_lr,
+    published_for,
 )
 from engine_pretrain import PretrainLoss, build_masker
 from engine_train import train_steps
@@ -58,7 +58,7 @@ def build_parser(argv: Sequence[str] = ()) -> FlagParser:
     load_plugins(argv)
     early = early_values(argv, ("model", "method"))
     kind, name = models_zoo.find_class(early["model"], early["method"])
-    return pretrain_flags.build_parser(name, models_zoo.list_methods(kind), kind.add_flags)
+    return pretrain_flags.build_parser(name, models_zoo.list_methods(name), kind.add_flags)
 
 
 @command
@@ -113,7 +113,7 @@ def pretrain(
         model_args=model_args,
         optimizer=lambda: build_optimizer(args, model, lr),
         lr=lr,
-        published=PUBLISHED,
+        published=published_for(model),
         warnings=warnings,
         fit=lambda: fit_model(args, model, source, samples, start.workers, procs),
         snapshot=lambda: {

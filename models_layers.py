@@ -69,6 +69,11 @@ def plain_attention(x: Tensor, dtype: torch.dtype, pairs: int) -> bool:
     return slow and pairs <= MOST_PLAIN_PAIRS and not isinstance(x, FakeTensor)
 
 
+def exporting() -> bool:
+    """Whether a graph is written, as for ONNX, which cannot express the kernel with a bias."""
+    return getattr(torch.compiler, "is_exporting", lambda: False)()  # not in torch 2.6
+
+
 # Tokens up to which torch's memory-efficient kernel was the fastest one on a GPU (docs/speed.md).
 # With all keys in one block its backward pass has one order of sums, which a resume needs.
 FEW_TOKENS = 64
@@ -181,6 +186,37 @@ def run(block: nn.Module, *inputs: Any, recompute: bool) -> Tensor:
         # No block draws random numbers in pretraining, so there is no generator state to keep.
         return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
     return block(*inputs)
+
+
+def run_seeded(block: nn.Module, *inputs: Any, recompute: bool) -> Tensor:
+    """`run` of a block that may draw: what it drew is drawn again."""
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(block, *inputs, use_reentrant=False)
+    return block(*inputs)
+
+
+def keep_branches(drawn: Tensor, rate: float) -> Tensor:
+    """Stochastic depth by numbers that come with the samples: factors of residual branches.
+
+    A function of seed, epoch and image, and so the same however a batch is split.
+
+    Args:
+        drawn: [B, depth, 2], uniform in [-1/2, 1/2).
+        rate: of the last block; it rises linearly from 0 in the first.
+
+    Returns:
+        [B, depth, 2]: 0 where a branch is left out, else 1 / (1 - its rate).
+    """
+    rates = torch.linspace(0, rate, drawn.shape[1], dtype=drawn.dtype, device=drawn.device)
+    rates = rates[:, None]
+    return (drawn + 0.5 >= rates).to(drawn.dtype) / (1 - rates)
+
+
+def drop(branch: Tensor, kept_B: Tensor | None) -> Tensor:
+    """A residual branch times the factor of each sample; None: as it is."""
+    if kept_B is None:
+        return branch
+    return branch * kept_B.to(branch.dtype).view(-1, *(1 for _ in branch.shape[1:]))
 
 
 class RelativeBias(nn.Module):

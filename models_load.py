@@ -4,15 +4,19 @@ from collections.abc import Mapping
 from inspect import signature
 from typing import Any
 
-from torch import nn
-
 from models_layers import pair
+from models_load_kinds import (
+    build_of_kind,
+    cut_depth,
+    first_blocks,
+    head_rows,
+    load_kind,
+    match_eps,
+)
 from models_mmae import MaskedAutoencoderViT
 from models_protocols import PretrainModel
 from models_registry import (
-    CLASSIFIERS,
     DEFAULT,
-    ENCODER_KINDS,
     ENCODER_SIZES,
     MODELS,
     model_arguments,
@@ -117,6 +121,8 @@ def build_autoencoder(
     state: dict[str, Any], path: str, name: str | None = None, **overrides: Any
 ) -> tuple[Any, dict[str, Any]]:
     """`load_pretrained` of what `load_state` has read."""
+    if state.get("encoder_kind", "vit") != "vit":
+        return build_of_kind(state, path, name)
     named = in_our_names(state, path)
     weights = named["model"]
     if not any(key.startswith("decoder_") for key in weights):
@@ -155,7 +161,7 @@ def build_autoencoder(
     model = kind(**(known | arguments))
     load_weights(model, weights, path)
     state[LOADED] = Loading().lines(model, named)
-    _match_eps(model, state.get("norm_eps", EPS))
+    match_eps(model, state.get("norm_eps", EPS))
     return model, state
 
 
@@ -189,8 +195,9 @@ def _find_name(weights: Mapping[str, Any]) -> str | None:
     found = (projection.shape[0], projection.shape[2], projection.shape[3], *depths, len(embed))
     names = [
         name
-        for name, (_, known) in MODELS.items()
-        if found
+        for name, (kind, known) in MODELS.items()
+        if issubclass(kind, MaskedAutoencoderViT)
+        and found
         == (
             known["embed_dim"],
             *pair(known["patch_size"]),
@@ -207,13 +214,6 @@ def _find_side(weights: Mapping[str, Any], arguments: dict[str, Any]) -> Any:
     table, patch = weights.get("pos_embed"), pair(arguments["patch_size"])
     grid = None if table is None else infer_grid(table.shape[1] - 1, patch, None, None)
     return arguments["img_size"] if grid is None else (grid[0] * patch[0], grid[1] * patch[1])
-
-
-def _match_eps(model: nn.Module, eps: float) -> None:
-    """Give the LayerNorms the epsilon of the file, where it is not MAE's."""
-    for module in model.modules():
-        if isinstance(module, nn.LayerNorm):
-            module.eps = eps
 
 
 def load_classifier(
@@ -277,9 +277,14 @@ def build_classifier(
     img_size: Pair | None = None,
     pos_resize: str = "rescale",
     num_heads: int | None = None,
+    blocks: int | None = None,
     **overrides: Any,
 ) -> tuple[VisionTransformer, dict[str, Any], dict[str, Any]]:
-    """`load_classifier` of what `load_state` has read."""
+    """`load_classifier` of what `load_state` has read.
+
+    Args:
+        blocks: the first so many alone, without the final norm; None: all.
+    """
     for what, given, known in (
         ("head", head, ("own", "new", "none")),
         ("pos_resize", pos_resize, ("rescale", "extend")),
@@ -287,7 +292,9 @@ def build_classifier(
         if given not in known:
             raise BadInput(f"unknown {what} {given!r}, choose from {', '.join(known)}")
     if state.get("encoder_kind", "vit") != "vit":
-        return _encoder_of_kind(state, path, name, head, img_size, num_heads, overrides)
+        return load_kind(
+            state, path, name, head, img_size, pos_resize, num_heads, blocks, overrides
+        )
     stored = read_encoder(state, path, img_size)
     heads, assumed = settle_heads(stored.arguments, path, name, num_heads)
     state[ASSUMED] = assumed + stored.assumed
@@ -300,14 +307,16 @@ def build_classifier(
         arguments |= {"num_classes": 0, "probe": False}
     arguments |= {k: v for k, v in overrides.items() if v is not None}
     arguments["img_size"] = img_size or arguments["img_size"]
+    arguments |= cut_depth(arguments, blocks, path)
     arguments = {k: list(v) if isinstance(v, tuple) else v for k, v in arguments.items()}
     model = VisionTransformer(**arguments)
-    weights = dict(stored.weights)
+    weights = first_blocks(stored.weights, blocks)
     weights["pos_embed"] = stored.positions(model.grid, pos_resize)
     loading = Loading(resized=positions_resized(model.grid, stored.grid, pos_resize))
     if head != "own":
         weights = {k: v for k, v in weights.items() if not k.startswith(HEAD_KEYS)}
-        fresh = (*HEAD_KEYS, NORM_KEYS["avg"])
+        # Behind a block in the middle no norm was trained.
+        fresh = (*HEAD_KEYS, *(NORM_KEYS.values() if blocks else [NORM_KEYS["avg"]]))
         own = model.state_dict()
         loading.new = [k for k in own if k.startswith(fresh) and k not in weights]
         weights |= {k: own[k] for k in loading.new}
@@ -318,7 +327,7 @@ def build_classifier(
     loading.left = [k for k in named["model"] if k not in weights or k in loading.new]
     state[LOADED] = loading.lines(model, named)
     if head != "new":
-        _match_eps(model, stored.eps)
+        match_eps(model, stored.eps)
     return model, arguments, state
 
 
@@ -332,51 +341,8 @@ def count_channels(state: Mapping[str, Any], path: str, img_size: Pair | None) -
 def count_classes(state: Mapping[str, Any], path: str, img_size: Pair | None) -> int:
     """Outputs of the head in a file, 0: it has none; arguments as `build_classifier`."""
     if state.get("encoder_kind", "vit") != "vit":
-        return next((len(state["model"][k]) for k in HEAD_WEIGHTS if k in state["model"]), 0)
+        return head_rows(state["model"])
     return read_encoder(state, path, img_size).classes
-
-
-# The linear layer of a head, without and with a probe's BatchNorm before it.
-HEAD_WEIGHTS = ("head.weight", "head.1.weight")
-
-
-def _encoder_of_kind(
-    state: dict[str, Any],
-    path: str,
-    name: str | None,
-    head: str,
-    img_size: Pair | None,
-    num_heads: int | None,
-    overrides: Mapping[str, Any],
-) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-    """`build_classifier` for an encoder that is no vision transformer."""
-    kind = state["encoder_kind"]
-    encoder = ENCODER_KINDS.find(kind)
-    if name is not None and CLASSIFIERS.find(name)[0] is not encoder:
-        raise BadInput(f"{path} holds an encoder of kind {kind}, and {name} is none; leave it out")
-    if num_heads is not None:
-        raise BadInput(f"--num_heads with {path}: an encoder of kind {kind} says its own sizes")
-    classes = count_classes(state, path, img_size)
-    if head == "own" and not classes:
-        raise BadInput(f"{path} holds no classification head; fine-tune it first (--finetune)")
-    arguments = dict(state["model_args"])
-    arguments.update({"probe": "head.1.weight" in state["model"], "num_classes": classes})
-    if head == "none":
-        arguments |= {"num_classes": 0, "probe": False}
-    arguments |= {k: v for k, v in overrides.items() if v is not None}
-    if img_size is not None:
-        arguments["img_size"] = img_size
-    arguments = {k: list(v) if isinstance(v, tuple) else v for k, v in arguments.items()}
-    model = encoder(**arguments)
-    weights, own = dict(state["model"]), model.state_dict()
-    if head != "own":
-        weights = {k: v for k, v in weights.items() if not k.startswith("head.")}
-        weights |= {k: v for k, v in own.items() if k.startswith("head.")}
-    load_weights(model, weights, path)
-    new = sum(k.startswith("head.") for k in own) if head != "own" else 0
-    text = f"{len(own) - new} of {len(own)} tensors taken from {path} (kind {kind})"
-    state |= {ASSUMED: [], LOADED: [text + (f"; new: head ({new})" if new else "")]}
-    return model, arguments, state
 
 
 def load_encoder(

@@ -426,13 +426,7 @@ class MaskedAutoencoderViT(PretrainModel):
         """
         if num_visible is None:
             num_visible = self.count_unmasked(mask)
-        if images.shape[1:] != (self.in_chans, *self.img_size):
-            raise BadInput(
-                f"images are {tuple(images.shape[1:])}, the model was built for "
-                f"{(self.in_chans, *self.img_size)} (channels, height, width)"
-            )
-        if len(mask) != len(images):
-            raise BadInput(f"{len(mask)} masks for {len(images)} images")
+        self.check_images(images, mask)
         if shift is not None and self.pos_offset != "jitter":
             raise BadInput(f"pos_offset {self.pos_offset!r} takes no shift")
         if shift is not None and shift.shape != (len(images), 2):
@@ -451,22 +445,6 @@ class MaskedAutoencoderViT(PretrainModel):
         pred = self(x, mask, num_visible)["pred"].float()
         pixels = self.target.to_pixels(pred, masked_patches(x, mask, self.patch_size))
         return put_masked(x, mask, pixels, self.patch_size)
-
-    def count_unmasked(self, mask: Tensor) -> int:
-        """Visible patches of each row of a mask [B, L], after checking it.
-
-        Raises:
-            BadInput: not a boolean mask of this grid, or rows with different counts.
-        """
-        num_patches = self.num_patches
-        if mask.dtype != torch.bool or mask.ndim != 2 or mask.shape[1] != num_patches:
-            raise BadInput(
-                f"mask is {mask.dtype} {tuple(mask.shape)}, expected bool [B, {num_patches}]"
-            )
-        counts = (~mask).sum(dim=1).unique().tolist()
-        if len(counts) != 1 or not 0 < counts[0] < num_patches:
-            raise BadInput(f"every row needs the same count of visible patches, found {counts}")
-        return int(counts[0])
 
 
 def add_term_flags(parser: argparse.ArgumentParser) -> None:

@@ -36,7 +36,9 @@ class PretrainModel(nn.Module):
             the model does not predict; the fills that it is compared with then get the same.
         note: what a reader of its pictures and PSNR has to know; None: nothing.
         methods: what `--method` can be, and what each presets: values of flags by name. The first
-            is the default. None: the class's own name, which presets nothing.
+            is the default. None: the class's own name, which presets nothing. See `presets`.
+        published: base learning rate for 256 images, and global batch, of the published recipe; a
+            run is told where it is far from them.
         default_model: name in `models_zoo.MODELS` that a method without `--model` stands for; None:
             the first that is registered of the class.
     """
@@ -46,7 +48,29 @@ class PretrainModel(nn.Module):
     draws: Mapping[str, Shape] = {}
     borrows_statistics: bool = False
     methods: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    published: ClassVar[tuple[float, int]] = (1.5e-4, 4096)
     default_model: ClassVar[str | None] = None
+
+    @classmethod
+    def presets(cls, arguments: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
+        """`methods`, as a model of these arguments presets them.
+
+        Args:
+            arguments: of the constructor, those that the model's name stands for.
+        """
+        return cls.methods or {cls.__name__.lower(): {}}
+
+    @classmethod
+    def from_encoder(
+        cls, encoder: EncoderState, rest: Mapping[str, Tensor]
+    ) -> "PretrainModel | None":
+        """The model in a file of another program; None: it holds none of this method.
+
+        Args:
+            encoder: that was found in it.
+            rest: all tensors of the file, under the names that they have there.
+        """
+        return None
 
     @classmethod
     def add_flags(cls, parser: argparse.ArgumentParser) -> None:
@@ -96,6 +120,30 @@ class PretrainModel(nn.Module):
             f"{type(self).__name__} does not say what its encoder is (`encoder_state`): it can be "
             "pretrained, measured and shown, and nothing else"
         )
+
+    def count_unmasked(self, mask: Tensor) -> int:
+        """Visible places of each row of a mask [B, L], after checking it; waits for the device.
+
+        Raises:
+            BadInput: not a boolean mask of this grid, or rows with different counts.
+        """
+        places = torch.Size(self.mask_grid).numel()
+        if mask.dtype != torch.bool or mask.ndim != 2 or mask.shape[1] != places:
+            raise BadInput(f"mask is {mask.dtype} {tuple(mask.shape)}, expected bool [B, {places}]")
+        counts = (~mask).sum(dim=1).unique().tolist()
+        if len(counts) != 1 or not 0 < counts[0] < places:
+            raise BadInput(f"every row needs the same count of visible patches, found {counts}")
+        return int(counts[0])
+
+    def check_images(self, images: Tensor, mask: Tensor) -> None:
+        """Refuse images of another size than `input`, or another number of masks."""
+        if tuple(images.shape[1:]) != self.input.shape:
+            raise BadInput(
+                f"images are {tuple(images.shape[1:])}, the model was built for "
+                f"{self.input.shape} (channels, height, width)"
+            )
+        if len(mask) != len(images):
+            raise BadInput(f"{len(mask)} masks for {len(images)} images")
 
     @property
     def note(self) -> str | None:
@@ -170,9 +218,13 @@ class PartlyTuned:
     """What every encoder with a head can: start its head anew, and learn in part.
 
     A mixin for modules with `head`; they say in `tuned_names` which parts there are.
+
+    Attributes:
+        head_std: deviation from which the head of a full or partial fine-tuning starts.
     """
 
     head: nn.Module
+    head_std: ClassVar[float] = 2e-5
 
     @property
     def linear(self) -> nn.Linear:
@@ -225,14 +277,46 @@ class Encoder(PartlyTuned, nn.Module):
         input: what it takes.
         num_features: width D of what `pool` gives.
         pools: names of the ways to pool, the default first.
-        stages: the parts of the network in the order of the data, each a name of a child module;
-            they are the units of partial tuning and of layer decay.
+        stages: the parts of the network in the order of the data, each a name of a module in it
+            (`body`, `layers.0.blocks.1`); they are the units of partial tuning and of layer decay.
+        feature_info: `stride` (height, width) in pixels and `channels` of each map of `pyramid`,
+            from fine to coarse, where these differ.
+        plain_blocks: whether each of `stages` gives tokens of the same shape, so that those behind
+            one can be left out (`--probe_block`); the constructor then has a `depth`.
     """
 
     input: InputSpec
     num_features: int
     pools: ClassVar[Sequence[str]] = ("avg",)
     stages: Sequence[str] = ()
+    plain_blocks: ClassVar[bool] = False
+    feature_info: Sequence[Mapping[str, Any]] = ()
+
+    @classmethod
+    def fit_arguments(cls, stored: Mapping[str, Any], size: Pair | None) -> dict[str, Any]:
+        """The constructor's arguments for an encoder that is to be used.
+
+        Args:
+            stored: arguments that its weights are of. size: (height, width) of the images; None:
+                as there.
+        """
+        return {**stored, **({} if size is None else {"img_size": list(size)})}
+
+    def fit_weights(
+        self, weights: Mapping[str, Tensor], stored: Mapping[str, Any], pos_resize: str
+    ) -> tuple[dict[str, Tensor], list[str]]:
+        """Weights of an encoder of this kind as this one takes them: what depends on its size.
+
+        Args:
+            weights: by its own names.
+            stored: arguments of the constructor that they are of.
+            pos_resize: rescale | extend, see `main_finetune.py --pos_resize`.
+
+        Returns:
+            the weights, and what was done to them, for the reader. What is missing is then new,
+            where the loading allows it.
+        """
+        return dict(weights), []
 
     def make_head(self, num_classes: int, global_pool: str | None, probe: bool) -> None:
         """Give it `head`, a linear layer on pooled features, with a BatchNorm before a probe's."""
@@ -282,6 +366,19 @@ class Encoder(PartlyTuned, nn.Module):
             raise BadInput(f"unknown features {kind!r}, choose from {', '.join(self.pools)}")
         return self.pool(self.forward_features(x), kind)
 
+    def pyramid(self, images: Tensor, taps: Sequence[int]) -> list[Tensor]:
+        """Four maps for segmentation, [B, C, h, w] from early to late, without a norm.
+
+        Args:
+            images: normalised, float [B, C, H, W], of any size in whole patches.
+            taps: blocks whose outputs they are, where all have one resolution (`plain_blocks`);
+                else the maps are those of `feature_info`, and this is empty.
+
+        Raises:
+            BadInput: it gives none.
+        """
+        raise BadInput(f"{type(self).__name__} gives no maps for segmentation")
+
     def layer_groups(self) -> list[list[str]]:
         """Names of all parameters from input to output; the last group is of what comes after all
         stages, with the head, the first of what stands in none.
@@ -290,11 +387,15 @@ class Encoder(PartlyTuned, nn.Module):
         """
         groups: list[list[str]] = [[] for _ in range(len(self.stages) + 2)]
         for name, _ in self.named_parameters():
-            part = name.split(".")[0]
-            number = -1 if part == "head" else 0
-            number = 1 + list(self.stages).index(part) if part in self.stages else number
-            groups[number].append(name)
+            groups[self.layer_of(name)].append(name)
         return groups
+
+    def layer_of(self, name: str) -> int:
+        """The number of a parameter's group in `layer_groups`; -1: the last."""
+        if name.startswith("head."):
+            return -1
+        inside = (i for i, stage in enumerate(self.stages, 1) if name.startswith(f"{stage}."))
+        return next(inside, 0)
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that are never decayed, beside biases and those of one axis."""

@@ -6,7 +6,12 @@ Whoever creates or loads a model calls `models_zoo`.
 from collections.abc import Mapping
 from typing import Any
 
+import models_simmim
+import models_swin
+import models_swin_names
 import models_vit_names
+import models_vit_relative
+import models_vit_relative_names
 from models_mmae import MaskedAutoencoderViT
 from models_protocols import Encoder, PretrainModel
 from models_vit import VisionTransformer
@@ -86,7 +91,10 @@ CLASSIFIERS: Registry[Named] = Registry(
 
 # Classes of encoders by `EncoderState.kind`.
 ENCODER_KINDS: Registry[type[Any]] = Registry("kind of encoder", {"vit": VisionTransformer})
-# Whose names weights of them can have.
+# Whose names weights of them can have; what several would recognise is the first one's.
+for _styles in (models_swin_names.STYLES, models_vit_relative_names.STYLES):
+    for _program, _style in _styles.items():
+        STYLES.add(_program, _style)
 STYLES.add("transformers", models_vit_names.TRANSFORMERS)
 STYLES.add("mmseg", models_vit_names.MMSEG)
 
@@ -110,9 +118,14 @@ def register_encoder(kind: str, encoder: type[Encoder], **names: Mapping[str, An
 
 def describe_kind(model: Any) -> dict[str, str]:
     """What a checkpoint holds of an encoder's kind: nothing of a vision transformer's."""
+    return describe_class(type(model))
+
+
+def describe_class(encoder: type) -> dict[str, str]:
+    """The same of an encoder's class."""
     # A sharded model's class is a subclass that torch made.
-    kinds = {encoder: kind for kind, encoder in ENCODER_KINDS.items()}
-    kind = next(kinds[parent] for parent in type(model).__mro__ if parent in kinds)
+    kinds = {known: kind for kind, known in ENCODER_KINDS.items()}
+    kind = next(kinds[parent] for parent in encoder.__mro__ if parent in kinds)
     return {} if kind == "vit" else {"encoder_kind": kind}
 
 
@@ -144,7 +157,7 @@ def find_class(name: str | None, method: str | None) -> tuple[type[PretrainModel
         return MODELS.find(name)[0], name
     kind = MaskedAutoencoderViT
     if method is not None:
-        known = {one: kind for kind in reversed(classes) for one in list_methods(kind)}
+        known = {one: kind for kind in reversed(classes) for one in kind.presets({})}
         if method not in known:
             raise BadInput(
                 f"argument --method: invalid choice: {method!r}{did_you_mean(method, known)}; "
@@ -155,9 +168,10 @@ def find_class(name: str | None, method: str | None) -> tuple[type[PretrainModel
     return kind, kind.default_model or first
 
 
-def list_methods(kind: type[PretrainModel]) -> dict[str, Mapping[str, Any]]:
-    """What `--method` can be with a class, the default first, and what each presets."""
-    return dict(kind.methods) or {kind.__name__.lower(): {}}
+def list_methods(name: str) -> Mapping[str, Mapping[str, Any]]:
+    """What `--method` can be with a pretraining model, the default first; and what each presets."""
+    kind, arguments = MODELS.find(name)
+    return kind.presets(arguments)
 
 
 def list_models() -> list[str]:
@@ -181,3 +195,13 @@ def model_arguments(name: str) -> dict[str, Any]:
         hint = did_you_mean(name, known)
         raise BadInput(f"unknown model {name!r}{hint}; valid names: {', '.join(known)}")
     return dict(known[name][1])
+
+
+# ---- The methods and encoders beside M-MAE's -----------------------------------------------------
+
+register_encoder("swin", models_swin.SwinTransformer, **models_swin.NAMES)
+register_encoder(
+    "vit_relative", models_vit_relative.RelativeVisionTransformer, **models_vit_relative.NAMES
+)
+for _name, _arguments in models_simmim.NAMES.items():
+    register_model(_name, models_simmim.SimMIM, **_arguments)

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from models_layers import relative_index
+from models_load_kinds import alike, check_kind
 from models_upernet import UperNet
 from models_zoo import model_arguments, segmenter_from, settle_heads
 from util.errors import BadInput
@@ -64,6 +65,8 @@ def build_segmenter_encoder(
     """`load_segmenter_encoder` of what `load_state` has read."""
     if pos_resize not in ("rescale", "extend"):
         raise BadInput(f"unknown pos_resize {pos_resize!r}, choose from rescale, extend")
+    if model.described is not None or state.get("encoder_kind", "vit") != "vit":
+        return _load_kind(state, model, path, pos_resize)
     encoder = model.encoder
     stored = read_encoder(state, path, encoder.img_size)
     own = model.arguments
@@ -92,6 +95,31 @@ def build_segmenter_encoder(
     taken = {f"encoder.{k}" for k in state["model"] if k in weights}
     loading.new = [k for k in model.state_dict() if k not in taken]
     state[LOADED] = loading.lines(model, state)
+    return state
+
+
+def _load_kind(state: dict[str, Any], model: UperNet, path: str, pos_resize: str) -> dict[str, Any]:
+    """`build_segmenter_encoder` for encoders that are no plain vision transformers."""
+    found, own = state.get("encoder_kind", "vit"), dict(model.described or {})
+    kind = own.get("encoder_kind", "vit")
+    if found != kind:
+        raise BadInput(f"{path} holds an encoder of kind {found}, the model's is a {kind}")
+    stored = dict(state["model_args"])
+    free = ("encoder_kind", "img_size", "window_size", "pad_windows", "drop_path", "shared_bias")
+    differing = [
+        f"{key} {stored[key]}, the model has {own[key]}"
+        for key in own
+        if key in stored and key not in free and not alike(stored[key], own[key])
+    ]
+    if differing:
+        raise BadInput(f"{path} has a different architecture: {'; '.join(differing)}")
+    weights, notes = model.encoder.fit_weights(state["model"], stored, pos_resize)
+    unused = (*HEAD_KEYS, *NORM_KEYS.values())
+    weights = {k: v for k, v in weights.items() if not k.startswith(unused)}
+    load_weights(model.encoder, weights, path)
+    taken, of = len(weights), len(model.state_dict())
+    lines = [f"{taken} of {of} tensors taken from {path} (kind {kind}); new: neck and heads"]
+    state[LOADED] = [*lines, *notes]
     return state
 
 
@@ -142,11 +170,15 @@ def build_segmenter(
             "to --finetune"
         )
     arguments = dict(said or segmenter_arguments(weights, path))
-    arguments["num_heads"], assumed = settle_heads(arguments, path, name, num_heads)
+    kind, assumed = arguments.get("encoder_kind"), list[str]()
+    if kind is not None:
+        check_kind(name, kind, arguments, path)
+    else:
+        arguments["num_heads"], assumed = settle_heads(arguments, path, name, num_heads)
     if said is None:
         assumed += list_assumptions(state, arguments["img_size"])
     model = segmenter_from(arguments)
-    if name is not None:
+    if name is not None and kind is None:
         _check_name(model, name, path)
     load_weights(model, weights, path)
     found = {**rest, PLACE: place, "style": "segmenter", "notes": []}
@@ -159,6 +191,8 @@ def to_mmseg_names(model: UperNet) -> dict[str, Tensor]:
     Raises:
         BadInput: it has no such model: for patches of 4, or that are not square.
     """
+    if model.described is not None:
+        raise BadInput(f"--to mmseg takes vision transformers alone, not {type(model.encoder)}")
     (ph, pw), ratio = model.patch_size, model.arguments["mlp_ratio"]
     if ph != pw or ratio != int(ratio) or min(model.neck.factors) < 0.25:
         raise BadInput(

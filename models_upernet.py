@@ -12,7 +12,7 @@ transformer by Bao et al. (BEiT, arXiv 2106.08254) and He et al. (MAE, arXiv 211
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 from models_batchnorm import GlobalBatchNorm
 from models_layers import RelativeBias, relative_index
-from models_vit import VisionTransformer
 from util.errors import BadInput
 from util.spec import Pair
 
@@ -86,6 +85,24 @@ class Pyramid(nn.Module):
                 sides = [min(round(1 / factor), side) for side in x.shape[2:]]
                 pyramid.append(F.max_pool2d(x, sides))
         return pyramid
+
+
+class StageNorms(nn.Module):
+    """The maps of an encoder in stages, each with a LayerNorm of its own, as Swin's code has it.
+
+    Args:
+        channels: of each map. factors: sides of the maps by that of the patches.
+    """
+
+    def __init__(self, channels: Sequence[int], factors: Sequence[float]) -> None:
+        super().__init__()
+        self.factors = list(factors)
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for width in channels)
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Maps [B, C, h, w] to the same."""
+        pairs = zip(self.norms, maps, strict=True)
+        return [norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) for norm, x in pairs]
 
 
 class UperHead(nn.Module):
@@ -158,8 +175,11 @@ class UperNet(nn.Module):
         encoder: taken over: its head and final norms, of no use here, are removed. Its grid is that
             of the training crop; see `models_zoo.load_segmenter_encoder` for its weights.
         num_classes: K.
+        encoder_arguments: of the encoder's constructor and `encoder_kind`, plain; None: a plain
+            vision transformer, which is described by what it is.
         taps: four blocks, counted from 0, whose outputs are used, without a norm; the last is the
-            encoder's last. None: a third, half, two thirds and all of the depth.
+            encoder's last. None: a third, half, two thirds and all of the depth. Of an encoder in
+            stages the four maps are used, each after a norm, and there are no taps.
         channels, aux_channels: of the two heads.
         aux_tap: the map of the pyramid, counted from 0, that the auxiliary head reads.
         dropout: of channels, before both classifiers, while training.
@@ -183,9 +203,10 @@ class UperNet(nn.Module):
 
     def __init__(
         self,
-        encoder: VisionTransformer,
+        encoder: Any,
         num_classes: int,
         *,
+        encoder_arguments: Mapping[str, Any] | None = None,
         taps: Sequence[int] | None = None,
         channels: int = 768,
         aux_channels: int = 256,
@@ -195,8 +216,18 @@ class UperNet(nn.Module):
         relative_bias: bool = False,
     ) -> None:
         super().__init__()
+        self.described = encoder_arguments
+        stages = getattr(encoder, "feature_info", ()) if encoder_arguments is not None else ()
+        if stages:
+            taps = ()
         self.taps = tuple(choose_taps(len(encoder.blocks)) if taps is None else taps)
-        _check(encoder, self.taps, num_classes, channels, aux_channels, aux_tap, pool_scales)
+        if not stages:
+            _check_taps(len(encoder.blocks), self.taps)
+        _check(num_classes, channels, aux_channels, aux_tap, pool_scales)
+        if relative_bias and encoder_arguments is not None:
+            raise BadInput(
+                "relative_bias is for plain vision transformers; this encoder has its own"
+            )
         self.num_classes, self.aux_tap = num_classes, aux_tap
         self.grid, self.patch_size, self.in_chans = (
             encoder.grid,
@@ -207,13 +238,21 @@ class UperNet(nn.Module):
         encoder.head = encoder.norm = encoder.fc_norm = nn.Identity()
         encoder.num_classes = 0
         self.encoder = encoder
-        D = encoder.num_features
-        self.neck = Pyramid(D, choose_finest_scale(self.patch_size))
-        self.decode_head = UperHead([D] * 4, channels, num_classes, pool_scales, dropout)
-        self.auxiliary_head = FcnHead(D, aux_channels, num_classes, dropout)
-        heads = encoder.blocks[0].attn.num_heads
+        widths = [encoder.num_features] * 4
+        self.neck: Pyramid | StageNorms
+        if stages:
+            widths = [one["channels"] for one in stages]
+            factors = [self.patch_size[0] / one["stride"][0] for one in stages]
+            if len(widths) != 4:
+                raise BadInput(f"UPerNet reads four maps, this encoder has {len(widths)} stages")
+            self.neck = StageNorms(widths, factors)
+        else:
+            self.neck = Pyramid(widths[-1], choose_finest_scale(self.patch_size))
+        self.decode_head = UperHead(widths, channels, num_classes, pool_scales, dropout)
+        self.auxiliary_head = FcnHead(widths[aux_tap], aux_channels, num_classes, dropout)
+        blocks = encoder.blocks if relative_bias else ()
         self.relative = nn.ModuleList(
-            RelativeBias(encoder.grid, heads) for _ in encoder.blocks if relative_bias
+            RelativeBias(encoder.grid, block.attn.num_heads) for block in blocks
         )
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
@@ -249,6 +288,8 @@ class UperNet(nn.Module):
 
     def features(self, images: Tensor) -> list[Tensor]:
         """The four maps before the neck, [B, D, gh, gw], of images in whole patches."""
+        if self.described is not None:
+            return self.encoder.pyramid(images, self.taps)
         biases: list[Callable[[], Tensor]] | None = None
         if len(self.relative):
             (ph, pw), (H, W) = self.patch_size, images.shape[2:]
@@ -288,6 +329,8 @@ class UperNet(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Positions and class token, as the public run means it (its own name test misses them)."""
+        if self.described is not None:
+            return {f"encoder.{name}" for name in self.encoder.no_weight_decay()}
         return {f"encoder.{name}" for name in ("pos_embed", "cls_token")}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -295,7 +338,9 @@ class UperNet(nn.Module):
         self.encoder.set_grad_checkpointing(enable)
 
     def add_lscale(self, init: float = 1.0) -> None:
-        """Give the encoder's branches trainable scales, where they have none."""
+        """Give a vision transformer's branches trainable scales, where they have none."""
+        if self.described is not None:
+            raise BadInput(f"LScale is for plain vision transformers, not {type(self.encoder)}")
         for block in self.encoder.blocks:
             for name in ("ls1", "ls2"):
                 if isinstance(getattr(block, name), nn.Identity):
@@ -306,6 +351,18 @@ class UperNet(nn.Module):
     def arguments(self) -> dict[str, Any]:
         """What makes a model of the same shape with `models_zoo.segmenter_from`; plain types."""
         encoder, head = self.encoder, self.decode_head
+        heads = {
+            "num_classes": self.num_classes,
+            "taps": list(self.taps),
+            "channels": head.conv_seg.in_channels,
+            "aux_channels": self.auxiliary_head.conv_seg.in_channels,
+            "aux_tap": self.aux_tap,
+            "dropout": head.dropout.p,
+            "pool_scales": list(head.pool_scales),
+            "relative_bias": len(self.relative) > 0,
+        }
+        if self.described is not None:
+            return {**self.described, **heads}
         block = encoder.blocks[-1]
         scaled = not isinstance(block.ls1, nn.Identity)
         return {
@@ -319,14 +376,7 @@ class UperNet(nn.Module):
             "drop_path": round(float(getattr(block.drop_path1, "drop_prob", 0.0)), 6),
             # Which value they started from does not matter: scales come with the weights.
             "lscale_init": 1.0 if scaled else None,
-            "num_classes": self.num_classes,
-            "taps": list(self.taps),
-            "channels": head.conv_seg.in_channels,
-            "aux_channels": self.auxiliary_head.conv_seg.in_channels,
-            "aux_tap": self.aux_tap,
-            "dropout": head.dropout.p,
-            "pool_scales": list(head.pool_scales),
-            "relative_bias": len(self.relative) > 0,
+            **heads,
         }
 
 
@@ -349,21 +399,22 @@ def choose_finest_scale(patch_size: Pair) -> int:
     return min(FINEST, max(1, 2 ** round(math.log2(min(patch_size) / 4))))
 
 
+def _check_taps(depth: int, taps: Sequence[int]) -> None:
+    last = depth - 1
+    if len(taps) != 4 or list(taps) != sorted(set(taps)) or taps[0] < 0 or taps[-1] != last:
+        raise BadInput(
+            f"taps {list(taps)} must be four blocks in order, counted from 0, of which the last is "
+            f"the encoder's last, {last}; for example {choose_taps(last + 1)}"
+        )
+
+
 def _check(
-    encoder: VisionTransformer,
-    taps: Sequence[int],
     num_classes: int,
     channels: int,
     aux_channels: int,
     aux_tap: int,
     pool_scales: Sequence[int],
 ) -> None:
-    last = len(encoder.blocks) - 1
-    if len(taps) != 4 or list(taps) != sorted(set(taps)) or taps[0] < 0 or taps[-1] != last:
-        raise BadInput(
-            f"taps {list(taps)} must be four blocks in order, counted from 0, of which the last is "
-            f"the encoder's last, {last}; for example {choose_taps(last + 1)}"
-        )
     if min(num_classes, channels, aux_channels, *pool_scales, 1) < 1 or not pool_scales:
         raise BadInput(
             f"num_classes {num_classes}, channels {channels}, aux_channels {aux_channels} and "

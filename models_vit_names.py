@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 from util.errors import BadInput
-from util.styles import Style, Weights
+from util.styles import (
+    PARTS,
+    PARTS_IN_MEMORY,
+    Style,
+    Weights,
+    make_labels,
+    read_labels,
+    read_sizes,
+)
 
 # ---- mmsegmentation ------------------------------------------------------------------------------
 # Source: mmsegmentation's `tools/model_converters/beit2mmseg.py` and its backbones BEiT and MAE.
@@ -96,22 +104,12 @@ def _without_doubles(pairs: Iterable[tuple[str, Tensor]], source: str) -> Weight
 
 
 # ---- transformers --------------------------------------------------------------------------------
-# In files: the names of version 4, which version 5 also reads, and mostly writes. In memory version
-# 5 has others, which files of its pre-releases hold.
 
 BLOCKS = re.compile(
     r"(?:vit\.)?(?P<encoder>encoder\.layer|layers)\.(?P<e>\d+)\.(?P<ep>.+)\.(?P<ek>weight|bias)"
     r"|decoder\.(?P<decoder>decoder_layers|decoder_encoder\.layer)\.(?P<d>\d+)\.(?P<dp>.+)"
     r"\.(?P<dk>weight|bias)"
 )
-PARTS = {
-    "norm1": "layernorm_before",
-    "norm2": "layernorm_after",
-    "attn.proj": "attention.output.dense",
-    "mlp.fc1": "intermediate.dense",
-    "mlp.fc2": "output.dense",
-}
-PARTS_IN_MEMORY = {"attn.proj": "attention.o_proj", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
 QKV = ("query", "key", "value")
 OUTSIDE = {
     "cls_token": "vit.embeddings.cls_token",
@@ -226,11 +224,7 @@ def make_config(
             "mask_ratio": 0.75,
             "norm_pix_loss": arguments["norm_pix_loss"],
         }
-    names = classes or [f"LABEL_{i}" for i in range(arguments["num_classes"])]
-    return config | {
-        "id2label": {str(i): name for i, name in enumerate(names)},
-        "label2id": {name: i for i, name in enumerate(names)},
-    }
+    return config | make_labels(classes, arguments["num_classes"])
 
 
 def read_config(config: Mapping[str, Any], source: str) -> dict[str, Any]:
@@ -248,13 +242,6 @@ def read_config(config: Mapping[str, Any], source: str) -> dict[str, Any]:
             f"{source} is a {kind} of transformers; expected vit or vit_mae (ViTMAEForPreTraining, "
             "ViTForImageClassification, or their encoders)"
         )
-    # A file that does not say has transformers' defaults, which are ViT's too.
-    for name, expected in (("hidden_act", "gelu"), ("qkv_bias", True)):
-        if config.get(name, expected) != expected:
-            raise BadInput(
-                f"{source} has {name} {config[name]}, our encoder's is {expected}: its outputs "
-                "would differ"
-            )
     names = {
         "img_size": "image_size",
         "patch_size": "patch_size",
@@ -270,16 +257,12 @@ def read_config(config: Mapping[str, Any], source: str) -> dict[str, Any]:
             "decoder_num_heads": "decoder_num_attention_heads",
             "norm_pix_loss": "norm_pix_loss",
         }
-    needed = [*names.values(), "intermediate_size", "layer_norm_eps"]
-    if absent := [name for name in needed if name not in config]:
-        raise BadInput(f"the config.json of {source} lacks {', '.join(absent)}")
-    arguments = {ours: config[theirs] for ours, theirs in names.items()}
+    names |= {"mlp_ratio": "intermediate_size", "eps": "layer_norm_eps"}
+    # A file that does not say has transformers' defaults, which are ViT's too.
+    arguments = read_sizes(config, source, names, {"hidden_act": "gelu", "qkv_bias": True})
     arguments["mlp_ratio"] = config["intermediate_size"] / config["hidden_size"]
-    found = {"model_args": arguments, "norm_eps": config["layer_norm_eps"]}
-    labels = config.get("id2label", {})
-    if kind == "vit" and labels and not all(v == f"LABEL_{k}" for k, v in labels.items()):
-        found["classes"] = [labels[k] for k in sorted(labels, key=int)]
-    return found
+    found = {"norm_eps": arguments.pop("eps"), "model_args": arguments}
+    return found | (read_labels(config) if kind == "vit" else {})
 
 
 # ---- What reads and writes them ------------------------------------------------------------------

@@ -4,6 +4,7 @@ Names are in `models_registry`, files of weights are read by `models_load`; call
 """
 
 from collections.abc import Mapping
+from inspect import signature
 from typing import Any
 
 from models_layers import pair
@@ -27,6 +28,7 @@ from models_registry import (
     MAE_DECODER,
     MODELS,
     SIZES,
+    describe_class,
     describe_kind,
     find_class,
     list_classifiers,
@@ -40,6 +42,7 @@ from models_upernet import UperNet
 from models_vit import VisionTransformer
 from util.errors import BadInput
 from util.names import did_you_mean
+from util.weights.convert_upernet import SEGMENTER_ARGUMENTS
 from util.weights.files import load_state
 
 __all__ = [
@@ -75,22 +78,14 @@ __all__ = [
     "settle_heads",
 ]
 
-# Of `UperNet` beside its encoder; the other arguments of a segmenter are `VisionTransformer`'s.
-SEGMENTER_ARGUMENTS = (
-    "num_classes",
-    "taps",
-    "channels",
-    "aux_channels",
-    "aux_tap",
-    "dropout",
-    "pool_scales",
-    "relative_bias",
-)
-
 
 def list_segmenters() -> list[str]:
     """All names of encoders that `create_segmenter` takes."""
-    return list(CLASSIFIERS)
+    return [
+        name
+        for name, (kind, _) in CLASSIFIERS.items()
+        if kind is VisionTransformer or kind.pyramid is not Encoder.pyramid
+    ]
 
 
 def create_segmenter(name: str, num_classes: int, **kwargs: Any) -> UperNet:
@@ -106,19 +101,33 @@ def create_segmenter(name: str, num_classes: int, **kwargs: Any) -> UperNet:
     Raises:
         BadInput: unknown name, or settings that do not fit.
     """
-    if name not in CLASSIFIERS:
-        hint = did_you_mean(name, CLASSIFIERS)
+    if name not in list_segmenters():
+        hint = did_you_mean(name, list_segmenters())
         raise BadInput(
             f"unknown encoder {name!r}{hint}; UPerNet takes: {', '.join(list_segmenters())}"
         )
-    return segmenter_from(CLASSIFIERS[name][1] | kwargs | {"num_classes": num_classes})
+    kind, arguments = CLASSIFIERS[name]
+    described = {} if kind is VisionTransformer else describe_class(kind)
+    return segmenter_from(described | arguments | kwargs | {"num_classes": num_classes})
 
 
 def segmenter_from(arguments: Mapping[str, Any]) -> UperNet:
     """UPerNet of arguments alone, as `UperNet.arguments` gives them and checkpoints hold them."""
     heads = {k: v for k, v in arguments.items() if k in SEGMENTER_ARGUMENTS}
     encoder = {k: v for k, v in arguments.items() if k not in SEGMENTER_ARGUMENTS}
-    return UperNet(VisionTransformer(**encoder, num_classes=0), **heads)
+    if "encoder_kind" not in encoder:
+        return UperNet(VisionTransformer(**encoder, num_classes=0), **heads)
+    kind = ENCODER_KINDS.find(encoder["encoder_kind"])
+    if kind.pyramid is Encoder.pyramid:
+        raise BadInput(
+            f"an encoder of kind {encoder['encoder_kind']} gives no maps for segmentation"
+        )
+    own = {k: v for k, v in encoder.items() if k != "encoder_kind"}
+    if "pad_windows" in signature(kind).parameters:  # images of any size
+        own.setdefault("pad_windows", True)
+    own = {k: list(v) if isinstance(v, tuple) else v for k, v in own.items()}
+    described = {"encoder_kind": encoder["encoder_kind"], **own}
+    return UperNet(kind(**own, num_classes=0), encoder_arguments=described, **heads)
 
 
 def create_model(

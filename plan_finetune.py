@@ -119,11 +119,12 @@ def planned_model(args: argparse.Namespace, data: PlannedData) -> tuple[Any, dic
         for line in describe_loading(args, origin, args.finetune):
             say(line)
         return model, arguments, start
-    args = argparse.Namespace(
-        **vars(args) | {"finetune": None, "num_heads": None, "weights_key": None}
-    )
+    depth = args.probe_block
+    unread = {"finetune": None, "num_heads": None, "weights_key": None, "probe_block": None}
+    args = argparse.Namespace(**vars(args) | unread)
     with torch.device("meta"):  # no memory and no time, whatever the size
-        model, arguments = new_model(args, None, args.in_chans or data.channels, num_classes)
+        channels = args.in_chans or data.channels
+        model, arguments = new_model(args, None, channels, num_classes, depth)
     return model, arguments, start
 
 

@@ -8,7 +8,14 @@ from typing import Any
 
 import torch
 
-from build_pretrain import PUBLISHED, TASK, build_model, build_optimizer, open_set, peak_lr
+from build_pretrain import (
+    TASK,
+    build_model,
+    build_optimizer,
+    open_set,
+    peak_lr,
+    published_for,
+)
 from engine_pretrain import build_masker
 from util.config.flags import read_course
 from util.data.samples import Drawn
@@ -63,7 +70,7 @@ def plan_run(args: argparse.Namespace, count: int, warnings: Sequence[str] = ())
         min_lr=course.end(lr, args.min_lr, global_batch),
         decay=str(course),
         lr_batch=course.lr_batch,
-        published=PUBLISHED,
+        published=published_for(model),
         warnings=[*warnings, *warn_of_shards(args.shard, count)],
         parameters=parameters_by_part(model),
         count_cost=partial(

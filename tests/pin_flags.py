@@ -126,7 +126,6 @@ def defaults_in_python() -> dict[str, dict[str, Any]]:
 def collect() -> dict[str, Any]:
     """All that is pinned, in plain types."""
     import build_finetune
-    import build_pretrain
     import build_segment
     import eval_pretrain
     import eval_segment
@@ -151,12 +150,21 @@ def collect() -> dict[str, Any]:
             name: free_on_resume(importlib.import_module(name)) for name in TRAINING
         },
         "held to the published recipe": {
-            "pretrain": vars(build_pretrain.PUBLISHED),
+            "pretrain": {
+                kind.__name__: list(kind.published)
+                for kind in dict.fromkeys(kind for kind, _ in models_zoo.MODELS.values())
+            },
             "finetune": {k: vars(v) for k, v in build_finetune.PUBLISHED.items()},
             "segment": vars(build_segment.PUBLISHED),
         },
         "presets": {
-            "--method": METHODS,
+            "--method": {
+                **METHODS,
+                **{
+                    name: models_zoo.list_methods(name)
+                    for name in ("simmim_swin_base_patch4_window6", "simmim_vit_base_patch16")
+                },
+            },
             "--tune": {"full": finetune_flags.FULL, "linear": finetune_flags.LINEAR},
             "segment": {"lr": segment_flags.LR, "scales": segment_flags.SCALES},
             "segment looks": segment_flags.LOOKS_BY_DEFAULT,

@@ -39,14 +39,19 @@ PLACES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
          "models_protocols.py"),
         ("root", "mask"),
     ),
-    "encoders": (("models_vit.py", "models_vit_names.py"), ("root", "mask", "pieces")),
+    "encoders": (
+        ("models_vit.py", "models_vit_names.py", "models_vit_relative.py",
+         "models_vit_relative_names.py", "models_swin.py", "models_swin_names.py"),
+        ("root", "mask", "pieces"),
+    ),
     "models": (
-        ("models_mmae.py", "models_upernet.py"),
+        ("models_mmae.py", "models_simmim.py", "models_upernet.py"),
         ("root", "mask", "pieces", "encoders"),
     ),
     # By name and from files.
     "zoo": (
-        ("models_zoo.py", "models_registry.py", "models_load.py", "models_segmenters.py"),
+        ("models_zoo.py", "models_registry.py", "models_load.py", "models_load_kinds.py",
+         "models_segmenters.py"),
         ("root", "mask", "train", "weights", "pieces", "encoders", "models"),
     ),
     "engines": (("engine_*.py",), ("root", "mask", "data", "train", "measure", "pieces")),

@@ -20,13 +20,13 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
+from tiny import names_of
 from torch import Tensor, nn
 
 import models_zoo
 from models_mmae import MaskedAutoencoderViT
 from models_vit import VisionTransformer
 from models_zoo import (
-    CLASSIFIERS,
     ENCODER_SIZES,
     create_model,
     load_classifier,
@@ -519,7 +519,7 @@ def test_an_official_code_is_rescaled_as_the_official_code_does(tmp_path: Path) 
 @pytest.mark.parametrize(
     "settings", [{"global_pool": "avg"}, {"global_pool": "cls", "probe": True}]
 )
-@pytest.mark.parametrize("name", CLASSIFIERS)
+@pytest.mark.parametrize("name", names_of(VisionTransformer))
 def test_layer_groups_hold_each_parameter_once(name: str, settings: dict[str, Any]) -> None:
     with torch.device("meta"):
         model = create_model(name, lscale_init=0.1, **settings)

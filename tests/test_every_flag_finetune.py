@@ -44,6 +44,7 @@ TABLE: Table = {
     "--lscale_init": Row("--lscale_init=0.5", "start learns weights"),
     "--global_pool": Row("--global_pool=cls", "start learns weights"),
     "--cls_token": Row("--cls_token", "start learns weights"),
+    "--probe_block": Row("--probe_block=1", "start weights", f"{START} --tune=linear"),
     "--drop_path": Row("--drop_path=0.5", "weights"),
     # ---- Data
     "--dataset": Row(

@@ -47,6 +47,7 @@ TABLE: Table = {
     "--no_pin_mem": Told("test_no_pin_mem"),
     "--train_images": Row("--train_images=8", f"source {LENGTH}"),
     "--crop_scale": Row("--crop_scale 1 1", "images masks weights"),
+    "--interpolation": Row("--interpolation=bilinear", "images masks weights"),
     "--no_flip": Row("--no_flip", "images masks weights"),
     "--decode": Row("--decode=pil", "images weights"),
     "--crops_per_decode": Row("--crops_per_decode=2", "images which masks weights"),
@@ -89,6 +90,10 @@ TABLE: Table = {
     "--min_lr": Row("--min_lr=0.0001", "rates weights"),
     **alike.SCHEDULE,
     "--weight_decay": Row("--weight_decay=0.5", "optimizer weights"),
+    "--betas": [
+        Row("--betas 0.5 0.95", "optimizer weights"),
+        Row("--betas 0.9 0.5", "optimizer weights"),
+    ],
     "--clip_grad": Row("--clip_grad=0.01", "weights"),
     "--precision": [Row(f"--precision={p}", "precision weights") for p in ("bf16", "fp16")],
     "--grad_checkpointing": Row("--grad_checkpointing", "recomputes"),

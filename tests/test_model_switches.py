@@ -11,18 +11,13 @@ import torch
 from test_every_draw import FLAGS, Knobs, command, pretended
 from timm.layers import DropPath
 from timm.models.vision_transformer import Block, LayerScale
+from tiny import names_of
 from torch import Tensor, nn
 
 from models_decoders import CrossBlock
 from models_mmae import DECODERS, MaskedAutoencoderViT
-from models_zoo import (
-    create_model,
-    create_segmenter,
-    list_classifiers,
-    list_models,
-    list_segmenters,
-    model_arguments,
-)
+from models_vit import VisionTransformer
+from models_zoo import create_model, create_segmenter, model_arguments
 from util.mask.patches import patch_statistics, patchify
 from util.mask.pos_embed import sincos_2d
 
@@ -31,8 +26,8 @@ EXACT = {"rtol": 1e-9, "atol": 1e-11}
 WIDEST = 192
 
 
-def small(names: list[str]) -> list[str]:
-    return [name for name in names if model_arguments(name)["embed_dim"] <= WIDEST]
+def small(kind: type) -> list[str]:
+    return [name for name in names_of(kind) if model_arguments(name)["embed_dim"] <= WIDEST]
 
 
 @pytest.fixture(autouse=True)
@@ -98,10 +93,10 @@ def blocks_in(model: nn.Module) -> list[nn.Module]:
 # Every model that is quick to make, with each decoder, and the ways to make it.
 MODELS: dict[str, tuple[Callable[..., Any], str, dict[str, Any]]] = {
     **{f"{n} {d}": (autoencoder, n, {"decoder": d})
-       for n in small(list_models()) for d in DECODERS},
-    **{n: (classifier, n, {"drop_path": 0.5}) for n in small(list_classifiers())},
+       for n in small(MaskedAutoencoderViT) for d in DECODERS},
+    **{n: (classifier, n, {"drop_path": 0.5}) for n in small(VisionTransformer)},
     **{f"{n} segmenter": (segmenter, n, {"drop_path": 0.5, "dropout": 0.5, "relative_bias": True})
-       for n in small(list_segmenters())},
+       for n in small(VisionTransformer)},
 }  # fmt: skip
 
 
@@ -201,7 +196,7 @@ def test_drop_path_rises_from_block_to_block_and_trains_alone(name: str) -> None
         assert not torch.equal(loss_of(model.train()), loss_of(model.eval()))
 
 
-@pytest.mark.parametrize("name", small(list_segmenters()))
+@pytest.mark.parametrize("name", small(VisionTransformer))
 def test_both_heads_drop_channels_in_training_alone(name: str) -> None:
     model = segmenter(name, dropout=0.4)
     layers = [m for m in model.modules() if isinstance(m, nn.Dropout2d)]
@@ -394,7 +389,7 @@ def test_every_attention_has_biases_that_count(name: str) -> None:
 # ---- Classifiers -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", small(list_classifiers()))
+@pytest.mark.parametrize("name", small(VisionTransformer))
 @pytest.mark.parametrize("pool", ["avg", "cls"])
 def test_pooling_and_its_norm(name: str, pool: str) -> None:
     """avg: the mean of the patches, then `fc_norm`; cls: `norm`, then the class token."""

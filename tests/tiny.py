@@ -16,6 +16,12 @@ MMAE = {"lscale_init": 0.1, "pos_offset": "learned"}
 VISIBLE = 2
 
 
+def names_of(kind: type) -> list[str]:
+    """The models and encoders of a class, by name."""
+    known = {**models_zoo.MODELS, **models_zoo.CLASSIFIERS}
+    return [name for name, (made, _) in known.items() if issubclass(made, kind)]
+
+
 def small(seed: int = 0, **arguments: object) -> MaskedAutoencoderViT:
     """A model of `SMALL` with other or more arguments, in fp32."""
     torch.manual_seed(seed)

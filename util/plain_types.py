@@ -14,7 +14,11 @@ import numpy as np
 import torch
 
 # Programs whose settings and records stand in checkpoints; of these nothing but tensors is read.
-PROGRAMS = ("mmengine", "mmcv", "lightning", "lightning_fabric", "pytorch_lightning", "omegaconf")
+PROGRAMS = (
+    "mmengine", "mmcv", "lightning", "lightning_fabric", "pytorch_lightning", "omegaconf", "yacs",
+)  # fmt: skip
+# How the names of their dicts end: yacs' settings, in Swin's and SimMIM's files, are one.
+DICTS = ("Dict", "CfgNode")
 BUILTINS = (dict, list, tuple, set, str, int, float, bool)
 
 # A class, or one under the name that it has in the file.
@@ -70,6 +74,5 @@ def known_programs(path: Path) -> list[Allowed]:
         return []
     # torch fills no other dicts than these.
     return [
-        named.get(name) or (OrderedDict if name.endswith("Dict") else Unread, name)
-        for name in names
+        named.get(name) or (OrderedDict if name.endswith(DICTS) else Unread, name) for name in names
     ]

@@ -427,6 +427,7 @@ def open_samples(args: argparse.Namespace, arm: Arm, source: Source) -> Samples:
         flip=not args.no_flip,
         channels=source.channels,
         margin=source.eval_margin,
+        interpolation=args.interpolation,
     )
     draws = {}
     if arm.method not in PEERS:

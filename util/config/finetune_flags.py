@@ -23,6 +23,7 @@ from util.config.weights_flags import add_pos_resize_flag
 from util.data.datasets import DATASETS
 from util.flag_types import (
     LEAST_CROP,
+    MOST_BLOCKS,
     MOST_CHANNELS,
     MOST_CLASSES,
     MOST_LSCALE,
@@ -106,14 +107,6 @@ def build_parser(argv: Sequence[str] | None = ()) -> FlagParser:
         help="layer decay: factor on the learning rate from each block to the one before it",
         **UNSET,
     )
-    group.add_argument(
-        "--betas",
-        type=number(float, 0, 1, open_high=True),
-        nargs=2,
-        default=[0.9, 0.999],
-        metavar=("BETA1", "BETA2"),
-        help="betas of AdamW; a linear probe uses LARS, which has none",
-    )
     add_shard_flag(parser)
     add_run_flags(parser)
     group = add_checkpoint_flags(parser)
@@ -183,6 +176,13 @@ def add_model_flags(parser: FlagParser) -> None:
         dest="global_pool",
         help="MAE's name of --global_pool cls",
         **UNSET,
+    )
+    group.add_argument(
+        "--probe_block",
+        type=number(int, 1, MOST_BLOCKS),
+        metavar="N",
+        help="a linear probe behind the N-th block of --finetune, not the last (SimMIM's ViT: 8); "
+        "default: the last",
     )
     group.add_argument(
         "--drop_path",

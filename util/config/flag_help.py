@@ -81,7 +81,7 @@ def first_screen(
     formatter.add_text(parser.description)
     by_dest = {action.dest: action for action in reversed(parser._actions)}
     formatter.start_section("flags that most runs need")
-    formatter.add_arguments([by_dest[dest] for dest in first])
+    formatter.add_arguments([by_dest[dest] for dest in first if dest in by_dest])
     formatter.end_section()
     count = len({action.dest for action in parser._actions if action.option_strings})
     head, _, flags = formatter.format_help().partition("\n\n")

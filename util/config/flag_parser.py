@@ -99,6 +99,11 @@ class FlagParser(StrictParser):
             fill_unset(settings, presets[getattr(settings, flag)])
         return settings
 
+    @property
+    def names(self) -> list[str]:
+        """All flags, as they are typed."""
+        return list(self._option_string_actions)
+
     def add_presets(self, flag: str, presets: Mapping[str, Mapping[str, Any]]) -> None:
         """Let each value of a flag preset others; `parse` fills in what nobody gave.
 
@@ -117,6 +122,7 @@ class FlagParser(StrictParser):
         }
         for name in names:
             by_dest[name].default = argparse.SUPPRESS
+            self._defaults.pop(name, None)  # of `set_defaults`, which argparse fills in too
         self.presets, self.filled = (flag, whole), True
 
     def format_help(self) -> str:

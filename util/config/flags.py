@@ -9,7 +9,7 @@ import torch
 from util.config.flag_parser import FlagParser
 from util.data.images import IMAGE_DECODERS
 from util.data.pixel_limits import MOST_PIXELS
-from util.data.transforms import AUGMENTS
+from util.data.transforms import AUGMENTS, INTERPOLATIONS
 from util.errors import BadInput
 from util.flag_types import (
     LEAST_CROP,
@@ -144,6 +144,12 @@ def add_view_flags(parser: FlagParser) -> None:
         metavar=("MIN", "MAX"),
         help="share of the image's area that a random crop covers",
     )
+    group.add_argument(
+        "--interpolation",
+        choices=list(INTERPOLATIONS),
+        default="bicubic",
+        help="how random crops are resampled; bicubic as MAE, bilinear as SimMIM",
+    )
     group.add_argument("--no_flip", action="store_true", help="no horizontal flip")
     group.add_argument(
         "--decode",
@@ -173,6 +179,7 @@ def add_optimisation_flags(
     *,
     lengths: str = "epochs",
     peak: str = "",
+    betas: Sequence[float] = (0.9, 0.999),
 ) -> None:
     """Batches, lengths, learning rates and precision; each main sets its own defaults.
 
@@ -181,6 +188,7 @@ def add_optimisation_flags(
         lengths: what the run is measured in, epochs or iterations (optimiser steps).
         peak: the learning rate where neither `--lr` nor `--blr` is given; empty: `--blr` has a
             default.
+        betas: default of `--betas`.
     """
     group = parser.add_argument_group("optimisation")
     images = number(int, 1, MOST_IN_BATCH)
@@ -209,6 +217,14 @@ def add_optimisation_flags(
         _add_schedule_flags(group, rate)
     group.add_argument(
         "--weight_decay", type=rate, default=0.05, help="weight decay of the optimiser"
+    )
+    group.add_argument(
+        "--betas",
+        type=number(float, 0, 1, open_high=True),
+        nargs=2,
+        default=list(betas),
+        metavar=("BETA1", "BETA2"),
+        help="betas of AdamW; the LARS of a linear probe has none",
     )
     group.add_argument(
         "--clip_grad",

@@ -34,9 +34,8 @@ def build_parser(
         add_model_flags: adds those of the model's class.
     """
     parser = FlagParser(
-        description="Pretrain a masked autoencoder: M-MAE by default, MAE with --method mae.",
-        example="python main_pretrain.py --data_path DATA --model mae_vit_base_patch16 \\\n"
-        "  --norm_pix_loss --epochs 400 --output_dir runs/pretrained",
+        description="Pretrain a masked autoencoder: M-MAE by default, MAE with --method mae, or "
+        "--method simmim.",
         first=(
             "config", "data_path", "dataset", "model", "method", "mask_ratio", "norm_pix_loss",
             "input_size", "epochs", "batch_size", "blr", "output_dir", "resume", "device",
@@ -61,7 +60,12 @@ def build_parser(
         help="channels of an image; default: the data set's",
     )
     add_model_flags(parser)
-    add_optimisation_flags(parser)
+    usual = "--norm_pix_loss --epochs 400 " if "--norm_pix_loss" in parser.names else ""
+    parser.example = (
+        f"python main_pretrain.py --data_path DATA --model {name} \\\n"
+        f"  {usual}--output_dir runs/pretrained"
+    )
+    add_optimisation_flags(parser, betas=(0.9, 0.95))
     parser.set_defaults(epochs=400, warmup_epochs=40.0, blr=1.5e-4)
     add_shard_flag(parser)
     add_run_flags(parser)

@@ -173,14 +173,6 @@ def build_parser(argv: Sequence[str] | None = ()) -> FlagParser:
         help="layer decay: factor on the learning rate from each block to the one before it",
     )
     group.add_argument(
-        "--betas",
-        type=below_one,
-        nargs=2,
-        default=[0.9, 0.999],
-        metavar=("BETA1", "BETA2"),
-        help="betas of AdamW: decay rates of its two averages",
-    )
-    group.add_argument(
         "--aux_weight",
         type=number(float, 0, 1000),
         default=0.4,

@@ -20,6 +20,8 @@ from util.errors import BadInput
 from util.spec import Pair
 
 BICUBIC = InterpolationMode.BICUBIC
+# How a random crop is resampled.
+INTERPOLATIONS = {"bicubic": BICUBIC, "bilinear": InterpolationMode.BILINEAR}
 
 # Evaluation keeps the centre 224 of 256; above 224 MAE's recipe has no margin.
 CROP_SHARE = 0.875
@@ -34,7 +36,7 @@ def check_crop_scale(crop_scale: tuple[float, float]) -> None:
 
 
 class PretrainTransform:
-    """MAE's pretraining augmentation: random resized crop (bicubic) and horizontal flip, no more.
+    """MAE's pretraining augmentation: random resized crop and horizontal flip, no more.
 
     Draws come from torch's global CPU generator alone, so the caller seeds them for each sample.
 
@@ -42,16 +44,22 @@ class PretrainTransform:
         size: (h, w) of the result, pixels.
         crop_scale: smallest and largest share of the image's area that a crop covers.
         flip: flip half of the crops left to right.
+        interpolation: of `INTERPOLATIONS`.
 
     Source: He et al., "Masked Autoencoders Are Scalable Vision Learners", appendix A.1.
     """
 
     def __init__(
-        self, size: Pair, crop_scale: tuple[float, float] = (0.2, 1.0), flip: bool = True
+        self,
+        size: Pair,
+        crop_scale: tuple[float, float] = (0.2, 1.0),
+        flip: bool = True,
+        interpolation: str = "bicubic",
     ) -> None:
         check_crop_scale(crop_scale)
+        mode = INTERPOLATIONS[interpolation]
         steps: list[torch.nn.Module] = [
-            v2.RandomResizedCrop(size, scale=crop_scale, interpolation=BICUBIC, antialias=True)
+            v2.RandomResizedCrop(size, scale=crop_scale, interpolation=mode, antialias=True)
         ]
         if flip:
             steps.append(v2.RandomHorizontalFlip())
@@ -73,16 +81,22 @@ class PretrainTensorTransform:
         size: (h, w) of the result, pixels.
         crop_scale: smallest and largest share of the image's area that a crop covers.
         flip: flip half of the crops left to right.
+        interpolation: of `INTERPOLATIONS`.
     """
 
     # Seeding a generator to hand over is cheap; saving and restoring the three global ones is not.
     takes_generator = True
 
     def __init__(
-        self, size: Pair, crop_scale: tuple[float, float] = (0.2, 1.0), flip: bool = True
+        self,
+        size: Pair,
+        crop_scale: tuple[float, float] = (0.2, 1.0),
+        flip: bool = True,
+        interpolation: str = "bicubic",
     ) -> None:
         check_crop_scale(crop_scale)
         self.size, self.crop_scale, self.flip = size, crop_scale, flip
+        self.mode = INTERPOLATIONS[interpolation].value
 
     def __call__(
         self, image: Image.Image | Tensor, generator: torch.Generator | None = None
@@ -107,7 +121,7 @@ class PretrainTensorTransform:
             part = as_pixels(image.crop((left, top, left + w, top + h)))
         # The vectorised code is for this layout alone; for others it is 2 to 4 times as slow.
         part = part.unsqueeze(0).contiguous(memory_format=torch.channels_last)
-        view = torch.nn.functional.interpolate(part, self.size, mode="bicubic", antialias=True)[0]
+        view = torch.nn.functional.interpolate(part, self.size, mode=self.mode, antialias=True)[0]
         return view.flip(2) if flipped else view
 
 
@@ -159,6 +173,7 @@ def pretrain_transform(
     flip: bool,
     channels: int,
     margin: bool,
+    interpolation: str = "bicubic",
 ) -> Callable[[Any], Tensor]:
     """The augmentation of that name (MAE's ablation): an image to a uint8 view [C, h, w].
 
@@ -170,6 +185,7 @@ def pretrain_transform(
         size, crop_scale, flip: see `PretrainTransform`; crop_scale is for the last two.
         channels: of the images.
         margin: of the centre, see `EvalTransform`.
+        interpolation: of the last two, see `INTERPOLATIONS`; the others are bicubic.
 
     Raises:
         BadInput: an unknown name, or colours to shake that are neither gray nor RGB.
@@ -181,7 +197,7 @@ def pretrain_transform(
     if augment == "fixed_crop":
         return FixedCropTransform(size, flip)
     kind = PretrainTransform if decoder == "pil" else PretrainTensorTransform
-    crop = kind(size, crop_scale, flip)
+    crop = kind(size, crop_scale, flip, interpolation)
     if augment == "random_crop":
         return crop
     if channels not in (1, 3):

@@ -294,6 +294,7 @@ class DryRun:
 # Parts of a model by the first part of a parameter's name.
 PARTS = {
     "mask_token": "decoder", "head": "head", "fc_norm": "head", "blocks": "encoder blocks",
+    "layers": "encoder blocks",
     "relative": "relative biases", "neck": "neck", "decode_head": "UPer head",
     "auxiliary_head": "auxiliary head",
 }  # fmt: skip
@@ -305,7 +306,7 @@ def parameters_by_part(model: Any) -> dict[str, tuple[int, int]]:
     for name, parameter in model.named_parameters():
         first = name.removeprefix("encoder.").split(".")[0]
         part = PARTS.get(first, "encoder, rest")
-        if first.startswith("decoder_"):
+        if first == "decoder" or first.startswith("decoder_"):
             part = "decoder"
         learning, total = parts.get(part, (0, 0))
         size = parameter.numel()

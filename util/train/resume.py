@@ -87,6 +87,11 @@ def one_cosine(settings: Arithmetic) -> Arithmetic:
     }
 
 
+def bicubic_crops(settings: Arithmetic) -> Arithmetic:
+    """Before crops could be bilinear, and `--betas` came to pretraining."""
+    return {"interpolation": "bicubic", "betas": [0.9, 0.95]}
+
+
 # In the order in which they came. A checkpoint holds how many of them its run had: append, and
 # never take one out. A new flag that changes numbers needs an entry, or older runs are refused.
 CHANGES: tuple[Change, ...] = (
@@ -102,6 +107,8 @@ CHANGES: tuple[Change, ...] = (
     Change(("pretrain", "finetune", "segment"), added=lambda settings: {"max_pixels": None}),
     Change(("pretrain",), added=lambda settings: {"mask_cell": [1]}),
     Change(("pretrain", "finetune"), added=one_cosine),
+    Change(("pretrain",), added=bicubic_crops),
+    Change(("finetune",), added=lambda settings: {"probe_block": None}),
 )
 VERSION = len(CHANGES)
 

@@ -20,15 +20,15 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from util.train.dist import Processes
 
-# Where models keep their transformer blocks; a segmenter's are its encoder's.
-BLOCKS = ("blocks", "decoder_blocks", "encoder.blocks")
+# What models call their lists of transformer blocks, wherever they have them.
+BLOCKS = ("blocks", "decoder_blocks")
 
 
 def cut(model: nn.Module, mesh: DeviceMesh) -> None:
     """Cut a model into shards in place: each transformer block, then what is left of it."""
     modules: dict[str, Any] = dict(model.named_modules())
-    for name in BLOCKS:
-        for block in modules.get(name, ()):
+    for name in [name for name in modules if name.rpartition(".")[2] in BLOCKS]:
+        for block in modules[name]:
             fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
 
@@ -54,8 +54,11 @@ class Placed:
         if not self.sharded:
             model.to(procs.device)
             return
-        names = {name for name, _ in model.named_buffers()}
-        assert names <= model.state_dict().keys(), "a buffer outside the state dict"
+        # Buffers outside the state dict are constants, such as the index of a table.
+        saved = model.state_dict().keys()
+        self.constants = {
+            name: buffer.clone() for name, buffer in model.named_buffers() if name not in saved
+        }
         self.twin = copy.deepcopy(model).to("meta")
         for tensor in model.state_dict().values():  # all start from the main process's, as with DDP
             dist.broadcast(tensor, 0, group=procs.control)
@@ -83,6 +86,9 @@ class Placed:
             own = self.twin.state_dict()
             for name, value in self.model.state_dict().items():
                 own[name].copy_(value.full_tensor() if isinstance(value, DTensor) else value)
+            for name, buffer in self.twin.named_buffers():
+                if name in self.constants:
+                    buffer.copy_(self.constants[name])
         try:
             yield self.twin
         finally:

@@ -17,8 +17,9 @@ from torch import Tensor
 from util.errors import BadInput
 from util.mask.pos_embed import resize_table, sincos_2d
 from util.spec import Pair
-from util.styles import EPS, STYLES, Weights
+from util.styles import EPS, STYLES, Style, Weights
 from util.weights.convert_upernet import (
+    SEGMENTER_ARGUMENTS,
     encoder_of_segmenter,
     is_mmseg_segmenter,
     is_segmenter,
@@ -141,7 +142,28 @@ def in_our_names(
     elif style == "public run":
         weights, notes = encoder_of_segmenter(segmenter_from_mmseg(weights, source), source)
     rest = beside_weights(state, place)
+    if style in STYLES and STYLES[style].kind != "vit":
+        rest |= describe_kind(rest, STYLES[style], weights, source)
+    elif style == "segmenter" and "encoder_kind" in rest.get("model_args", {}):
+        unused = (*SEGMENTER_ARGUMENTS, "drop_path")
+        arguments = {k: v for k, v in rest["model_args"].items() if k not in unused}
+        rest |= {"encoder_kind": arguments.pop("encoder_kind"), "model_args": arguments}
     return {**rest, "style": style, "notes": notes, PLACE: place, "model": weights}
+
+
+def describe_kind(
+    rest: Mapping[str, Any], style: Style, weights: Weights, source: str
+) -> dict[str, Any]:
+    """What a file of ours would say of an encoder that is no plain vision transformer.
+
+    Args:
+        rest: what the file says beside its weights. weights: in our names.
+    """
+    said: dict[str, Any] = {"encoder_kind": style.kind}
+    if "model_args" not in rest:
+        assert style.infer is not None
+        said["model_args"], said["assumed"] = style.infer(weights, source)
+    return said
 
 
 def beside_weights(state: Mapping[str, Any], place: NestedWeights) -> dict[str, Any]:

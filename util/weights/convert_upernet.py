@@ -26,6 +26,17 @@ TABLE = "attn.relative_position_bias_table"
 INDEX = "attn.relative_position_index"
 NECK = {"backbone.fpn1.": "neck.upsample_4x.", "backbone.fpn2.": "neck.upsample_2x."}
 SCALES = {"gamma_1": "ls1.gamma", "gamma_2": "ls2.gamma"}
+# Of `UperNet` beside its encoder; the other arguments of a segmenter are the encoder's.
+SEGMENTER_ARGUMENTS = (
+    "num_classes",
+    "taps",
+    "channels",
+    "aux_channels",
+    "aux_tap",
+    "dropout",
+    "pool_scales",
+    "relative_bias",
+)
 
 
 def segmenter_to_mmseg(
@@ -66,7 +77,9 @@ def is_mmseg_segmenter(weights: Mapping[str, Any]) -> bool:
 
 def is_segmenter(weights: Mapping[str, Any]) -> bool:
     """Whether these are the names of a segmenter of ours."""
-    return "decode_head.conv_seg.weight" in weights and "encoder.cls_token" in weights
+    return "decode_head.conv_seg.weight" in weights and any(
+        key.startswith("encoder.") for key in weights
+    )
 
 
 def encoder_of_segmenter(weights: Mapping[str, Tensor], source: str) -> tuple[Weights, list[str]]:

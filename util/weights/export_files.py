@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from util.errors import BadInput
-from util.styles import EPS, STYLES
+from util.styles import EPS, STYLES, find_writer
 from util.weights.export_model import (
     NO_DECODER,
     ExportTarget,
@@ -18,6 +18,11 @@ OFFICIAL_SIZES = {(768, 12, 16): "base", (1024, 24, 16): "large", (1280, 32, 14)
 def to_official(source: LoadedModel, path: Path) -> list[str]:
     """The layout of the official MAE code: `{"model": ...}`, a probe with its BatchNorm."""
     kept = source.arguments
+    if source.kind != "vit":
+        style = find_writer(source.kind, "official", kept, "the checkpoint")
+        named = style.write(source.plain_weights(keep_probe=True))
+        state = {"model": named, **metadata(source, ours=False)}
+        return [write_and_compare(source, path, state)]
     sides = (*kept["img_size"], *kept["patch_size"])
     if sides[0] != sides[1] or sides[2] != sides[3] or source.eps != EPS:
         raise BadInput(
@@ -36,6 +41,8 @@ def to_official(source: LoadedModel, path: Path) -> list[str]:
 def to_mmsegmentation(source: LoadedModel, path: Path) -> list[str]:
     """mmsegmentation's names, and the backbone that they are of."""
     kept = source.arguments
+    if source.kind != "vit":
+        raise BadInput(f"--to mmseg takes vision transformers alone, this is a {source.kind}")
     (ph, pw), ratio = kept["patch_size"], kept["mlp_ratio"]
     if ph != pw or ratio != int(ratio):
         raise BadInput(

@@ -66,6 +66,11 @@ class LoadedModel:
     keep_lscale: bool = False
     lost: list[str] = field(default_factory=list)
 
+    @property
+    def kind(self) -> str:
+        """Of the encoder."""
+        return self.state.get("encoder_kind", "vit")
+
     def images(self) -> Tensor:
         """Random images: float32 [2, C, H, W]."""
         generator = torch.Generator().manual_seed(0)
@@ -142,7 +147,14 @@ def compute_outputs(model: Any, source: LoadedModel) -> dict[str, Tensor]:
     if source.part == "head":
         return {"logits": model(images)}
     tokens = model.forward_features(images)
-    return {"features": model.forward_head(tokens), "tokens": tokens}
+    return {"features": pool(model, tokens), "tokens": tokens}
+
+
+def pool(model: Any, tokens: Tensor) -> Tensor:
+    """The features of a model without a head, of its tokens: timm's, and plain ours, or another."""
+    if hasattr(model, "forward_head"):
+        return model.forward_head(tokens)
+    return model.pool(tokens, model.global_pool)
 
 
 def metadata(source: LoadedModel, *, ours: bool = True) -> dict[str, Any]:
@@ -157,9 +169,11 @@ def metadata(source: LoadedModel, *, ours: bool = True) -> dict[str, Any]:
         # Positions that were not made by our formula must not be made again by it.
         if k != "pos_offset" or (ours and "pos_offset" in source.state.get("model_args", {}))
     }
-    if not ours:
+    if not ours and source.kind == "vit":
         arguments["lscale_init"] = None
     said = {"model_args": arguments, "norm_eps": source.eps}
+    if ours and source.kind != "vit":  # else its names tell
+        said["encoder_kind"] = source.kind
     if ours and source.part == "decoder":
         said["model_name"] = source.state.get("model_name")
     for name, wanted in (("classes", source.part == "head"), ("data", True)):

@@ -13,6 +13,7 @@ from util.weights.export_model import (
     LoadedModel,
     compute_outputs,
     metadata,
+    pool,
 )
 
 
@@ -28,7 +29,7 @@ class Graph(nn.Module):
         if self.model.num_classes:
             return self.model(images)
         tokens = self.model.forward_features(images)
-        return self.model.forward_head(tokens), tokens
+        return pool(self.model, tokens), tokens
 
 
 def to_onnx(source: LoadedModel, path: Path) -> list[str]:

@@ -81,7 +81,7 @@ def list_losses(state: Mapping[str, Any], part: str, other: str) -> list[str]:
     Args:
         other: which weights stay behind, where the file has averaged ones.
     """
-    weights, lost = state["model"], list(state["notes"])
+    weights, lost = state["model"], list(state.get("notes", ()))
     decoder, head = (any(k.startswith(p) for k in weights) for p in ("decoder_", "head."))
     if decoder and part != "decoder":
         lost.append("the decoder is left out")
@@ -148,7 +148,10 @@ def check_reading(source: LoadedModel, path: str) -> str | None:
         found = run_onnx(place, source.images(), names)
         return check_same(expected, found, LOOSE, "the ONNX file")
     folder = place if place.is_dir() else place.parent
-    if source.state["style"] != "transformers" or not (folder / CONFIG).is_file():
+    if (
+        not source.state.get("style", "").startswith("transformers")
+        or not (folder / CONFIG).is_file()
+    ):
         return None
     library = needs("transformers", "transformers")
     kind = read_json(folder / CONFIG).get("architectures", ["ViTModel"])[0]

@@ -9,7 +9,7 @@ import timm
 from torch import nn
 
 from util.errors import BadInput
-from util.styles import EPS
+from util.styles import EPS, find_writer
 from util.train.checkpoint import write_signed
 from util.weights.export import appearing, check_same, has_lscale, save_folder, save_safetensors
 from util.weights.export_model import (
@@ -30,36 +30,16 @@ TIMM_NAMES = {
     (1024, 24, 16, 16): "vit_large_patch16_224",
     (1280, 32, 16, 14): "vit_huge_patch14_224",
 }
+SWIN_EPS = 1e-5  # of timm's Swin
 TIMM_FOLDER = "local-dir:"  # of timm.create_model, before a folder
 
 
 def to_timm(source: LoadedModel, path: Path) -> list[str]:
     """A plain ViT of timm, a file or a folder as on its hub, and the call that loads it."""
     kept = source.arguments
-    weights = source.plain_weights(keep_lscale=source.keep_lscale)
-    (ph, pw), D = kept["patch_size"], kept["embed_dim"]
-    shape = (D, kept["depth"], kept["num_heads"], ph if ph == pw else 0)
-    name = TIMM_NAMES.get(shape, TIMM_BASE)
-    more: dict[str, Any] = {}
-    if shape not in TIMM_NAMES:
-        more = {
-            "patch_size": ph if ph == pw else (ph, pw),
-            "embed_dim": D,
-            "depth": kept["depth"],
-            "num_heads": kept["num_heads"],
-        }
-    if kept["mlp_ratio"] != 4:
-        more["mlp_ratio"] = kept["mlp_ratio"]
-    if has_lscale(weights):
-        more["init_values"] = 1.0
-    settings = {
-        "num_classes": kept["num_classes"],
-        "img_size": kept["img_size"],
-        "in_chans": kept["in_chans"],
-        "global_pool": "avg" if kept["global_pool"] == "avg" else "token",
-        **more,
-    }
-    norm = {} if source.eps == EPS else {"norm_layer": partial(nn.LayerNorm, eps=source.eps)}
+    name, settings, weights = describe_timm(source)
+    usual = EPS if source.kind != "swin" else SWIN_EPS
+    norm = {} if source.eps == usual else {"norm_layer": partial(nn.LayerNorm, eps=source.eps)}
     if norm and not path.suffix:
         raise BadInput(
             f"timm's folders cannot say a LayerNorm epsilon of {source.eps}; give --output a name "
@@ -94,6 +74,38 @@ def to_timm(source: LoadedModel, path: Path) -> list[str]:
     return [line, f"timm.create_model({name!r}, {', '.join(written)})"]
 
 
+def describe_timm(source: LoadedModel) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """The name and the settings of timm's model, and its weights.
+
+    Raises:
+        BadInput: it has no such model.
+    """
+    kept = source.arguments
+    both = {name: kept[name] for name in ("num_classes", "img_size", "in_chans")}
+    if source.kind != "vit":
+        style = find_writer(source.kind, "timm", kept, "the checkpoint")
+        assert style.call is not None
+        name, more = style.call(kept)
+        return name, both | more, style.write(source.plain_weights())
+    weights = source.plain_weights(keep_lscale=source.keep_lscale)
+    (ph, pw), D = kept["patch_size"], kept["embed_dim"]
+    shape = (D, kept["depth"], kept["num_heads"], ph if ph == pw else 0)
+    name, settings = TIMM_NAMES.get(shape, TIMM_BASE), dict[str, Any]()
+    if shape not in TIMM_NAMES:
+        settings = {
+            "patch_size": ph if ph == pw else (ph, pw),
+            "embed_dim": D,
+            "depth": kept["depth"],
+            "num_heads": kept["num_heads"],
+        }
+    if kept["mlp_ratio"] != 4:
+        settings["mlp_ratio"] = kept["mlp_ratio"]
+    if has_lscale(weights):
+        settings["init_values"] = 1.0
+    both["global_pool"] = "avg" if kept["global_pool"] == "avg" else "token"
+    return name, both | settings, weights
+
+
 def timm_config(
     name: str, settings: dict[str, Any], seen: dict[str, Any], source: LoadedModel
 ) -> dict[str, Any]:
@@ -106,7 +118,7 @@ def timm_config(
     config: dict[str, Any] = {
         "architecture": name,
         "num_classes": settings["num_classes"],
-        "num_features": source.arguments["embed_dim"],
+        "num_features": source.model.num_features,
         "global_pool": settings["global_pool"],
         "model_args": {k: v for k, v in settings.items() if k not in ("num_classes",)},
         "pretrained_cfg": {
@@ -116,7 +128,7 @@ def timm_config(
             "pool_size": None,
             # timm makes RGB weights of it into weights of other channels; these are what they are.
             "first_conv": "patch_embed.proj" if settings["in_chans"] == 3 else None,
-            "classifier": "head",
+            "classifier": "head.fc" if source.kind == "swin" else "head",
         },
     }
     classes = source.state.get("classes")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from util.errors import BadInput, needs
-from util.styles import STYLES
+from util.styles import STYLES, find_writer
 from util.weights.export import appearing, check_same, save_folder
 from util.weights.export_model import IMAGES, LOOSE, ExportTarget, LoadedModel, compute_outputs
 from util.weights.files import PREPROCESSOR
@@ -16,16 +16,12 @@ from util.weights.files import PREPROCESSOR
 
 def to_transformers_folder(source: LoadedModel, path: Path) -> list[str]:
     """A folder of transformers: ViTMAEForPreTraining, or ViTForImageClassification."""
-    kept, reason = source.arguments, None
-    (h, w), (ph, pw) = kept["img_size"], kept["patch_size"]
-    if source.part == "encoder":
-        reason = "its classes need a decoder or a head, and this is an encoder alone"
-    elif source.part == "decoder" and (h != w or ph != pw):
-        reason = f"its ViTMAE takes square images and patches, this model {(h, w)}, {(ph, pw)}"
-    elif source.part == "head" and kept["global_pool"] != "cls":
-        reason = "its classifier reads the class token, this model the mean of the patches"
-    elif source.part == "head" and ph != pw:
-        reason = f"its classifier takes square patches, not {(ph, pw)}"
+    if source.kind == "vit":
+        style, reason = STYLES["transformers"], list_vit_limits(source)
+    else:
+        style = find_writer(source.kind, "transformers", source.arguments, "the checkpoint")
+        reason = None
+    kept = source.arguments
     if reason:
         raise BadInput(f"transformers cannot hold this model: {reason}; use --to timm")
     if path.exists():
@@ -33,7 +29,6 @@ def to_transformers_folder(source: LoadedModel, path: Path) -> list[str]:
     library = needs("transformers", "transformers")
     weights = source.plain_weights()
     classes = source.state.get("classes")
-    style = STYLES["transformers"]
     assert style.config is not None
     config = style.config(kept, source.eps, classes if source.part == "head" else None)
     with appearing(path) as temporary:
@@ -45,13 +40,31 @@ def to_transformers_folder(source: LoadedModel, path: Path) -> list[str]:
         wrong = {k: sorted(map(str, v)) for k, v in loading.items() if v}
         if wrong:
             raise BadInput(f"not written: transformers does not take these weights: {wrong}")
+        expected = compute_outputs(source.model, source)
+        if source.part == "encoder":
+            expected = {"tokens": expected["tokens"]}
         line = check_same(
-            compute_outputs(source.model, source),
+            expected,
             compute_transformers(theirs.eval(), source),
             LOOSE,
             "transformers",
         )
     return [line, f"transformers.{kind.__name__}.from_pretrained({str(path)!r})"]
+
+
+def list_vit_limits(source: LoadedModel) -> str | None:
+    """What its vision transformers have no place for; None: nothing."""
+    kept = source.arguments
+    (h, w), (ph, pw) = kept["img_size"], kept["patch_size"]
+    if source.part == "encoder":
+        return "its classes need a decoder or a head, and this is an encoder alone"
+    if source.part == "decoder" and (h != w or ph != pw):
+        return f"its ViTMAE takes square images and patches, this model {(h, w)}, {(ph, pw)}"
+    if source.part == "head" and kept["global_pool"] != "cls":
+        return "its classifier reads the class token, this model the mean of the patches"
+    if source.part == "head" and ph != pw:
+        return f"its classifier takes square patches, not {(ph, pw)}"
+    return None
 
 
 @torch.inference_mode()
@@ -70,7 +83,11 @@ def compute_transformers(model: Any, source: LoadedModel) -> dict[str, Tensor]:
         model.config.mask_ratio = 0.0
         patches = source.model.grid[0] * source.model.grid[1]
         more["noise"] = torch.arange(patches).float().expand(IMAGES, -1)
-    return {"tokens": getattr(model, "vit", model)(images, **more).last_hidden_state}
+    tokens = getattr(model, "vit", model)(images, **more).last_hidden_state
+    if source.kind == "swin":  # whose tokens are a map of ours
+        side = source.arguments["patch_size"][0] * 2 ** (len(source.arguments["depths"]) - 1)
+        tokens = tokens.unflatten(1, (source.arguments["img_size"][0] // side, -1))
+    return {"tokens": tokens}
 
 
 TRANSFORMERS = ExportTarget(to_transformers_folder, makes_folder=True)

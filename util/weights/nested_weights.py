@@ -28,7 +28,7 @@ PROJECTIONS = (
     (re.compile(r"(|.+\.)patch_embed\.projection\.weight"), ("layers.0.",)),  # mmsegmentation
     (
         re.compile(r"(|.+\.)embeddings\.patch_embeddings\.projection\.weight"),  # transformers
-        ("encoder.layer.0.", "layers.0."),
+        ("encoder.layer.0.", "encoder.layers.0.", "layers.0."),
     ),
 )
 # A segmenter is read as a whole: its encoder's prefix is part of the names that we know.
@@ -193,7 +193,7 @@ def find_prefixes(name: str, names: Mapping[str, str]) -> Iterator[str]:
         if (match := projection.fullmatch(name)) is not None:
             prefix = match[1]
             if "embeddings." in name:
-                prefix = re.sub(r"(^|\.)vit\.$", r"\1", prefix)  # transformers' own
+                prefix = re.sub(r"(^|\.)(vit|swin|beit)\.$", r"\1", prefix)  # transformers' own
             for part in SEGMENTER_PARTS:
                 outer = prefix.removesuffix(part)
                 if outer != prefix and outer + SEGMENTER in names and outer[-1:] in ("", "."):
@@ -223,7 +223,8 @@ def in_common(lists: Sequence[Sequence[str]]) -> int:
 
 def is_whole(place: NestedWeights) -> bool:
     """Whether a first block is beside the patch projection."""
-    names = [re.sub(r"^(vit|encoder(?=\.blocks)|backbone)\.", "", name) for name in place.weights]
+    outer = r"^(vit|swin|beit|encoder(?=\.blocks)|backbone)\."
+    names = [re.sub(outer, "", name) for name in place.weights]
     firsts = tuple(first for _, blocks in PROJECTIONS for first in blocks)
     return any(name.startswith(firsts) for name in names)
 

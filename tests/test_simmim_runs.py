@@ -1,0 +1,432 @@
+"""SimMIM through the commands: training, resuming, tuning, files of other programs."""
+
+import pickle
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from launch import launch, wait
+from registries import registered_apart
+from runs import records
+from stopped_runs import stopping
+from test_plugins import say_what_it_sees
+from torch import Tensor, nn
+
+import models_zoo
+from models_simmim import SimMIM
+from models_swin import SwinTransformer
+from models_vit_relative import RelativeVisionTransformer
+from util.errors import BadInput
+from util.mask.relative import resize_bias
+from util.plugins import load_plugin
+from util.train.checkpoint import LAST, load_file
+from util.weights.files import load_state
+
+PLUGINS = Path(__file__).parent / "plugins"
+KNOWN = ["--plugin", str(PLUGINS / "simmims.py"), str(PLUGINS / "pieces.py")]
+MODELS = ["simmim_swin_nano", "simmim_vit_nano"]
+RUN = ["--dataset=ramps", "--log_every=1", "--num_workers=0", "--device=cpu"]
+# 24 images in batches of 6 are 4 steps an epoch.
+TRAIN = [*RUN, "--batch_size=6", "--epochs=2", "--warmup_epochs=1", "--blr=0.1"]
+
+
+@pytest.fixture(autouse=True)
+def apart() -> Iterator[None]:
+    """The small models are registered, and gone after each test."""
+    with registered_apart():
+        for path in KNOWN[1:]:
+            load_plugin(Path(path))
+        yield
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of each model; the tests read it."""
+    import main_pretrain
+
+    folder = tmp_path_factory.mktemp(request.param)
+    with registered_apart():
+        main_pretrain.main(
+            [*KNOWN, f"--model={request.param}", *TRAIN, "--picture_every=1", "--eval_every=1",
+             "--eval_images=8", f"--output_dir={folder}"]
+        )  # fmt: skip
+    return folder
+
+
+def pretrain(model: str, folder: Path, run_main: Any, *more: str) -> dict[str, Any]:
+    words = [*KNOWN, f"--model={model}", *TRAIN, "--picture_every=0", *more]
+    code, _, err = run_main("main_pretrain", [*words, f"--output_dir={folder}"])
+    assert code in (0, 75), err
+    return load_file(folder / LAST)
+
+
+# ---- Pretraining -------------------------------------------------------------------------------
+
+
+@pytest.mark.smoke
+def test_it_learns_is_measured_and_drawn(trained: Path) -> None:
+    losses = [r["loss"] for r in records(trained, "train")]
+    assert len(losses) == 8 and losses[-1] < losses[0]
+    measured = records(trained, "eval")
+    assert len(measured) == 2 and all(r["own_mask_model_psnr"] > 0 for r in measured)
+    assert (trained / "pictures" / "epoch-1.png").is_file()
+
+
+@pytest.mark.smoke
+def test_the_recipe_is_preset(trained: Path) -> None:
+    """What `--method simmim` says, and the rates that the schedule of its code gives."""
+    settings = load_file(trained / LAST)["arithmetic"]
+    expected = {
+        "mask": "random", "mask_ratio": 0.6, "betas": [0.9, 0.999], "clip_grad": 5.0,
+        "crop_scale": [0.67, 1.0], "interpolation": "bilinear", "schedule": "full_cosine",
+        "lr_batch": 512, "warmup_lr": 1e-6, "min_lr": 1e-5, "weight_decay": 0.05,
+    }  # fmt: skip
+    assert {name: settings[name] for name in expected} == expected
+    assert settings["mask_cell"] == [4 if "swin" in str(trained) else 2]
+    rates = [r["lr"] for r in records(trained, "train")]
+    scale = 6 / 512
+    assert rates[0] == pytest.approx(1e-6 * scale)
+    assert max(rates) < 0.1 * scale  # the cosine has begun to fall when the warm-up ends
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("step", [2, 6])
+def test_it_resumes_in_the_same_bits(model: str, step: int, tmp_path: Path, run_main: Any) -> None:
+    """Stopped in the middle of either epoch; of the transformer with what drops its paths."""
+    whole = pretrain(model, tmp_path / "whole", run_main)
+    with stopping(step):
+        stopped = pretrain(model, tmp_path / "part", run_main)
+    assert stopped["step"] == step
+    resumed = pretrain(model, tmp_path / "part", run_main)
+    assert resumed["step"] == whole["step"] == 8
+    for name, value in whole["model"].items():
+        assert torch.equal(value, resumed["model"][name]), name
+    for key, state in whole["optimizer"]["state"].items():
+        again = resumed["optimizer"]["state"][key]
+        assert all(torch.equal(state[n], again[n]) for n in state), key
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("model", MODELS)
+def test_it_trains_alike_however_a_batch_is_divided(model: str, tmp_path: Path) -> None:
+    """On two processes, in micro-batches, in shards, compiled, recomputed: as at once."""
+    ways = {
+        "at once": (1, ["--batch_size=6"]),
+        "processes": (2, ["--batch_size=3"]),
+        "micro-batches": (1, ["--batch_size=2", "--accum_iter=3"]),
+        "shards": (2, ["--batch_size=3", "--shard"]),
+        "recomputed": (1, ["--batch_size=6", "--grad_checkpointing"]),
+        "compiled": (1, ["--batch_size=6", "--compile"]),
+    }
+    losses = {}
+    for name, (world, own) in ways.items():
+        flags = [*KNOWN, f"--model={model}", *RUN, "--epochs=2", "--warmup_epochs=1", "--blr=0.05"]
+        flags += ["--picture_every=0", "--eval_every=2", "--eval_images=8"]
+        flags += [*own, f"--output_dir={tmp_path / name}"]
+        assert set(wait(launch(flags, tmp_path / f"out {name}", world))) == {0}, name
+        losses[name] = [r["loss"] for r in records(tmp_path / name, "train")]
+        losses[name] += [r["model_psnr"] for r in records(tmp_path / name, "eval")]
+    assert len(losses["at once"]) == 9
+    for name in ways:
+        assert losses["at once"] == pytest.approx(losses[name], rel=1e-3), name
+
+
+@pytest.mark.smoke
+def test_drop_path_is_a_flag(tmp_path: Path, run_main: Any) -> None:
+    """The transformer's default is its name's; without it a run is another."""
+    states = {
+        flag: pretrain("simmim_vit_nano", tmp_path / str(i), run_main, *flag.split())
+        for i, flag in enumerate(("", "--drop_path=0", "--drop_path=0.3"))
+    }
+    name = "encoder.blocks.2.mlp.fc1.weight"
+    found = {flag: state["model"][name] for flag, state in states.items()}
+    assert torch.equal(found[""], found["--drop_path=0.3"])
+    assert not torch.equal(found[""], found["--drop_path=0"])
+    assert states["--drop_path=0"]["model_args"]["drop_path"] == 0
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("flag", ["--help", "--help_all"])
+def test_help_knows_what_the_method_presets(flag: str, run_main: Any) -> None:
+    code, out, _ = run_main("main_pretrain", ["--method=simmim", flag])
+    assert code == 0 and "simmim_swin_base_patch4_window6" in out
+    assert "norm_pix_loss" not in out and "(default: 0.6)" in " ".join(out.split())
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision(model: str, precision: str, tmp_path: Path, run_main: Any) -> None:
+    losses = []
+    for name in ("fp32", precision):
+        pretrain(model, tmp_path / name, run_main, f"--precision={name}")
+        losses.append([r["loss"] for r in records(tmp_path / name, "train")])
+    assert losses[0] == pytest.approx(losses[1], rel=3e-2) and losses[0] != losses[1]
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--mask_cell=3"], "does not divide the grid"),
+        (["--input_size=36"], "is not a multiple of"),
+        (["--mask_ratio=0.99", "--mask_cell=8"], "hides all"),
+        (["--method=mae"], "invalid choice: 'mae'"),
+        (["--norm_pix_loss"], "unknown argument --norm_pix_loss"),
+    ],
+)
+def test_refusals(flags: list[str], message: str, tmp_path: Path, run_main: Any) -> None:
+    words = [*KNOWN, "--model=simmim_swin_nano", *TRAIN, *flags, f"--output_dir={tmp_path / 'r'}"]
+    code, _, err = run_main("main_pretrain", words)
+    assert code == 2 and message in err, err
+
+
+# ---- What follows ------------------------------------------------------------------------------
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("tune", ["full", "partial:2", "linear"])
+def test_it_is_tuned_and_evaluated(tune: str, trained: Path, tmp_path: Path, run_main: Any) -> None:
+    words = [*KNOWN, f"--finetune={trained}", *RUN, "--batch_size=6", "--epochs=1",
+             "--warmup_epochs=0", "--global_pool", f"--tune={tune}"]  # fmt: skip
+    code, out, err = run_main("main_finetune", [*words, f"--output_dir={tmp_path / 'run'}"])
+    assert code == 0, err
+    if "vit" in str(trained):
+        assert "copied into every block" in out + err
+    say_what_it_sees(KNOWN, tmp_path / "run" / LAST, tmp_path, run_main)
+    again = [*KNOWN, "--eval", f"--resume={tmp_path / 'run' / LAST}", *RUN, "--batch_size=6"]
+    code, _, err = run_main("main_finetune", [*again, f"--output_dir={tmp_path / 'again'}"])
+    assert code == 0, err
+
+
+@pytest.mark.smoke
+def test_its_features_are_measured_and_its_pictures_drawn(
+    trained: Path, tmp_path: Path, run_main: Any
+) -> None:
+    for main, flags in {
+        "main_knn": ["--k=3", "--num_workers=0"],
+        "main_visualize": ["--num_images=2"],
+    }.items():
+        words = [*KNOWN, f"--checkpoint={trained}", "--dataset=ramps", "--device=cpu", *flags]
+        code, _, err = run_main(main, [*words, f"--output_dir={tmp_path / main}"])
+        assert code == 0, (main, err)
+
+
+@pytest.mark.smoke
+def test_a_probe_behind_an_early_block(trained: Path, tmp_path: Path, run_main: Any) -> None:
+    """The head reads the mean of block 2's tokens, as a model of two blocks computes them."""
+    words = [*KNOWN, f"--finetune={trained}", *RUN, "--batch_size=6", "--epochs=1",
+             "--warmup_epochs=0", "--global_pool", "--tune=linear"]  # fmt: skip
+    code, _, err = run_main(
+        "main_finetune", [*words, "--probe_block=2", f"--output_dir={tmp_path / 'run'}"]
+    )
+    if "swin" in str(trained):
+        assert code == 2 and "of several widths" in err
+        return
+    assert code == 0, err
+    state = load_file(tmp_path / "run" / LAST)
+    assert state["model_args"]["depth"] == 2
+    whole, _, _ = models_zoo.load_classifier(str(trained), head="none")
+    probe = RelativeVisionTransformer(**state["model_args"])
+    probe.load_state_dict(state["model"])
+    images = torch.randn(2, 3, 32, 32)
+    tokens: list[Tensor] = []
+    whole.blocks[1].register_forward_hook(lambda *a: tokens.append(a[2]))
+    with torch.inference_mode():
+        whole.eval()(images)
+        expected = nn.functional.layer_norm(tokens[0][:, 1:].mean(1), (32,), eps=1e-6)
+        expected = probe.eval().head(expected)
+        assert (probe(images) - expected).abs().max() < 1e-6
+    for more, message in (
+        (["--probe_block=4"], "has 3 blocks"),
+        (["--probe_block=2", "--tune=full"], "it is for --tune linear"),
+    ):
+        code, _, err = run_main("main_finetune", [*words, *more, f"--output_dir={tmp_path / 'b'}"])
+        assert code == 2 and message in err, err
+
+
+@pytest.mark.smoke
+def test_another_size_resizes_the_tables(trained: Path) -> None:
+    """Twice the side: Swin's windows grow with it, the transformer's grid is twice as fine."""
+    small, _, _ = models_zoo.load_classifier(str(trained), head="none")
+    model, arguments, _ = models_zoo.load_classifier(str(trained), head="none", img_size=(64, 64))
+    name = "blocks.0.attn.relative_position_bias_table"
+    old, new = (8, 8), (16, 16)
+    if isinstance(model, SwinTransformer):
+        name, old, new = f"layers.0.{name}", (4, 4), (8, 8)
+        assert arguments["window_size"] == 8
+    before, after = (dict(m.named_parameters())[name] for m in (small, model))
+    assert torch.equal(after, resize_bias(before, old, new))
+    assert model(torch.randn(1, 3, 64, 64)).shape == (1, model.num_features)
+    with pytest.raises(BadInput, match="is not a multiple of"):
+        models_zoo.load_classifier(str(trained), img_size=(30, 30))
+
+
+SEGMENT = [
+    "--dataset=ramp_pairs", "--input_size=32", "--resize", "32", "32", "--window=32", "--stride=32",
+    "--channels=8", "--aux_channels=8", "--batch_size=2", "--iterations=2",
+    "--warmup_iterations=1", "--train_images=4", "--val_images=4", "--num_workers=0",
+    "--device=cpu",
+]  # fmt: skip
+
+
+@pytest.mark.smoke
+def test_it_segments(tmp_path: Path, run_main: Any) -> None:
+    """Encoders of four stages or blocks: trained, resumed in the same bits, and evaluated."""
+    for model in ("simmim_swin_four", "simmim_vit_four"):
+        start = pretrain(model, tmp_path / model, run_main)
+        words = [*KNOWN, f"--finetune={tmp_path / model}", *SEGMENT]
+        whole, part = tmp_path / f"{model} whole", tmp_path / f"{model} part"
+        code, out, err = run_main("main_segment", [*words, f"--output_dir={whole}"])
+        assert code == 0 and f"(kind {start['model_args']['encoder']})" in out + err, err
+        with stopping(1):
+            assert run_main("main_segment", [*words, f"--output_dir={part}"])[0] == 75
+        assert run_main("main_segment", [*words, f"--output_dir={part}"])[0] == 0
+        first, second = (load_file(folder / LAST)["model"] for folder in (whole, part))
+        assert all(torch.equal(first[name], second[name]) for name in first)
+        again = [*KNOWN, "--eval", f"--resume={whole / LAST}", *SEGMENT]
+        code, _, err = run_main("main_segment", [*again, f"--output_dir={tmp_path / 'eval'}"])
+        assert code == 0, err
+        encoder, _, _ = models_zoo.load_classifier(str(whole / LAST), head="none")
+        assert encoder(torch.randn(1, 3, 32, 32)).shape == (1, encoder.num_features)
+        code, _, err = run_main(
+            "main_segment", [*words, "--num_heads=2", f"--output_dir={tmp_path / 'heads'}"]
+        )
+        assert code == 2 and "has its own" in err
+
+
+@pytest.mark.smoke
+def test_a_swin_in_three_stages_does_not_segment(
+    trained: Path, tmp_path: Path, run_main: Any
+) -> None:
+    words = [*KNOWN, f"--finetune={trained}", *SEGMENT, f"--output_dir={tmp_path / 'r'}"]
+    code, _, err = run_main("main_segment", words)
+    reason = "four maps" if "swin" in str(trained) else "reads four blocks"
+    assert code == 2 and reason in err
+
+
+# ---- Files -------------------------------------------------------------------------------------
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("part", ["encoder", "head"])
+@pytest.mark.parametrize("to", ["timm", "transformers", "official", "onnx", "mmae"])
+def test_it_is_exported_and_read_again(
+    to: str, part: str, trained: Path, tmp_path: Path, run_main: Any
+) -> None:
+    """Each target compares the outputs itself; read again the features are the same."""
+    source = trained
+    if part == "head":
+        words = [*KNOWN, f"--finetune={trained}", *RUN, "--batch_size=6", "--epochs=1"]
+        source = tmp_path / "tuned"
+        assert run_main("main_finetune", [*words, f"--output_dir={source}"])[0] == 0
+    end = {"timm": ".safetensors", "transformers": "", "onnx": ".onnx"}.get(to, ".pth")
+    place = tmp_path / f"out{end}"
+    words = [*KNOWN, f"--checkpoint={source}", f"--to={to}", f"--part={part}"]
+    code, out, err = run_main("main_export", [*words, f"--output={place}"])
+    assert code == 0 and "verified" in out, err
+    ours, _, _ = models_zoo.load_classifier(str(source), head="none")
+    again, _, _ = models_zoo.load_classifier(str(place), head="none")
+    images = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        assert (ours.eval()(images) - again.eval()(images)).abs().max() < 1e-4
+
+
+def official(model: SimMIM) -> dict[str, Tensor]:
+    """The weights of a model under the names of SimMIM's code, with what it saves beside them."""
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        parts = name.split(".")
+        if parts[0] == "mask_token":
+            name, tensor = "encoder.mask_token", tensor.reshape(1, 1, -1)
+        elif "downsample" in parts:
+            parts[2] = str(int(parts[2]) - 1)
+            name = ".".join(parts)
+        weights[name] = tensor
+        if name.endswith("relative_position_bias_table"):
+            stem = name.removesuffix("bias_table")
+            weights[f"{stem}index"] = torch.zeros(3, 3, dtype=torch.int64)
+    if model.encoder.kind == "swin":
+        weights["encoder.layers.0.blocks.1.attn_mask"] = torch.zeros(16, 16, 16)
+    return weights
+
+
+class CfgNode(dict[str, Any]):
+    """Stands for yacs' settings: a dict with attributes of its own."""
+
+
+@pytest.fixture
+def yacs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The class is in a module that only writes: whoever reads has no yacs."""
+    module = types.ModuleType("yacs.config")
+    CfgNode.__module__, CfgNode.__qualname__ = "yacs.config", "CfgNode"
+    module.CfgNode = CfgNode  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "yacs", types.ModuleType("yacs"))
+    monkeypatch.setitem(sys.modules, "yacs.config", module)
+
+
+def save_official(path: Path, weights: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    config = CfgNode(MODEL=CfgNode(TYPE="swin", DROP_PATH_RATE=0.0), TAG="x")
+    config.__dict__["__immutable__"] = True
+    beside = {"epoch": 99, "max_accuracy": 0.0, "lr_scheduler": {"t_initial": 5}}
+    optimizer: dict[str, Any] = {"state": {}, "param_groups": []}
+    state = {"model": weights, "config": config, "optimizer": optimizer, **beside}
+    torch.save(state, path)
+    monkeypatch.delitem(sys.modules, "yacs")
+    monkeypatch.delitem(sys.modules, "yacs.config")
+
+
+@pytest.mark.parametrize("kind", ["swin", "vit_relative"])
+def test_official_pretraining_files(
+    kind: str, tmp_path: Path, yacs: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With its pickled settings, which are not run; the same loss and picture, and features."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"patch_size": 4, "embed_dim": 32, "depth": 3, "num_heads": 2}
+    if kind == "swin":
+        sizes = {"patch_size": 2, "embed_dim": 16, "depths": [2, 2, 2], "num_heads": [2, 2, 4],
+                 "window_size": 4}  # fmt: skip
+    model = SimMIM(kind, img_size=32, **sizes).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    path = tmp_path / "official.pth"
+    save_official(path, official(model), monkeypatch)
+    again, state = models_zoo.load_pretrained(str(path))
+    side = model.mask_grid[0]
+    images, mask = torch.randn(2, 3, 32, 32), torch.rand(2, side * side).argsort(1) > 20
+    if kind == "swin":  # its file does not say that the last map is one window of 16 x 16 pixels
+        assert again.input.size == (32, 32)
+    with torch.inference_mode():
+        ours, theirs = model(images, mask), again.eval()(images, mask)
+        assert torch.equal(ours["pred"], theirs["pred"]) and ours["loss"] == theirs["loss"]
+        encoder, _, _ = models_zoo.load_classifier(str(path), head="none")
+        expected = model.encoder.pool(model.encoder.forward_features(images), encoder.global_pool)
+        assert (encoder.eval()(images) - expected).abs().max() < 1e-5
+    assert state["epoch"] == 99
+
+
+def test_a_hostile_pickle_in_that_layout_does_not_run(tmp_path: Path, yacs: None) -> None:
+    class Hostile:
+        def __reduce__(self) -> Any:
+            return Path.touch, (tmp_path / "ran",)
+
+    path = tmp_path / "hostile.pth"
+    torch.save({"model": {"a": torch.zeros(1)}, "config": CfgNode(x=Hostile())}, path)
+    with pytest.raises(BadInput, match="could run code"):
+        load_state(str(path))
+    assert not (tmp_path / "ran").exists()
+    assert pickle.dumps(Hostile())  # it could: reading it would touch the file
+
+
+def test_a_swin_file_is_no_vit(trained: Path) -> None:
+    name = "vit_base_patch16"
+    with pytest.raises(BadInput, match=f"and {name} is none"):
+        models_zoo.load_classifier(str(trained), name)
+    other = "swin_base_patch4_window7" if "swin" in str(trained) else "vit_relative_base_patch16"
+    with pytest.raises(BadInput, match=r"has a different architecture: .*embed_dim"):
+        models_zoo.load_classifier(str(trained), other)

@@ -34,10 +34,11 @@ ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / "recipes"
 ROWS = sorted(
     path.relative_to(RECIPES).as_posix()
-    for folder in ("mae", "mmae", "small")
+    for folder in ("mae", "mmae", "simmim", "small")
     for path in (RECIPES / folder).rglob("*.yaml")
+    if not path.name.startswith("ade20k")
 )
-SEGMENTERS = ("ade20k.yaml", "garments.yaml")
+SEGMENTERS = ("ade20k.yaml", "garments.yaml", "simmim/ade20k_swin_base.yaml")
 MAINS: dict[str, Any] = {
     "pretrain": main_pretrain, "finetune": main_finetune, "segment": main_segment,
 }  # fmt: skip
@@ -48,16 +49,18 @@ def task_of(name: str) -> str:
     if name in SEGMENTERS:
         return "segment"
     own = read_recipe(RECIPES / name)
-    return "pretrain" if own.get("model", "").startswith("mae_") else "finetune"
+    return "pretrain" if own.get("model", "").startswith(("mae_", "simmim_")) else "finetune"
 
 
 @cache
-def parser_for(task: str) -> FlagParser:
-    return MAINS[task].build_parser()
+def parser_for(task: str, *words: str) -> FlagParser:
+    return MAINS[task].build_parser(list(words))
 
 
 def parser_of(name: str) -> FlagParser:
-    return parser_for(task_of(name))
+    """The parser as the recipe's own method makes it."""
+    own = [f"--config={RECIPES / name}"] if name.startswith("simmim/pretrain") else []
+    return parser_for(task_of(name), *own)
 
 
 @cache  # nobody changes what it gives
@@ -78,10 +81,13 @@ def numbers(name: str) -> dict[str, Any]:
         "mask", "method", "layer_decay", "drop_path", "tune", "mixup", "cutmix", "smoothing",
         "reprob", "aa", "betas", "ema_decay", "global_pool", "clip_grad", "crop_scale", "dataset",
         "decoder_depth", "decoder_embed_dim", "no_flip", "lscale_init", "pos_offset", "target",
-        "pca_components", "augment", "encoder_mask_tokens",
+        "pca_components", "augment", "encoder_mask_tokens", "mask_cell", "interpolation",
+        "schedule", "decay_epochs", "decay_rate", "lr_batch", "warmup_lr", "input_size",
+        "probe_block",
     )  # fmt: skip
     values = {k: found[k] for k in names if k in found}
-    return values | {"batch": batch, "lr": round(found["blr"] * batch / 256, 12)}
+    per = found.get("lr_batch") or 256
+    return values | {"batch": batch, "lr": round(found["blr"] * batch / per, 12)}
 
 
 # ---- The numbers of the papers and their code, written down here once more ---------------------
@@ -168,7 +174,56 @@ def expected() -> dict[str, dict[str, Any]]:
     return rows
 
 
-EXPECTED = expected()
+# SimMIM's, from its configuration files; rates are for 512 images, as `lr_batch` says.
+SIMMIM = {
+    "batch": 2048, "warmup_epochs": 10, "weight_decay": 0.05, "mask": "random", "mask_ratio": 0.6,
+    "clip_grad": 5.0, "betas": [0.9, 0.999], "crop_scale": [0.67, 1.0], "lr_batch": 512,
+    "interpolation": "bilinear", "method": "simmim",
+}  # fmt: skip
+SHORT = {
+    "epochs": 100,
+    "lr": 8e-4,
+    "warmup_lr": 1e-6,
+    "min_lr": 1e-5,
+    "schedule": "full_cosine",
+}
+LONG = {
+    "epochs": 800, "lr": 4e-4, "warmup_lr": 5e-7, "schedule": "steps", "decay_epochs": [700],
+    "decay_rate": 0.1,
+}  # fmt: skip
+SIMMIM_TUNED = {
+    "batch": 2048, "lr": 5e-3, "epochs": 100, "warmup_epochs": 20, "warmup_lr": 2.5e-7,
+    "min_lr": 2.5e-7, "lr_batch": 512, "schedule": "full_cosine", "weight_decay": 0.05,
+    "clip_grad": 5.0, "betas": [0.9, 0.999], "mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1,
+    "reprob": 0.25, "aa": "rand-m9-mstd0.5-inc1", "global_pool": "avg", "tune": "full",
+    "drop_path": 0.1, "crop_scale": [0.08, 1.0],
+}  # fmt: skip
+SIMMIM_ROWS: dict[str, dict[str, Any]] = {
+    "pretrain_swin_base_100": SIMMIM | SHORT | {
+        "model": "simmim_swin_base_patch4_window6", "mask_cell": [8]},
+    "pretrain_swin_base_800": SIMMIM | LONG | {
+        "model": "simmim_swin_base_patch4_window6", "mask_cell": [8]},
+    "pretrain_swin_large_800": SIMMIM | LONG | {
+        "model": "simmim_swin_large_patch4_window12", "mask_cell": [8]},
+    "pretrain_vit_base_800": SIMMIM | LONG | {
+        "model": "simmim_vit_base_patch16", "mask_cell": [2]},
+    "finetune_swin_base_192": SIMMIM_TUNED | {
+        "model": "swin_base_patch4_window6", "layer_decay": 0.9, "input_size": (192, 192)},
+    "finetune_swin_base_224": SIMMIM_TUNED | {
+        "model": "swin_base_patch4_window7", "layer_decay": 0.9, "input_size": (224, 224)},
+    "finetune_swin_base_224_800": SIMMIM_TUNED | {
+        "model": "swin_base_patch4_window7", "layer_decay": 0.8, "input_size": (224, 224)},
+    "finetune_swin_large_224": SIMMIM_TUNED | {
+        "model": "swin_large_patch4_window14", "layer_decay": 0.7, "drop_path": 0.2,
+        "input_size": (224, 224)},
+    "finetune_vit_base": SIMMIM_TUNED | {
+        "model": "vit_relative_base_patch16", "layer_decay": 0.65},
+    "linear_vit_base": LINEAR | {
+        "model": "vit_relative_base_patch16", "probe_block": 8, "global_pool": "avg"},
+}  # fmt: skip
+
+
+EXPECTED = expected() | {f"simmim/{name}.yaml": row for name, row in SIMMIM_ROWS.items()}
 PUBLISHED = {
     "mmae/published_pretrain.yaml": """--batch_size 100 --model mae_vit_base_patch16
         --norm_pix_loss --mask_ratio 0.75 --epochs 400 --warmup_epochs 40 --blr 1.5e-4
@@ -282,10 +337,9 @@ def test_the_header_is_true_of_its_recipe(name: str) -> None:
     if scaled := SCALED.search(header):
         rate = plain(scaled["known"]) * plain(scaled["its"]) / plain(scaled["own"])
         assert plain(cost["rate"]) == pytest.approx(rate, abs=0.5, rel=2e-3)
-    assert (
-        f"vit_{ {'B': 'base', 'L': 'large', 'H': 'huge'}[header.split('ViT-')[1][0]] }_"
-        in (found["model"])
-    )
+    family, letter = re.findall(r"(ViT|Swin)-([BLH])", header.partition("Expected")[0])[0]
+    size = {"B": "base", "L": "large", "H": "huge"}[letter]
+    assert re.search(rf"{family.lower()}_(relative_)?{size}_", found["model"])
     if batch := re.search(r"Global batch (\d+) x 8 GPUs = (\d+)", header):
         assert int(batch[1]) * 8 == int(batch[2]) == found["batch"]
     if "as it stands" in header:
@@ -324,7 +378,7 @@ def test_run_folders_are_apart() -> None:
 def warned(name: str, *more: str) -> list[str]:
     """Its warnings where it is meant to run, but for those of this machine."""
     found = argparse.Namespace(**vars(resolved(name, *more)))
-    count = 8 if name.startswith(("mae/", "mmae/", "ade20k")) else 1
+    count = 8 if name.startswith(("mae/", "mmae/", "simmim/", "ade20k")) else 1
     plan = MAINS[task_of(name)].plan_run(found, count)
     return [w for w in list_warnings(plan) if w not in machine_warnings(plan)]
 
@@ -335,9 +389,12 @@ def test_no_recipe_is_warned_of(name: str) -> None:
     if task_of(name) == "pretrain" or "scratch" in name:
         assert warned(name) == []
         return
-    model = [] if "model" in read_recipe(RECIPES / name) else ["--model=vit_base_patch16"]
+    usual = "swin_base_patch4_window7" if "swin" in name else "vit_base_patch16"
+    model = [] if "model" in read_recipe(RECIPES / name) else [f"--model={usual}"]
     assert warned(name, *model, "--finetune=nowhere.pth") == []
-    alone = [] if "finetune" in read_recipe(RECIPES / name) else ["there is no --finetune"]
+    # Swin's own recipe for ADE20K has one rate for all blocks, which random weights can have too.
+    silent = "finetune" in read_recipe(RECIPES / name) or name == "simmim/ade20k_swin_base.yaml"
+    alone = [] if silent else ["there is no --finetune"]
     assert [text[:22] for text in warned(name, *model)] == alone
 
 
@@ -380,6 +437,9 @@ def name_kind(name: str) -> tuple[Any, ...]:
     if task == "segment":
         return (task, found["dataset"], found["inference"], found["relative_bias"])
     size = next((size for size in PATCH if f"_{size}_" in found["model"]), "small")
+    if name.startswith("simmim/"):
+        own = ("method", "schedule", "probe_block", "tune")
+        return (task, "swin" in found["model"], *(found.get(k) for k in own))
     if task == "pretrain":
         # Ratio, depth, width and length are numbers, which the two steps do not tell apart.
         own = ("method", "mask", "decoder", "target", "augment", "encoder_mask_tokens")
@@ -408,7 +468,9 @@ def segments_two_steps(name: str, folder: Path) -> None:
     """The recipe on two made scenes, a small encoder and thin heads."""
     recipe = read_recipe(RECIPES / name)
     flags = [
-        f"--config={RECIPES / name}", "--model=vit_micro_patch8", "--dataset=garments",
+        f"--config={RECIPES / name}",
+        f"--model={'swin_micro_patch2_window4' if 'swin' in name else 'vit_micro_patch8'}",
+        "--dataset=garments",
         "--train_images=4", "--val_images=1", "--input_size=32", "--resize", "48", "32",
         "--window=32", "--stride=24", "--channels=8", "--aux_channels=8", "--batch_size=2",
         "--iterations=2", "--warmup_iterations=1", "--eval_every=2", "--save_every=0",
@@ -430,6 +492,27 @@ def check_run(
     assert sum('"kind": "train"' in line for line in lines) == steps
 
 
+def at_small_size(name: str, recipe: dict[str, Any], start: Path) -> list[str]:
+    """The flags that make a training of digits of a recipe; what they change is not compared."""
+    simmim, swin = name.startswith("simmim/"), "swin" in name
+    if task_of(name) == "pretrain" and simmim:
+        model = "simmim_swin_micro_patch2_window4" if swin else "simmim_vit_micro_patch4"
+        flags = [f"--model={model}", "--mask_cell=4", "--picture_every=0"]
+        return [*flags, *(["--decay_epochs=0.5"] if "800" in name else [])]
+    if task_of(name) == "pretrain":
+        flags = ["--model=mae_vit_micro_patch4", "--input_size=16", "--picture_every=0"]
+        # A patch of 4 x 4 has 16 values.
+        return [*flags, *(["--pca_components=8"] if "pca_components" in recipe else [])]
+    if simmim and "probe_block" not in recipe:
+        model = "swin_micro_patch2_window4" if swin else "vit_relative_micro_patch4"
+        return [f"--model={model}", "--input_size=32", "--eval_every=0"]
+    flags = ["--model=vit_micro_patch4", "--eval_every=0"]
+    flags.append("--input_size=16" if "scratch" in name else f"--finetune={start}")
+    if recipe.get("tune", "").startswith("partial:") and float(recipe["tune"][8:]) > 4:
+        flags.append("--tune=partial:3")  # of 4 blocks
+    return [*flags, *(["--probe_block=2"] if "probe_block" in recipe else [])]
+
+
 @pytest.mark.smoke
 @pytest.mark.parametrize("name", KINDS.values())
 def test_one_of_each_kind_trains_two_steps(
@@ -440,15 +523,7 @@ def test_one_of_each_kind_trains_two_steps(
         segments_two_steps(name, tmp_path)
         return
     flags = [f"--config={RECIPES / name}", *TINY, f"--output_dir={tmp_path}"]
-    if task == "pretrain":
-        flags += ["--model=mae_vit_micro_patch4", "--input_size=16", "--picture_every=0"]
-        if "pca_components" in recipe:
-            flags.append("--pca_components=8")  # a patch of 4 x 4 has 16 values
-    else:
-        flags += ["--model=vit_micro_patch4", "--eval_every=0"]
-        flags.append("--input_size=16" if "scratch" in name else f"--finetune={start}")
-        if recipe.get("tune", "").startswith("partial:") and float(recipe["tune"][8:]) > 4:
-            flags.append("--tune=partial:3")  # of 4 blocks
+    flags += at_small_size(name, recipe, start)
     MAINS[task].main(flags)
     check_run(recipe, flags, tmp_path, "" if task == "pretrain" else "-finetune", few // 30)
 

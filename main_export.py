@@ -11,6 +11,7 @@ if __name__ == "__main__":  # before the imports that take seconds
 
 import argparse
 from collections.abc import Sequence
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,26 @@ def read_autoencoder(args: argparse.Namespace, state: dict[str, Any]) -> tuple[A
     return model, arguments
 
 
+def read_method(args: argparse.Namespace) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """A pretrained model whose encoder is no plain vision transformer, its encoder's arguments, and
+    what else the file holds.
+
+    Raises:
+        BadInput: it cannot be had at that size.
+    """
+    if args.input_size is not None:
+        raise BadInput("--input_size resizes encoders; a model with its decoder keeps its size")
+    model, state = models_zoo.load_pretrained(
+        args.checkpoint, args.model, weights_key=args.weights_key
+    )
+    encoder = model.encoder_state()
+    kind = models_zoo.ENCODER_KINDS.find(encoder.kind)
+    known = signature(kind).parameters.values()
+    arguments = {p.name: p.default for p in known if p.default is not Parameter.empty}
+    arguments |= {**encoder.arguments, "num_classes": 0}
+    return model, arguments, {**state, "encoder_kind": encoder.kind}
+
+
 def read_eps(model: Any) -> float:
     """The epsilon of a model's LayerNorms."""
     return next((m.eps for m in model.modules() if isinstance(m, torch.nn.LayerNorm)), EPS)
@@ -188,12 +209,18 @@ def read_source(args: argparse.Namespace) -> LoadedModel:
         take_averaged(state, path)
     part = choose_part(args.part, args.to, state["model"])
     head = "own" if part == "head" else "none"
-    if part == "decoder":
+    plain = state.get("encoder_kind", "vit") == "vit"
+    if part == "decoder" and plain:
         model, arguments = read_autoencoder(args, state)
+    elif part == "decoder":
+        notes = {name: state[name] for name in ("model", "notes", "style") if name in state}
+        model, arguments, state = read_method(args)
+        state = notes | state
     else:
         model, arguments, state = models_zoo.build_classifier(
             state, path, head=head, **encoder_options(args)
         )
+    if part != "decoder" or not plain:
         sides = [name for name in ("img_size", "patch_size") if name in arguments]
         arguments |= {name: pair(arguments[name]) for name in sides}
         # How a model was trained does not belong to its weights.

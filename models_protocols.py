@@ -72,6 +72,15 @@ class PretrainModel(nn.Module):
         """
         return None
 
+    def beside_encoder(self) -> dict[str, Tensor]:
+        """What the files of other programs hold beside the encoder, by the names that they have
+        there; what begins with `decoder` is no part of it.
+
+        Raises:
+            BadInput: no other program has this model.
+        """
+        raise BadInput(f"no other program has a model like {type(self).__name__}")
+
     @classmethod
     def add_flags(cls, parser: argparse.ArgumentParser) -> None:
         """Add the flags that are the method's own."""

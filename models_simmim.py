@@ -201,6 +201,12 @@ class SimMIM(PretrainModel):
             raise BadInput(f"not SimMIM's weights: {error}") from error
         return model
 
+    def beside_encoder(self) -> dict[str, Tensor]:
+        """See `PretrainModel.beside_encoder`."""
+        names = ("decoder.0.weight", "decoder.0.bias")
+        own = self.state_dict()
+        return {"mask_token": own["mask_token"].reshape(1, 1, -1), **{n: own[n] for n in names}}
+
     # ------------------------------------------------------------------------------- the model
 
     def forward(  # type: ignore[override]

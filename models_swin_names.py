@@ -264,6 +264,7 @@ STYLES = {
         "swin",
         infer,
         ("transformers",),
+        pretraining="SwinForMaskedImageModeling",
         limit=smaller_maps,
     ),
     "official_swin": Style(

@@ -310,6 +310,27 @@ def test_which_parameters_decay(name: str) -> None:
         assert (parameter in plain) == no, parameter
 
 
+@pytest.mark.parametrize(
+    ("name", "layers_there", "decay"),
+    [("swin_base_patch4_window7", 26, 0.9), ("vit_relative_base_patch16", 14, 0.65)],
+)
+def test_groups_of_fine_tuning(name: str, layers_there: int, decay: float) -> None:
+    """Rates fall from the head to the patches; of Swin tables do not decay, of the ViT they do."""
+    from util.train.optim import layer_decay_groups
+
+    with torch.device("meta"):
+        model = models_zoo.create_model(name, num_classes=10)
+    found = layers(model)
+    for group in layer_decay_groups(model, 0.05, decay):
+        for parameter in group["param_names"]:
+            plain = dict(model.named_parameters())[parameter].ndim <= 1
+            plain = plain or parameter == "cls_token"
+            plain = plain or ("swin" in name and parameter.endswith("bias_table"))
+            assert (group["weight_decay"] == 0) == plain, parameter
+            power = layers_there - 1 - found[parameter]
+            assert group["lr_scale"] == pytest.approx(decay**power), parameter
+
+
 # ---- Initialisation ----------------------------------------------------------------------------
 
 

@@ -337,6 +337,31 @@ def test_it_is_exported_and_read_again(
         assert (ours.eval()(images) - again.eval()(images)).abs().max() < 1e-4
 
 
+@pytest.mark.smoke
+@pytest.mark.parametrize("to", ["official", "transformers", "timm", "onnx", "mmae"])
+def test_the_whole_pretrained_model_is_exported(
+    to: str, trained: Path, tmp_path: Path, run_main: Any
+) -> None:
+    """With token and head, to where such a model is; read again it predicts the same."""
+    end = {"timm": ".safetensors", "transformers": "", "onnx": ".onnx"}.get(to, ".pth")
+    place = tmp_path / f"out{end}"
+    words = [*KNOWN, f"--checkpoint={trained}", f"--to={to}", "--part=decoder"]
+    code, out, err = run_main("main_export", [*words, f"--output={place}"])
+    if to in ("timm", "onnx", "mmae") or (to == "transformers" and "vit" in str(trained)):
+        reasons = ("takes no decoder", "it has no such model", "copy it")
+        assert code == 2 and any(reason in err for reason in reasons), err
+        return
+    assert code == 0 and "loss, pred" in out, err
+    ours, theirs = (models_zoo.load_pretrained(str(path))[0].eval() for path in (trained, place))
+    images = torch.randn(2, 3, 32, 32)
+    mask = torch.rand(2, ours.num_places).argsort(dim=1) > 20
+    with torch.inference_mode():
+        assert (ours(images, mask)["pred"] - theirs(images, mask)["pred"]).abs().max() < 1e-5
+    if to == "official":
+        keys = load_file(place)["model"].keys()
+        assert {"encoder.mask_token", "decoder.0.weight", "encoder.norm.weight"} <= keys
+
+
 def official(model: SimMIM) -> dict[str, Tensor]:
     """The weights of a model under the names of SimMIM's code, with what it saves beside them."""
     weights = {}

@@ -37,6 +37,7 @@ class Style:
             what was assumed of them, of weights and the file's name.
         programs: that take what `write` gives, of timm, transformers and official.
         call: the name and the settings of timm's model, of our arguments.
+        pretraining: transformers' class of the model with what predicts; None: it has none.
         limit: what of our arguments these programs have no place for; None: nothing.
     """
 
@@ -49,6 +50,7 @@ class Style:
     infer: Callable[[Mapping[str, Tensor], str], tuple[dict[str, Any], list[str]]] | None = None
     programs: tuple[str, ...] = ()
     call: Callable[[Mapping[str, Any]], tuple[str, dict[str, Any]]] | None = None
+    pretraining: str | None = None
     limit: Callable[[Mapping[str, Any]], str | None] = lambda arguments: None
 
 

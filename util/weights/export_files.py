@@ -20,7 +20,7 @@ def to_official(source: LoadedModel, path: Path) -> list[str]:
     kept = source.arguments
     if source.kind != "vit":
         style = find_writer(source.kind, "official", kept, "the checkpoint")
-        named = style.write(source.plain_weights(keep_probe=True))
+        named = source.written(style, "encoder.", keep_probe=True)
         state = {"model": named, **metadata(source, ours=False)}
         return [write_and_compare(source, path, state)]
     sides = (*kept["img_size"], *kept["patch_size"])
@@ -63,6 +63,8 @@ def to_mmsegmentation(source: LoadedModel, path: Path) -> list[str]:
 
 def to_mmae(source: LoadedModel, path: Path) -> list[str]:
     """A file of ours: every tensor as it was."""
+    if source.kind != "vit" and source.part == "decoder":
+        raise BadInput("a pretrained model with its decoder is such a file already: copy it")
     state = {"task": "export", "step": 0, **metadata(source), "model": source.model.state_dict()}
     return [write_and_compare(source, path, state)]
 

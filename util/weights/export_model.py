@@ -3,6 +3,7 @@
 Each target is a file beside this one, `export_*.py`, and an entry in `export_targets.py`.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from util.styles import Style, Weights
 from util.train.checkpoint import write_signed
 from util.weights.export import appearing, check_same, fold_lscale, fold_probe, has_lscale
 
@@ -79,8 +81,28 @@ class LoadedModel:
 
     def noise(self) -> Tensor:
         """Random numbers for each patch: float32 [2, L]."""
-        patches = self.model.grid[0] * self.model.grid[1]
+        patches = math.prod(self.model.mask_grid)
         return torch.rand(IMAGES, patches, generator=torch.Generator().manual_seed(1))
+
+    def mask(self) -> Tensor:
+        """As transformers masks: the largest three quarters of the noise; bool [2, L]."""
+        noise = self.noise()
+        visible = max(1, int(noise.shape[1] * 0.25))
+        return noise.argsort(dim=1).argsort(dim=1) >= visible
+
+    def written(self, style: Style, before: str = "", *, keep_probe: bool = False) -> Weights:
+        """The weights in another program's names, of an encoder that is no plain one.
+
+        Args:
+            before: what the names of a pretrained model's encoder begin with.
+        """
+        if self.part != "decoder":
+            return style.write(self.plain_weights(keep_probe=keep_probe))
+        rest = {k: v.detach() for k, v in self.model.beside_encoder().items()}
+        inside = {k: v for k, v in rest.items() if not k.startswith("decoder")}
+        encoder = style.write({**self.model.encoder_state().weights, **inside})
+        outside = {k: v for k, v in rest.items() if k not in inside}
+        return {f"{before}{name}": tensor for name, tensor in encoder.items()} | outside
 
     def plain_weights(
         self, *, keep_lscale: bool = False, keep_probe: bool = False
@@ -138,11 +160,7 @@ def compute_outputs(model: Any, source: LoadedModel) -> dict[str, Tensor]:
     """What a model of ours gives for the random images, by name."""
     images = source.images()
     if source.part == "decoder":
-        # As transformers masks: the largest three quarters of the noise.
-        noise = source.noise()
-        visible = max(1, int(noise.shape[1] * 0.25))
-        mask = noise.argsort(dim=1).argsort(dim=1) >= visible
-        out = model(images, mask)
+        out = model(images, source.mask())
         return {"loss": out["loss"], "pred": out["pred"]}
     if source.part == "head":
         return {"logits": model(images)}

@@ -86,7 +86,7 @@ def describe_timm(source: LoadedModel) -> tuple[str, dict[str, Any], dict[str, A
         style = find_writer(source.kind, "timm", kept, "the checkpoint")
         assert style.call is not None
         name, more = style.call(kept)
-        return name, both | more, style.write(source.plain_weights())
+        return name, both | more, source.written(style)
     weights = source.plain_weights(keep_lscale=source.keep_lscale)
     (ph, pw), D = kept["patch_size"], kept["embed_dim"]
     shape = (D, kept["depth"], kept["num_heads"], ph if ph == pw else 0)

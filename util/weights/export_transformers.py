@@ -20,19 +20,23 @@ def to_transformers_folder(source: LoadedModel, path: Path) -> list[str]:
         style, reason = STYLES["transformers"], list_vit_limits(source)
     else:
         style = find_writer(source.kind, "transformers", source.arguments, "the checkpoint")
-        reason = None
+        missing = source.part == "decoder" and style.pretraining is None
+        reason = "it has no such model with what predicts; use --part encoder" if missing else None
     kept = source.arguments
     if reason:
         raise BadInput(f"transformers cannot hold this model: {reason}; use --to timm")
     if path.exists():
         raise BadInput(f"{path} exists already; choose another --output")
     library = needs("transformers", "transformers")
-    weights = source.plain_weights()
+    plain = source.kind == "vit"
+    named = style.write(source.plain_weights()) if plain else source.written(style)
     classes = source.state.get("classes")
     assert style.config is not None
     config = style.config(kept, source.eps, classes if source.part == "head" else None)
+    if not plain and source.part == "decoder":
+        config["architectures"] = [style.pretraining]
     with appearing(path) as temporary:
-        save_folder(temporary, style.write(weights), config)
+        save_folder(temporary, named, config)
         seen = json.dumps(source.preprocessing.for_transformers(), indent=2)
         (temporary / PREPROCESSOR).write_text(f"{seen}\n")
         kind = getattr(library, config["architectures"][0])
@@ -73,6 +77,9 @@ def compute_transformers(model: Any, source: LoadedModel) -> dict[str, Tensor]:
     images = source.images()
     if source.part == "head":
         return {"logits": model(images).logits}
+    if source.part == "decoder" and source.kind != "vit":
+        out = model(images, bool_masked_pos=source.mask())
+        return {"loss": out.loss, "pred": out.reconstruction}
     if source.part == "decoder":
         out = model(images, noise=source.noise())
         hidden = out.mask.bool()

@@ -25,7 +25,7 @@ from models_swin import SwinTransformer
 from models_vit_relative import NAMES as VIT_NAMES
 from models_vit_relative import RelativeVisionTransformer
 from util.errors import BadInput
-from util.flag_types import number
+from util.flag_types import MOST_SIDE, number
 from util.spec import EncoderState, InputSpec, Pair
 
 ENCODERS: dict[str, type[SwinTransformer] | type[RelativeVisionTransformer]] = {
@@ -96,6 +96,8 @@ class SimMIM(PretrainModel):
             raise BadInput(f"unknown encoder {encoder!r}, choose from {', '.join(ENCODERS)}")
         if not 0 <= drop_path < 1:
             raise BadInput(f"drop_path {drop_path} must be from 0 on and below 1")
+        if encoder == "vit_relative" and "window_size" in sizes:
+            raise BadInput("window_size is Swin's; this encoder has no windows")
         if encoder == "vit_relative":  # one table for all blocks, and a final norm
             sizes = {"shared_bias": True, "global_pool": "cls", **sizes}
         self.arguments = {"img_size": img_size, "in_chans": in_chans, **sizes}
@@ -127,8 +129,19 @@ class SimMIM(PretrainModel):
 
     @classmethod
     def add_flags(cls, parser: argparse.ArgumentParser) -> None:
-        """`--drop_path`."""
-        parser.add_argument_group("architecture").add_argument(
+        """`--patch_size`, `--window_size` and `--drop_path`."""
+        group = parser.add_argument_group("architecture (unset sizes follow --model)")
+        group.add_argument(
+            "--patch_size",
+            type=number(int, 1, MOST_SIDE),
+            help="patch size in pixels; --mask_cell counts in these; default: that of --model",
+        )
+        group.add_argument(
+            "--window_size",
+            type=number(int, 1, MOST_SIDE),
+            help="side of Swin's windows, in patches; default: that of --model",
+        )
+        group.add_argument(
             "--drop_path",
             type=number(float, 0, 1, open_high=True),
             help="stochastic depth of the encoder's last block, rising to it from 0; default: the "
@@ -138,7 +151,8 @@ class SimMIM(PretrainModel):
     @classmethod
     def from_args(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         """See `PretrainModel.from_args`."""
-        return {} if values["drop_path"] is None else {"drop_path": values["drop_path"]}
+        names = ("patch_size", "window_size", "drop_path")
+        return {name: values[name] for name in names if values[name] is not None}
 
     @property
     def draws(self) -> Mapping[str, tuple[int, ...]]:  # type: ignore[override]

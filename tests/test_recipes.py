@@ -398,7 +398,14 @@ def test_no_recipe_is_warned_of(name: str) -> None:
     assert [text[:22] for text in warned(name, *model)] == alone
 
 
-@pytest.mark.parametrize("name", ["fashion_mnist", "garments", "cross", "lscale_lr", "study"])
+PLANS = ["fashion_mnist", "garments", "cross", "lscale_lr", "simmim", "simmim_rate", "study"]
+
+
+def test_every_plan_is_checked() -> None:
+    assert {path.stem for path in (RECIPES / "tables").glob("*.yaml")} == set(PLANS)
+
+
+@pytest.mark.parametrize("name", PLANS)
 def test_no_run_of_a_plan_is_warned_of(name: str) -> None:
     """Flags that do nothing, and rates or batches far off, in any of the plans' trainings."""
     plan = read_plan(RECIPES / "tables" / f"{name}.yaml", READERS)
@@ -406,8 +413,9 @@ def test_no_run_of_a_plan_is_warned_of(name: str) -> None:
         task = run.main.removeprefix("main_")
         if task not in MAINS:
             continue
-        parser = parser_for(task)
-        found = parser.parse(run.words("0", lambda other: f"nowhere/{other}")[1:])
+        words = run.words("0", lambda other: f"nowhere/{other}")[1:]
+        parser = MAINS[task].build_parser(words)
+        found = parser.parse(words)
         if task == "finetune":
             main_finetune.resolve_tune(found)
         if found.model is None:

@@ -151,6 +151,18 @@ def test_drop_path_is_a_flag(tmp_path: Path, run_main: Any) -> None:
 
 
 @pytest.mark.smoke
+def test_sizes_are_flags(tmp_path: Path, run_main: Any) -> None:
+    sizes = ["--patch_size=4", "--window_size=2", "--mask_cell=2"]
+    state = pretrain("simmim_swin_nano", tmp_path / "a", run_main, *sizes)
+    assert (state["model_args"]["patch_size"], state["model_args"]["window_size"]) == (4, 2)
+    assert state["model"]["encoder.patch_embed.proj.weight"].shape == (16, 3, 4, 4)
+    assert len(state["model"]["encoder.layers.0.blocks.0.attn.relative_position_bias_table"]) == 9
+    words = [*KNOWN, "--model=simmim_vit_nano", *TRAIN, "--window_size=2"]
+    code, _, err = run_main("main_pretrain", [*words, f"--output_dir={tmp_path / 'b'}"])
+    assert code == 2 and "has no windows" in err
+
+
+@pytest.mark.smoke
 @pytest.mark.parametrize("flag", ["--help", "--help_all"])
 def test_help_knows_what_the_method_presets(flag: str, run_main: Any) -> None:
     code, out, _ = run_main("main_pretrain", ["--method=simmim", flag])

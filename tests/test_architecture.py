@@ -36,7 +36,7 @@ PLACES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     # What models owe to the rest, and what several of them are made of.
     "pieces": (
         ("models_layers.py", "models_batchnorm.py", "models_decoders.py", "models_targets.py",
-         "models_protocols.py"),
+         "models_encoder.py", "models_protocols.py"),
         ("root", "mask"),
     ),
     "encoders": (

@@ -112,10 +112,10 @@ def build_of_kind(
     Raises:
         BadInput: the file holds no whole model, or one of another name.
     """
-    place: NestedWeights = state[PLACE]
+    place: NestedWeights | None = state.get(PLACE)  # a file of ours, fine-tuned, has none
     found = EncoderState(state["encoder_kind"], state["model_args"], state["model"])
     kinds = dict.fromkeys(kind for kind, _ in MODELS.values())
-    rest = {**place.weights, **place.beside}
+    rest = {} if place is None else {**place.weights, **place.beside}
     model = next((m for kind in kinds if (m := kind.from_encoder(found, rest)) is not None), None)
     if model is None:
         raise BadInput(

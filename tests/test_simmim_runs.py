@@ -211,6 +211,9 @@ def test_it_is_tuned_and_evaluated(tune: str, trained: Path, tmp_path: Path, run
     if "vit" in str(trained):
         assert "copied into every block" in out + err
     say_what_it_sees(KNOWN, tmp_path / "run" / LAST, tmp_path, run_main)
+    shown = [*KNOWN, f"--checkpoint={tmp_path / 'run'}", "--dataset=ramps", "--device=cpu"]
+    code, _, err = run_main("main_visualize", [*shown, f"--output_dir={tmp_path / 'seen'}"])
+    assert code == 2 and "encoder-only weights cannot reconstruct" in err
     again = [*KNOWN, "--eval", f"--resume={tmp_path / 'run' / LAST}", *RUN, "--batch_size=6"]
     code, _, err = run_main("main_finetune", [*again, f"--output_dir={tmp_path / 'again'}"])
     assert code == 0, err

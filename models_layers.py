@@ -195,6 +195,11 @@ def run_seeded(block: nn.Module, *inputs: Any, recompute: bool) -> Tensor:
     return block(*inputs)
 
 
+def rise_to(rate: float, depth: int) -> list[float]:
+    """Stochastic depth of each block, rising linearly from 0 in the first to `rate`."""
+    return [rate * i / max(depth - 1, 1) for i in range(depth)]
+
+
 def keep_branches(drawn: Tensor, rate: float) -> Tensor:
     """Stochastic depth by numbers that come with the samples: factors of residual branches.
 
@@ -207,6 +212,7 @@ def keep_branches(drawn: Tensor, rate: float) -> Tensor:
     Returns:
         [B, depth, 2]: 0 where a branch is left out, else 1 / (1 - its rate).
     """
+    # Made on the device: a list would have to be sent there, and waited for.
     rates = torch.linspace(0, rate, drawn.shape[1], dtype=drawn.dtype, device=drawn.device)
     rates = rates[:, None]
     return (drawn + 0.5 >= rates).to(drawn.dtype) / (1 - rates)

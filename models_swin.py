@@ -21,7 +21,7 @@ from timm.models.swin_transformer import (
 )
 from torch import Tensor, nn
 
-from models_layers import drop, pair, run_seeded
+from models_layers import drop, pair, rise_to, run_seeded
 from models_protocols import Encoder
 from util.errors import BadInput
 from util.mask.relative import resize_bias
@@ -164,7 +164,7 @@ class SwinTransformer(Encoder):
         self.patch_embed = PatchEmbed(
             size, self.patch_size, in_chans, embed_dim, norm_layer=nn.LayerNorm, output_fmt="NHWC"
         )
-        rates = iter(torch.linspace(0, drop_path, sum(depths), device="cpu").tolist())
+        rates = iter(rise_to(drop_path, sum(depths)))
         stages, self.feature_info = [], []
         for s, (depth, heads) in enumerate(zip(depths, num_heads, strict=True)):
             width, factor = embed_dim * 2**s, 2**s

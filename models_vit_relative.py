@@ -25,6 +25,7 @@ from models_layers import (
     pair,
     plain_attention,
     relative_index,
+    rise_to,
     run_seeded,
 )
 from models_protocols import Encoder
@@ -183,7 +184,7 @@ class RelativeVisionTransformer(Encoder):
                 init_values=lscale_init,
                 norm_layer=LayerNorm,
             )
-            for rate in torch.linspace(0, drop_path, depth, device="cpu").tolist()
+            for rate in rise_to(drop_path, depth)
         )
         blocks: Sequence[Any] = list(self.blocks)
         for block in blocks if not shared_bias else ():

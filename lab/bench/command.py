@@ -34,9 +34,12 @@ from engine_train import train_steps
 from lab.bench.children import Answer
 from lab.bench.contenders import (
     ATTENTION,
+    METHODS,
     PEERS,
     Arm,
     create_arm_strategy,
+    is_simmim,
+    make_arm_masker,
     name_arm,
     parse_arms,
     preset_terms,
@@ -54,6 +57,7 @@ from lab.bench.limits import (
     copy_rate,
     decode_rates,
     layer_shapes,
+    linear_shapes,
     matrix_rate,
     show_limits,
     stopwatch,
@@ -67,7 +71,7 @@ from lab.bench.measuring import (
     save_json,
     take_turns,
 )
-from lab.bench.peers import OfficialMAE, create_vitmae
+from lab.bench.peers import OfficialMAE, SwinMIM, create_vitmae
 from lab.bench.step_speed import (
     compile_options,
     count_flops,
@@ -123,8 +127,8 @@ def build_parser() -> FlagParser:
         nargs="+",
         default=argparse.SUPPRESS,
         metavar="ARM",
-        help="comma-separated words: transformers|official|mae|mmae, fp32|bf16|fp16, "
-        "compile[=MODE], checkpointing, cross=SHARE, adamw=, channels_last, shard, batch=, size=, "
+        help=f"comma-separated words: {'|'.join(METHODS)}, fp32|bf16|fp16, compile[=MODE], "
+        "checkpointing, cross=SHARE, adamw=, channels_last, shard, batch=, size=, "
         f"mask=, model=, processes=; ratios are to the first; default of step: {' '.join(ARMS)}",
     )
     group.add_argument(
@@ -225,12 +229,10 @@ def build_parser() -> FlagParser:
 def arm_arguments(arm: Arm, in_chans: int = 3) -> dict[str, Any]:
     """Arguments of the arm's model; the peer's sizes are MAE's."""
     terms = preset_terms(arm)
-    arguments = models_zoo.model_arguments(arm.model) | {
-        "in_chans": in_chans,
-        "norm_pix_loss": True,
-        "lscale_init": terms["lscale_init"],
-        "pos_offset": terms["pos_offset"],
-    }
+    arguments = models_zoo.model_arguments(arm.model) | {"in_chans": in_chans}
+    if not is_simmim(arm):
+        terms = {name: terms[name] for name in ("lscale_init", "pos_offset")}
+        arguments |= {"norm_pix_loss": True, **terms}
     if arm.size is not None:
         arguments["img_size"] = arm.size
     if arm.predict_ratio is not None:
@@ -245,6 +247,8 @@ def create_arm(arm: Arm, in_chans: int = 3) -> Any:
         return create_vitmae(arguments, arguments["img_size"], arm.mask_ratio)
     if arm.method == "official":
         return OfficialMAE(arguments, arguments["img_size"], arm.mask_ratio)
+    if arm.method == "transformers_simmim":
+        return SwinMIM(arguments, arm.mask_ratio)
     return models_zoo.create_model(arm.model, **arguments)
 
 
@@ -265,6 +269,8 @@ def build_step(rank: int, arm: Arm, device_name: str, meeting: str) -> Answer:
     if arm.sharded and arm.processes == 1:  # shards need a group, also one of a single process
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, init_method=place.rendezvous, rank=0, world_size=1)
+    if arm.method == "transformers_simmim":
+        needs("transformers.models.swin.modeling_swin", "transformers")
     if arm.method == "transformers":  # what importing it takes is not the step's
         needs("transformers.models.vit_mae.modeling_vit_mae", "transformers")
     before = peak_resident()
@@ -272,10 +278,7 @@ def build_step(rank: int, arm: Arm, device_name: str, meeting: str) -> Answer:
     if arm.method in PEERS:
         step = peers_step(model, arm, procs, arm_arguments(arm)["img_size"])
     else:
-        strategy = create_arm_strategy(arm)
-        visible = count_visible(model.num_patches, arm.mask_ratio)
-        masker = Masker(strategy, make_cells(model.grid, (1,)), visible, model.patch_size)
-        step = our_step(model, arm, procs, strategy, masker, visible)
+        step = our_step(model, arm, procs, make_arm_masker(arm, model))
     step = with_attention(step, arm.attention)
     seconds_of = stopwatch(device)
     if device.type == "cuda":
@@ -347,9 +350,12 @@ def on_a_gpu(step: Callable[[], Any], device: torch.device) -> Answer:
 def build_limit(rank: int, arm: Arm, device_name: str) -> Answer:
     """In a child: the rate of the matrix products of the arm's layers."""
     arguments = arm_arguments(arm)
-    side, patch = arguments["img_size"], arguments["patch_size"]
-    patches = (side // patch) ** 2
-    shapes = layer_shapes(arguments, patches, count_visible(patches, arm.mask_ratio), arm.batch)
+    if is_simmim(arm):
+        shapes = linear_shapes(models_zoo.create_model(arm.model, **arguments), arm.batch)
+    else:
+        patches = (arguments["img_size"] // arguments["patch_size"]) ** 2
+        visible = count_visible(patches, arm.mask_ratio)
+        shapes = layer_shapes(arguments, patches, visible, arm.batch)
     device = choose_device(device_name, rank)
     measure = matrix_rate(shapes, PRECISIONS[arm.precision], device)
     return lambda request: measure()

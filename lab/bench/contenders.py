@@ -1,20 +1,28 @@
 """The arms of the step benchmark: what each trains, said in a few words."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from torch.nn.attention import SDPBackend
 
+import models_zoo
+from engine_pretrain import Masker
 from models_mmae import METHODS as PRESETS
+from models_protocols import PretrainModel
 from util.console import shown
 from util.errors import BadInput
 from util.flag_types import MOST_IN_BATCH, MOST_SIDE, PER_CORE, most_processes
+from util.mask.cells import make_cells
 from util.mask.strategies import MaskStrategy, create_strategy
 from util.train.step import PRECISIONS
 
-PEERS = ("transformers", "official")
-METHODS = ("mae", "mmae", *PEERS)
+PEERS = ("transformers", "official", "transformers_simmim")
+METHODS = ("mae", "mmae", "simmim", *PEERS)
+# Of SimMIM, with what its arms have unless told otherwise.
+SIMMIM = ("simmim", "transformers_simmim")
+SIMMIM_USUAL = {"model": "simmim_swin_base_patch4_window6", "mask_ratio": 0.6}
 # torch.compile's own names of its ways; a word alone is the first, which training has.
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 # torch's kernels of attention.
@@ -32,8 +40,9 @@ class Arm:
     """One way to take a training step.
 
     Attributes:
-        method: mae | mmae, or a peer of the same sizes: transformers (its ViTMAE), official
-            (`lab.bench.peers.OfficialMAE`: MAE as its authors compute it).
+        method: mae | mmae | simmim, or a peer of the same sizes: transformers (its ViTMAE),
+            official (`lab.bench.peers.OfficialMAE`: MAE as its authors compute it),
+            transformers_simmim (its Swin for masked images).
         model: name in the zoo.
         precision: fp32 | bf16 | fp16.
         compiled: through torch.compile, in this of its `MODES`; None: not.
@@ -120,6 +129,8 @@ def parse_arm(text: str, base: Arm) -> Arm:
         except ValueError as error:
             wanted = str(error) if str(error).startswith("one of") else "a number"
             raise BadInput(f"{word.strip()!r} in the arm {text!r} needs {wanted}") from None
+    if given.get("method", base.method) in SIMMIM:
+        given = SIMMIM_USUAL | given
     arm = replace(base, **given)
     check_arm(arm, text)
     return arm
@@ -140,16 +151,27 @@ def check_arm(arm: Arm, text: str) -> None:
             f"arm {text!r}: batch, size and processes are at least 1; mask lies between 0 and 1, "
             "cross above 0 and at most 1"
         )
-    if arm.method in PEERS and arm.predict_ratio is not None:
+    if arm.method in (*PEERS, *SIMMIM) and arm.predict_ratio is not None:
         raise BadInput(f"arm {text!r}: {arm.method} has no cross decoder")
+    if (arm.method in SIMMIM) != is_simmim(arm):
+        raise BadInput(f"arm {text!r}: {arm.model} is not a model of {arm.method}")
+    if arm.method == "transformers_simmim" and "_swin_" not in arm.model:
+        raise BadInput(f"arm {text!r}: transformers has SimMIM with Swin alone")
     if arm.method in PEERS and (arm.sharded or arm.channels_last or arm.adamw != "fused"):
         raise BadInput(f"arm {text!r}: shard, channels_last and adamw= are of mae and mmae")
     if arm.method == "official" and arm.checkpointing:
         raise BadInput(f"arm {text!r}: MAE's own code has no checkpointing")
 
 
+def is_simmim(arm: Arm) -> bool:
+    """Whether its model is SimMIM's, ours or the peer's."""
+    return arm.model.startswith("simmim_")
+
+
 def preset_terms(arm: Arm) -> Mapping[str, Any]:
-    """What the arm's method presets; the peers are MAE."""
+    """What the arm's method presets; the peers of MAE are MAE."""
+    if is_simmim(arm):
+        return models_zoo.list_methods(arm.model)["simmim"]
     return PRESETS["mae" if arm.method in PEERS else arm.method]
 
 
@@ -157,7 +179,16 @@ def create_arm_strategy(arm: Arm) -> MaskStrategy:
     """The masks of the arm's method."""
     terms = preset_terms(arm)
     names = ("avg_share", "avg_order", "avg_temperature")
-    return create_strategy(terms["mask"], **{name: terms[name] for name in names})
+    own = {name: terms[name] for name in names if name in terms}
+    return create_strategy(terms["mask"], **own)
+
+
+def make_arm_masker(arm: Arm, model: PretrainModel) -> Masker:
+    """What makes the masks of an arm of ours, in the cells of its method."""
+    cells = make_cells(model.mask_grid, preset_terms(arm).get("mask_cell", (1,)))
+    visible = model.num_visible(math.prod(cells.grid), arm.mask_ratio)
+    places = tuple(n // m for n, m in zip(model.input.size, model.mask_grid, strict=True))
+    return Masker(create_arm_strategy(arm), cells, visible, places)
 
 
 def name_arm(arm: Arm, base: Arm) -> str:

@@ -1,16 +1,18 @@
 """What a machine can do at most: matrix products, memory, JPEG decoding."""
 
 import io
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from lab.bench.measuring import spread, summary, table
+from models_protocols import PretrainModel
 from util.progress import say
 
 # Rows, inner and outer width of a linear layer.
@@ -36,6 +38,32 @@ def layer_shapes(
         for inner, outer in ((width, 3 * width), (width, width), (width, hidden), (hidden, width)):
             shapes.append((rows, inner, outer))
     return shapes
+
+
+def linear_shapes(model: PretrainModel, batch: int) -> list[Shape]:
+    """The linear layers of any model, one of each size, as a forward pass without masks has them.
+
+    Args:
+        model: on the CPU. batch: images.
+    """
+    found: dict[Shape, None] = {}
+
+    def note(layer: Any, inputs: tuple[Tensor, ...]) -> None:
+        rows = inputs[0].numel() // layer.in_features * batch
+        found[rows, layer.in_features, layer.out_features] = None
+
+    hooks = [
+        layer.register_forward_pre_hook(note)
+        for layer in model.modules()
+        if isinstance(layer, nn.Linear)
+    ]
+    places = math.prod(model.mask_grid)
+    mask = (torch.arange(places) > 0).unsqueeze(0)  # one place is visible
+    with torch.no_grad():
+        model(torch.zeros(1, *model.input.shape), mask, 1)
+    for hook in hooks:
+        hook.remove()
+    return list(found)
 
 
 def product_flops(shapes: Sequence[Shape]) -> int:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision import transforms
 
+from models_simmim import SimMIM
 from util.data.images import IMAGENET_MEAN, IMAGENET_STD
 from util.errors import BadInput, needs
 from util.spec import Pair
@@ -47,6 +48,48 @@ def create_vitmae(arguments: Mapping[str, Any], img_size: int, mask_ratio: float
         attn_implementation="sdpa",
     )
     return vitmae.ViTMAEForPreTraining(config)
+
+
+class SwinMIM(nn.Module):
+    """transformers' SwinForMaskedImageModeling with the sizes of one of our models, random weights.
+
+    Args:
+        arguments: of `SimMIM` with Swin.
+
+    Raises:
+        BadInput: transformers is not installed.
+    """
+
+    def __init__(self, arguments: Mapping[str, Any], mask_ratio: float) -> None:
+        super().__init__()
+        library = needs("transformers", "transformers")
+        names = ("patch_size", "embed_dim", "depths", "num_heads", "window_size")
+        side, patch = arguments["img_size"], arguments["patch_size"]
+        config = library.SwinConfig(
+            image_size=side,
+            num_channels=arguments.get("in_chans", 3),
+            encoder_stride=patch * 2 ** (len(arguments["depths"]) - 1),
+            drop_path_rate=0.0,
+            attn_implementation="sdpa",
+            **{name: arguments[name] for name in names},
+        )
+        self.model = library.SwinForMaskedImageModeling(config)
+        presets = SimMIM.presets(arguments)["simmim"]
+        self.cell = presets["mask_cell"][0]
+        self.cells = side // patch // self.cell
+        self.visible = SimMIM.num_visible(self.cells**2, mask_ratio)
+
+    def gradient_checkpointing_enable(self) -> None:
+        """As transformers' models have it."""
+        self.model.gradient_checkpointing_enable()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The loss of images under new masks, drawn on their device."""
+        noise = torch.rand(len(images), self.cells**2, device=images.device)
+        mask = noise.argsort(dim=1).argsort(dim=1) >= self.visible
+        mask = mask.view(-1, self.cells, self.cells)
+        mask = mask.repeat_interleave(self.cell, 1).repeat_interleave(self.cell, 2)
+        return self.model(images, bool_masked_pos=mask.flatten(1)).loss
 
 
 class OfficialMAE(nn.Module):

@@ -1,5 +1,6 @@
 """Training steps without data, ours and the peer's: how they are taken, measured and shown."""
 
+import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -19,13 +20,13 @@ from torch.utils.flop_counter import (
     sdpa_flop_count,
 )
 
+from engine_pretrain import Masker
 from lab.bench.children import Answer, Children
-from lab.bench.contenders import PEERS, Arm
+from lab.bench.contenders import PEERS, Arm, make_arm_masker
 from lab.bench.measuring import ratios, spread, summary, table, take_turns
 from util.data.randomness import make_generator
 from util.data.transforms import normalize
 from util.errors import BadInput, RunFailed, needs
-from util.mask.strategies import MaskStrategy, count_visible
 from util.progress import say
 from util.train.dist import Processes, choose_device, distribute
 from util.train.memory import keep_freed_memory
@@ -43,16 +44,13 @@ def our_step(
     model: Any,
     arm: Arm,
     procs: Processes,
-    strategy: MaskStrategy,
-    masker: Callable[[Tensor, Tensor], Tensor],
-    num_visible: int,
+    masker: Masker,
 ) -> Callable[[], Any]:
     """One step as main_pretrain takes it: masks, normalisation, forward, backward, update.
 
     Args:
         model: on the device.
-        masker: uint8 images and the strategy's noise to masks.
-        num_visible: patches that stay visible.
+        masker: of its masks.
     """
     keep_freed_memory(procs.device)  # as every main does, see `util.train.dist.processes`
     model.set_grad_checkpointing(arm.checkpointing)
@@ -69,20 +67,21 @@ def our_step(
         foreach = arm.adamw == "foreach"
         optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), foreach=foreach)
     optimizer_step = OptimizerStep(trained, optimizer, device=procs.device, precision=arm.precision)
-    patches = model.grid[0] * model.grid[1]
-    size = (arm.batch, 3, *model.img_size)
+    size = (arm.batch, *model.input.shape)
     images = torch.randint(0, 256, size, dtype=torch.uint8).to(procs.device)
     layout = torch.channels_last if arm.channels_last else torch.contiguous_format
-    drawn = [strategy.draw(model.grid, make_generator(0, "mask", i)) for i in range(arm.batch)]
+    grid, strategy = masker.cells.grid, masker.strategy
+    drawn = [strategy.draw(grid, make_generator(0, "mask", i)) for i in range(arm.batch)]
     noise = torch.stack(drawn).to(procs.device)
-    order = None
-    if arm.predict_ratio is not None:
-        order = torch.rand(arm.batch, patches).to(procs.device)
+    more = {
+        name: (torch.rand(arm.batch, *shape) - 0.5).to(procs.device)
+        for name, shape in model.draws.items()
+    }
 
     def forward(batch: Any) -> Tensor:
         mask = masker(images, noise)
         x = normalize(images, MEAN, STD).contiguous(memory_format=layout)
-        return trained(x, mask, num_visible, None, order)["loss"]
+        return trained(x, mask, masker.num_visible, **more)["loss"]
 
     return lambda: optimizer_step(forward, [None], 1e-4)
 
@@ -173,11 +172,10 @@ def count_flops(create: Callable[[], Any], arm: Arm, side: int) -> int:
         if arm.method in PEERS:
             loss = peers_loss(model(images))
         else:
-            patches = model.grid[0] * model.grid[1]
-            mask = torch.ones(1, patches, dtype=torch.bool)
-            order = None if arm.predict_ratio is None else torch.empty(1, patches)
-            visible = count_visible(patches, arm.mask_ratio)
-            loss = model(images, mask, visible, None, order)["loss"]
+            mask = torch.ones(1, math.prod(model.mask_grid), dtype=torch.bool)
+            more = {name: torch.empty(1, *shape) for name, shape in model.draws.items()}
+            visible = make_arm_masker(arm, model).num_visible
+            loss = model(images, mask, visible, **more)["loss"]
         loss.backward()
     return counter.get_total_flops()
 

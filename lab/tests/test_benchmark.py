@@ -18,6 +18,7 @@ from PIL import Image
 import lab.bench.command as lab_bench
 import main_pack
 import models_layers
+import models_zoo
 from lab.bench import data_speed, limits, step_speed, training_speed
 from lab.bench import measuring as benchmark
 from lab.bench.children import Answer, Children
@@ -160,6 +161,28 @@ def test_flops_are_those_counted_by_hand() -> None:
     assert 1 < peer / by_hand(12, 4) < 1.25  # it also embeds and predicts what is cut off
     cross = lab_bench.count_arm_flops(Arm(model=arm.model, size=16, predict_ratio=0.34))
     assert cross < by_hand(12, 4)
+
+
+def test_simmim_and_its_peer_count_alike() -> None:
+    """Both see every patch; the peer's picture of everything is ours."""
+    model = "simmim_swin_tiny_patch4_window6"
+    ours = lab_bench.count_arm_flops(Arm("simmim", model, mask_ratio=0.6))
+    peer = lab_bench.count_arm_flops(Arm("transformers_simmim", model, mask_ratio=0.6))
+    assert ours == pytest.approx(peer, rel=0.01)
+    small = models_zoo.create_model("simmim_swin_micro_patch2_window4")
+    assert limits.linear_shapes(small, 2)[0] == (2 * 256, 32, 96)
+
+
+def test_simmims_arms_have_its_models_and_masks() -> None:
+    arm = parse_arm("simmim", Arm())
+    assert (arm.model, arm.mask_ratio) == ("simmim_swin_base_patch4_window6", 0.6)
+    for text, reason in (
+        ("simmim,model=mae_vit_micro_patch4", "is not a model of simmim"),
+        ("transformers_simmim,model=simmim_vit_micro_patch4", "with Swin alone"),
+        ("simmim,cross", "no cross decoder"),
+    ):
+        with pytest.raises(BadInput, match=reason):
+            parse_arm(text, Arm())
 
 
 def test_matrix_rate_counts_three_products_a_layer() -> None:

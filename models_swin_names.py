@@ -20,8 +20,8 @@ from util.styles import (
     make_labels,
     read_labels,
     read_sizes,
-    rename,
     split,
+    translate,
 )
 
 TABLE = "attn.relative_position_bias_table"
@@ -35,18 +35,18 @@ UNUSED = {r".*\.(relative_position_index|attn_mask)": None, r"(encoder\.)?mask_t
 
 def from_timm(weights: Mapping[str, Tensor], source: str) -> tuple[Weights, list[str]]:
     """timm's Swin in our names."""
-    return rename(weights, {**UNUSED, r"head\.fc\.(.+)": r"head.\1"}), []
+    return translate(weights, {**UNUSED, r"head\.fc\.(.+)": r"head.\1"}), []
 
 
 def to_timm(weights: Mapping[str, Tensor]) -> Weights:
     """Ours in timm's names."""
-    return rename(weights, {r"head\.(weight|bias)": r"head.fc.\1"})
+    return translate(weights, {r"head\.(weight|bias)": r"head.fc.\1"})
 
 
 def from_official(weights: Mapping[str, Tensor], source: str) -> tuple[Weights, list[str]]:
     """Swin's and SimMIM's own code in our names."""
     moved = {f"layers.{s}.downsample.": f"layers.{s + 1}.downsample." for s in range(9)}
-    named = rename(weights, UNUSED)
+    named = translate(weights, UNUSED)
     return {_moved(name, moved): tensor for name, tensor in named.items()}, []
 
 
@@ -117,7 +117,7 @@ BLOCK = r"encoder\.layers\.(\d+)\.blocks\.(\d+)\."
 
 def from_transformers(weights: Mapping[str, Tensor], source: str) -> tuple[Weights, list[str]]:
     """Swin of transformers, with or without its head, in our names."""
-    named = rename(weights, {r"swin\.(.+)": r"\1"})
+    named = translate(weights, {r"swin\.(.+)": r"\1"})
     rules: dict[str, str | None] = {r"embeddings\.mask_token": None, r"decoder\.0\..+": None}
     for ours, theirs in OUTSIDE.items():
         rules[rf"{theirs}\.(weight|bias)"] = rf"{ours}.\1"
@@ -133,7 +133,7 @@ def from_transformers(weights: Mapping[str, Tensor], source: str) -> tuple[Weigh
     for kind in ("weight", "bias"):
         for parts in (QKV, QKV_IN_MEMORY):
             named = fuse(named, [f"{part}.{kind}" for part in parts], f"attn.qkv.{kind}")
-    return from_official(rename(named, rules), source)
+    return from_official(translate(named, rules), source)
 
 
 def to_transformers(weights: Mapping[str, Tensor]) -> Weights:
@@ -151,7 +151,7 @@ def to_transformers(weights: Mapping[str, Tensor]) -> Weights:
     rules[r"layers\.(\d+)\.downsample\.(.+)"] = r"swin.encoder.layers.\1.downsample.\2"
     rules[r"head\.(.+)"] = r"classifier.\1"
     rules["mask_token"] = "swin.embeddings.mask_token"
-    named = rename(named, rules)
+    named = translate(named, rules)
     for kind in ("weight", "bias"):
         named = split(named, f"attn.qkv.{kind}", [f"{part}.{kind}" for part in QKV])
     return named

@@ -16,8 +16,8 @@ from util.styles import (
     make_labels,
     read_labels,
     read_sizes,
-    rename,
     split,
+    translate,
 )
 
 TABLE = "relative_position_bias_table"
@@ -41,7 +41,7 @@ def from_timm(weights: Mapping[str, Tensor], source: str) -> tuple[Weights, list
             f"{source} has absolute positions (pos_embed) beside relative ones; ours has relative "
             "ones alone, so its outputs would differ"
         )
-    return rename(weights, UNUSED), []
+    return translate(weights, UNUSED), []
 
 
 def infer(weights: Mapping[str, Tensor], source: str) -> tuple[dict[str, Any], list[str]]:
@@ -93,8 +93,8 @@ OUTSIDE = {
 
 def from_transformers(weights: Mapping[str, Tensor], source: str) -> tuple[Weights, list[str]]:
     """BEiT of transformers, with or without its head, in our names."""
-    named = rename(weights, {r"beit\.(.+)": r"\1"})
-    named = rename(named, {r"(?:encoder\.layer|layers)\.(\d+)\.(.+)": r"blocks.\1.\2"})
+    named = translate(weights, {r"beit\.(.+)": r"\1"})
+    named = translate(named, {r"(?:encoder\.layer|layers)\.(\d+)\.(.+)": r"blocks.\1.\2"})
     for parts in (QKV, QKV_IN_MEMORY):
         named = fuse(named, parts, "attn.qkv.weight")
     rules: dict[str, str | None] = {}
@@ -113,7 +113,7 @@ def from_transformers(weights: Mapping[str, Tensor], source: str) -> tuple[Weigh
     )
     rules[rf"(?:encoder\.relative_position_bias|shared_position_bias)\.{TABLE}"] = SHARED
     rules[r"classifier\.(.+)"] = r"head.\1"
-    return from_timm(rename(named, rules | UNUSED), source)
+    return from_timm(translate(named, rules | UNUSED), source)
 
 
 def to_transformers(weights: Mapping[str, Tensor]) -> Weights:
@@ -132,7 +132,7 @@ def to_transformers(weights: Mapping[str, Tensor]) -> Weights:
     rules[SHARED] = f"beit.encoder.relative_position_bias.{TABLE}"
     rules[r"head\.(.+)"] = r"classifier.\1"
     rules["mask_token"] = "beit.embeddings.mask_token"
-    return split(rename(weights, rules), "attn.qkv.weight", QKV)
+    return split(translate(weights, rules), "attn.qkv.weight", QKV)
 
 
 CONFIG_NAMES = {

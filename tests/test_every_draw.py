@@ -819,13 +819,15 @@ HANDED_ON = (
 # Who draws from global generators: a main's first weights and, seeded for each sample, transforms.
 FROM_GLOBAL = {
     "models_decoders.py": "the mix of a cross decoder at the start",
-    "models_layers.py": "first weights", "models_protocols.py": "a head's first weights",
+    "models_layers.py": "first weights", "models_encoder.py": "a head's first weights",
     "models_mmae.py": "first weights", "models_upernet.py": "first weights",
     "util/data/segmentation_transforms.py": "seeded by Samples",
     "plan_pretrain.py": "a rate beforehand", "plan_knn.py": "images of a plan",
     "plan_finetune.py": "a rate beforehand",
     "plan_segment.py": "a rate beforehand", "lab/bench/step_speed.py": "a measurement of speed",
     "lab/bench/limits.py": "a measurement of the machine",
+    "models_swin.py": "weights at the start", "models_simmim.py": "weights at the start",
+    "models_vit_relative.py": "weights at the start",
     "lab/gpu/checks.py": "images to compare models on",
     "lab/gpu/attention.py": "numbers to attend to",
     "lab/bench/peers.py": "masks as the authors' code draws them",

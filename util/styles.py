@@ -78,7 +78,7 @@ def find_writer(kind: str, program: str, arguments: Mapping[str, Any], source: s
     )
 
 
-def rename(weights: Mapping[str, Tensor], rules: Mapping[str, str | None]) -> Weights:
+def translate(weights: Mapping[str, Tensor], rules: Mapping[str, str | None]) -> Weights:
     """Weights under other names.
 
     Args:

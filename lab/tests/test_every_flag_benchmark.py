@@ -50,6 +50,7 @@ TABLE: Table = {
         Row("--crop_scale 1 1", "images peer", DATA),
     ],
     "--no_flip": Row("--no_flip", "images", "train --images=12"),
+    "--interpolation": Row("--interpolation=bilinear", "images", "train"),
     "--decode": Row("--decode=pil", "images", "train"),
     "--crops_per_decode": [
         Row("--crops_per_decode=2", "images", "train"),

@@ -470,6 +470,21 @@ def test_checkpointing_changes_no_number(kind: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("kind", [SwinTransformer, RelativeVisionTransformer])
+def test_checkpointing_draws_the_same_again(kind: Any) -> None:
+    """Fine-tuning's own drop path: what is computed again leaves out the same branches."""
+    torch.manual_seed(0)
+    model = kind(32, num_classes=3, drop_path=0.5, **KINDS[kind.kind]).double().train()
+    images, gradients = torch.randn(4, 3, 32, 32, dtype=torch.float64), []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        model.zero_grad()
+        torch.manual_seed(1)
+        model(images).square().sum().backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
 @pytest.mark.parametrize("name", list(NAMES))
 def test_every_name_can_be_built(name: str) -> None:
     with torch.device("meta"):

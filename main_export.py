@@ -11,7 +11,6 @@ if __name__ == "__main__":  # before the imports that take seconds
 
 import argparse
 from collections.abc import Sequence
-from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import torch
 
 import models_zoo
 from models_layers import pair
+from models_load_kinds import with_defaults
 from models_segmenters import build_segmenter, holds_segmenter, mmseg_config, to_mmseg_names
 from models_upernet import UperNet
 from util.config.flag_parser import load_plugins
@@ -187,9 +187,7 @@ def read_method(args: argparse.Namespace) -> tuple[Any, dict[str, Any], dict[str
     )
     encoder = model.encoder_state()
     kind = models_zoo.ENCODER_KINDS.find(encoder.kind)
-    known = signature(kind).parameters.values()
-    arguments = {p.name: p.default for p in known if p.default is not Parameter.empty}
-    arguments |= {**encoder.arguments, "num_classes": 0}
+    arguments = with_defaults(kind, {**encoder.arguments, "num_classes": 0})
     return model, arguments, {**state, "encoder_kind": encoder.kind}
 
 

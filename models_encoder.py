@@ -101,6 +101,11 @@ class Encoder(PartlyTuned, nn.Module):
         """
         return {**stored, **({} if size is None else {"img_size": list(size)})}
 
+    @classmethod
+    def for_any_size(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """The constructor's arguments for an encoder whose `pyramid` takes images of any size."""
+        return dict(arguments)
+
     def fit_weights(
         self, weights: Mapping[str, Tensor], stored: Mapping[str, Any], pos_resize: str
     ) -> tuple[dict[str, Tensor], list[str]]:

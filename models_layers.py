@@ -177,30 +177,26 @@ def make_block(
     )
 
 
-def run(block: nn.Module, *inputs: Any, recompute: bool) -> Tensor:
+def run(block: nn.Module, *inputs: Any, recompute: bool, draws: bool = False) -> Tensor:
     """A block's output; with `recompute` its activations are computed again in the backward pass.
 
     That saves their memory and costs about a third more time; the numbers are the same.
+
+    Args:
+        draws: whether the block draws random numbers; it then draws the same again, for which the
+            generators' states are kept. No block does in pretraining.
     """
     if recompute and torch.is_grad_enabled():
-        # No block draws random numbers in pretraining, so there is no generator state to keep.
-        return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=draws)
     return block(*inputs)
 
 
-def run_seeded(block: nn.Module, *inputs: Any, recompute: bool) -> Tensor:
-    """`run` of a block that may draw: what it drew is drawn again."""
-    if recompute and torch.is_grad_enabled():
-        return checkpoint(block, *inputs, use_reentrant=False)
-    return block(*inputs)
-
-
-def rise_to(rate: float, depth: int) -> list[float]:
+def drop_path_rates(rate: float, depth: int) -> list[float]:
     """Stochastic depth of each block, rising linearly from 0 in the first to `rate`."""
     return [rate * i / max(depth - 1, 1) for i in range(depth)]
 
 
-def keep_branches(drawn: Tensor, rate: float) -> Tensor:
+def drop_path_factors(drawn: Tensor, rate: float) -> Tensor:
     """Stochastic depth by numbers that come with the samples: factors of residual branches.
 
     A function of seed, epoch and image, and so the same however a batch is split.
@@ -218,7 +214,7 @@ def keep_branches(drawn: Tensor, rate: float) -> Tensor:
     return (drawn + 0.5 >= rates).to(drawn.dtype) / (1 - rates)
 
 
-def drop(branch: Tensor, kept_B: Tensor | None) -> Tensor:
+def scale_branch(branch: Tensor, kept_B: Tensor | None) -> Tensor:
     """A residual branch times the factor of each sample; None: as it is."""
     if kept_B is None:
         return branch
@@ -237,12 +233,22 @@ class RelativeBias(nn.Module):
 
     def __init__(self, grid: Pair, num_heads: int) -> None:
         super().__init__()
-        rows = (2 * grid[0] - 1) * (2 * grid[1] - 1) + 3
-        self.table = nn.Parameter(torch.zeros(rows, num_heads))
+        self.table = relative_table(grid, num_heads)
 
     def forward(self, index_NN: Tensor) -> Tensor:
         """What `relative_index` gave, to what is added to the logits: [1, heads, N, N]."""
-        return self.table[index_NN].permute(2, 0, 1).unsqueeze(0).contiguous()
+        return relative_bias(self.table, index_NN)
+
+
+def relative_table(grid: Pair, num_heads: int) -> nn.Parameter:
+    """A table of relative positions for a grid, 0 at the start; see `RelativeBias`."""
+    rows = (2 * grid[0] - 1) * (2 * grid[1] - 1) + 3
+    return nn.Parameter(torch.zeros(rows, num_heads))
+
+
+def relative_bias(table: Tensor, index_NN: Tensor) -> Tensor:
+    """A table, by what `relative_index` gave, to what is added to the logits: [1, heads, N, N]."""
+    return table[index_NN].permute(2, 0, 1).unsqueeze(0).contiguous()
 
 
 def relative_index(known: Pair, grid: Pair, device: torch.device | None = None) -> Tensor:

@@ -26,6 +26,13 @@ def head_rows(weights: Mapping[str, Any]) -> int:
     return next((len(weights[name]) for name in HEAD_WEIGHTS if name in weights), 0)
 
 
+def with_defaults(encoder: type[Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a constructor, with those that it would take where nothing is said."""
+    known = signature(encoder).parameters.values()
+    usual = {p.name: p.default for p in known if p.default is not Parameter.empty}
+    return usual | dict(arguments)
+
+
 def cut_depth(arguments: Mapping[str, Any], blocks: int | None, path: str) -> dict[str, Any]:
     """`depth` of an encoder of its first so many blocks; None: as it is.
 
@@ -72,9 +79,7 @@ def load_kind(
     classes = head_rows(state["model"])
     if head == "own" and not classes:
         raise BadInput(f"{path} holds no classification head; fine-tune it first (--finetune)")
-    known = signature(encoder).parameters.values()
-    usual = {p.name: p.default for p in known if p.default is not Parameter.empty}
-    arguments = usual | encoder.fit_arguments(stored, img_size)
+    arguments = with_defaults(encoder, encoder.fit_arguments(stored, img_size))
     arguments |= {"probe": "head.1.weight" in state["model"], "num_classes": classes}
     if head == "none":
         arguments |= {"num_classes": 0, "probe": False}

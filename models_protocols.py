@@ -149,11 +149,7 @@ class PretrainModel(nn.Module):
 
     def check_images(self, images: Tensor, mask: Tensor) -> None:
         """Refuse images of another size than `input`, or another number of masks."""
-        if tuple(images.shape[1:]) != self.input.shape:
-            raise BadInput(
-                f"images are {tuple(images.shape[1:])}, the model was built for "
-                f"{self.input.shape} (channels, height, width)"
-            )
+        self.input.check(images)
         if len(mask) != len(images):
             raise BadInput(f"{len(mask)} masks for {len(images)} images")
 

@@ -12,13 +12,13 @@ Shape legend: B images, L patches, gh and gw sides of their grid, C channels.
 import argparse
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from models_layers import keep_branches, pair
+from models_layers import drop_path_factors, pair
 from models_protocols import PretrainModel
 from models_swin import NAMES as SWIN_NAMES
 from models_swin import SwinTransformer
@@ -79,7 +79,6 @@ class SimMIM(PretrainModel):
         BadInput: an unknown encoder, or sizes that do not fit each other.
     """
 
-    methods: ClassVar[Mapping[str, Mapping[str, Any]]] = {"simmim": RECIPE}
     published = (1e-4, 2048)
     default_model = "simmim_swin_base_patch4_window6"
 
@@ -115,7 +114,7 @@ class SimMIM(PretrainModel):
         # The official code cuts the transformer's normal distribution at one deviation.
         cut = 0.02 if encoder == "vit_relative" else 2.0
         if isinstance(self.encoder, RelativeVisionTransformer):
-            self.encoder.start(cut)
+            self.encoder.init_weights(cut)
         trunc_normal_(self.mask_token, std=0.02, a=-cut, b=cut)
 
     # ------------------------------------------------------------------- what everybody is told
@@ -252,7 +251,7 @@ class SimMIM(PretrainModel):
         tokens_BHWC = self.encoder.embed(x)
         token = self.mask_token.to(tokens_BHWC.dtype)
         tokens_BHWC = torch.where(hidden_BHW.unsqueeze(-1), token, tokens_BHWC)
-        factors = None if kept is None else keep_branches(kept, self.drop_path)
+        factors = None if kept is None else drop_path_factors(kept, self.drop_path)
         pred = self.decoder(self.encoder.to_map(self.encoder.encode(tokens_BHWC, factors)))
         pred = pred.to(x.dtype)
         area = H // gh * (W // gw)

@@ -21,7 +21,7 @@ from timm.models.swin_transformer import (
 )
 from torch import Tensor, nn
 
-from models_layers import drop, pair, rise_to, run_seeded
+from models_layers import drop_path_rates, pair, run, scale_branch
 from models_protocols import Encoder
 from util.errors import BadInput
 from util.mask.relative import resize_bias
@@ -70,11 +70,11 @@ class SwinBlock(SwinTransformerBlock):
         """[B, h, w, C] to the same.
 
         Args:
-            kept_B2: factors of attention and MLP, see `models_layers.keep_branches`.
+            kept_B2: factors of attention and MLP, see `models_layers.drop_path_factors`.
         """
         first, second = (None, None) if kept_B2 is None else kept_B2.unbind(1)
-        x_BhwC = x_BhwC + drop(self.drop_path1(self._attn(self.norm1(x_BhwC))), first)
-        return x_BhwC + drop(self.drop_path2(self.mlp(self.norm2(x_BhwC))), second)
+        x_BhwC = x_BhwC + scale_branch(self.drop_path1(self._attn(self.norm1(x_BhwC))), first)
+        return x_BhwC + scale_branch(self.drop_path2(self.mlp(self.norm2(x_BhwC))), second)
 
     def _attn(self, x: Tensor) -> Tensor:
         _, h, w, C = x.shape
@@ -158,13 +158,13 @@ class SwinTransformer(Encoder):
         self.depths, self.pad_windows = tuple(depths), pad_windows
         _check(size, self.patch_size, embed_dim, depths, num_heads, window_size, mlp_ratio)
         self.grid = (size[0] // self.patch_size[0], size[1] // self.patch_size[1])
-        self.mask_grid = self.grid
+        self.draws = drop_path > 0
         if not pad_windows:
             _check_windows(size, self.patch_size, self.grid, len(depths), window_size)
         self.patch_embed = PatchEmbed(
             size, self.patch_size, in_chans, embed_dim, norm_layer=nn.LayerNorm, output_fmt="NHWC"
         )
-        rates = iter(rise_to(drop_path, sum(depths)))
+        rates = iter(drop_path_rates(drop_path, sum(depths)))
         stages, self.feature_info = [], []
         for s, (depth, heads) in enumerate(zip(depths, num_heads, strict=True)):
             width, factor = embed_dim * 2**s, 2**s
@@ -199,11 +199,8 @@ class SwinTransformer(Encoder):
 
     def embed(self, x: Tensor) -> Tensor:
         """Patches before the blocks, normalised: [B, gh, gw, C], of images [B, C, H, W]."""
-        if tuple(x.shape[1:]) != self.input.shape and not self.pad_windows:
-            raise BadInput(
-                f"images are {tuple(x.shape[1:])}, the model was built for {self.input.shape} "
-                "(channels, height, width)"
-            )
+        if not self.pad_windows:
+            self.input.check(x)
         (ph, pw), (H, W) = self.patch_size, x.shape[2:]
         x = F.pad(x, (0, -W % pw, 0, -H % ph)) if H % ph or W % pw else x
         return self.patch_embed.norm(self.patch_embed.proj(x).permute(0, 2, 3, 1))
@@ -220,7 +217,9 @@ class SwinTransformer(Encoder):
             for block in stage.blocks:
                 i = next(number)
                 factors = None if kept is None else kept[:, i]
-                x_BhwC = run_seeded(block, x_BhwC, factors, recompute=self.grad_checkpointing)
+                x_BhwC = run(
+                    block, x_BhwC, factors, recompute=self.grad_checkpointing, draws=self.draws
+                )
             found.append(x_BhwC)
         return found
 
@@ -263,6 +262,11 @@ class SwinTransformer(Encoder):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """See `PretrainModel.set_grad_checkpointing`."""
         self.grad_checkpointing = enable
+
+    @classmethod
+    def for_any_size(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """See `Encoder.for_any_size`: windows keep their size, and maps are padded."""
+        return {"pad_windows": True, **arguments}
 
     @classmethod
     def fit_arguments(cls, stored: Mapping[str, Any], size: Pair | None) -> dict[str, Any]:

@@ -227,7 +227,7 @@ def smaller_maps(arguments: Mapping[str, Any]) -> str | None:
     return None
 
 
-def timm_call(arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+def timm_model(arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """timm's name of its base, and its settings."""
     names = ("embed_dim", "depths", "num_heads", "window_size", "mlp_ratio", "patch_size")
     settings = {name: arguments[name] for name in names}
@@ -271,6 +271,14 @@ STYLES = {
         is_official, from_official, to_official, kind="swin", infer=infer, programs=("official",)
     ),
     "timm_swin": Style(
-        is_swin, from_timm, to_timm, kind="swin", infer=infer, programs=("timm",), call=timm_call
+        is_swin,
+        from_timm,
+        to_timm,
+        kind="swin",
+        infer=infer,
+        programs=("timm",),
+        timm_model=timm_model,
+        eps=1e-5,
+        classifier="head.fc",
     ),
 }

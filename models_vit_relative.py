@@ -20,13 +20,15 @@ from torch import Tensor, nn
 from models_layers import (
     LayerNorm,
     check_lscale,
-    drop,
+    drop_path_rates,
     exporting,
     pair,
     plain_attention,
+    relative_bias,
     relative_index,
-    rise_to,
-    run_seeded,
+    relative_table,
+    run,
+    scale_branch,
 )
 from models_protocols import Encoder
 from util.errors import BadInput
@@ -67,16 +69,17 @@ class RelativeBlock(Block):
         Args:
             index_NN: rows of the table for each query and key, see `models_layers.relative_index`.
             shared: [1, heads, N, N], the bias of all blocks, where they share one.
-            kept_B2: factors of attention and MLP, see `models_layers.keep_branches`.
+            kept_B2: factors of attention and MLP, see `models_layers.drop_path_factors`.
         """
         first, second = (None, None) if kept_B2 is None else kept_B2.unbind(1)
-        bias = read_bias(self.attn.relative_position_bias_table, index_NN, shared)
+        table = self.attn.relative_position_bias_table
+        bias = relative_bias(table, index_NN) if shared is None else shared
         attended = self.attend(self.norm1(x_BND), bias)
         attended = attended if self.gamma_1 is None else self.gamma_1 * attended
-        x_BND = x_BND + drop(self.drop_path1(attended), first)
+        x_BND = x_BND + scale_branch(self.drop_path1(attended), first)
         mixed = self.mlp(self.norm2(x_BND))
         mixed = mixed if self.gamma_2 is None else self.gamma_2 * mixed
-        return x_BND + drop(self.drop_path2(mixed), second)
+        return x_BND + scale_branch(self.drop_path2(mixed), second)
 
     def attend(self, x_BND: Tensor, bias: Tensor) -> Tensor:
         """Attention whose logits get a bias, [1, heads, N, N]; keys have no bias of their own."""
@@ -92,20 +95,12 @@ class RelativeBlock(Block):
         return attn.proj(mixed.transpose(1, 2).reshape(B, N, D))
 
 
-def read_bias(table: Tensor | None, index_NN: Tensor, shared: Tensor | None) -> Tensor:
-    """The bias of a block's own table, or the shared one: [1, heads, N, N]."""
-    if table is None:
-        assert shared is not None
-        return shared
-    return table[index_NN].permute(2, 0, 1).unsqueeze(0)
-
-
 class SharedBias(nn.Module):
     """The table that all blocks share, under its official name; 0 at the start."""
 
-    def __init__(self, rows: int, num_heads: int) -> None:
+    def __init__(self, grid: Pair, num_heads: int) -> None:
         super().__init__()
-        self.relative_position_bias_table = nn.Parameter(torch.zeros(rows, num_heads))
+        self.relative_position_bias_table = relative_table(grid, num_heads)
 
 
 class RelativeVisionTransformer(Encoder):
@@ -169,11 +164,10 @@ class RelativeVisionTransformer(Encoder):
         check_lscale(lscale_init)
         self.input, self.num_features = InputSpec(in_chans, size), embed_dim
         self.grid = (size[0] // self.patch_size[0], size[1] // self.patch_size[1])
-        self.stride, self.mask_grid = self.patch_size, self.grid
+        self.stride, self.draws = self.patch_size, drop_path > 0
         self.patch_embed = PatchEmbed(size, self.patch_size, in_chans, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        rows = (2 * self.grid[0] - 1) * (2 * self.grid[1] - 1) + 3
-        self.rel_pos_bias = SharedBias(rows, num_heads) if shared_bias else None
+        self.rel_pos_bias = SharedBias(self.grid, num_heads) if shared_bias else None
         self.blocks = nn.ModuleList(
             RelativeBlock(
                 embed_dim,
@@ -184,12 +178,11 @@ class RelativeVisionTransformer(Encoder):
                 init_values=lscale_init,
                 norm_layer=LayerNorm,
             )
-            for rate in rise_to(drop_path, depth)
+            for rate in drop_path_rates(drop_path, depth)
         )
         blocks: Sequence[Any] = list(self.blocks)
         for block in blocks if not shared_bias else ():
-            table = nn.Parameter(torch.zeros(rows, num_heads))
-            block.attn.relative_position_bias_table = table
+            block.attn.relative_position_bias_table = relative_table(self.grid, num_heads)
         index = relative_index(self.grid, self.grid)
         self.register_buffer("index", index, persistent=False)
         self.stages = [f"blocks.{i}" for i in range(depth)]
@@ -198,9 +191,9 @@ class RelativeVisionTransformer(Encoder):
         mean = self.global_pool == "avg"
         self.norm: nn.Module = nn.Identity() if mean else LayerNorm(embed_dim)
         self.fc_norm: nn.Module = LayerNorm(embed_dim) if mean else nn.Identity()
-        self.start(cut=2.0)
+        self.init_weights(cut=2.0)
 
-    def start(self, cut: float) -> None:
+    def init_weights(self, cut: float) -> None:
         """Initialise all weights anew.
 
         Args:
@@ -223,11 +216,7 @@ class RelativeVisionTransformer(Encoder):
 
     def embed(self, x: Tensor) -> Tensor:
         """Patches before the blocks, [B, gh, gw, D], of normalised images [B, C, H, W]."""
-        if tuple(x.shape[1:]) != self.input.shape:
-            raise BadInput(
-                f"images are {tuple(x.shape[1:])}, the model was built for {self.input.shape} "
-                "(channels, height, width)"
-            )
+        self.input.check(x)
         return self.patch_embed.proj(x).permute(0, 2, 3, 1)
 
     def encode(self, x_BHWD: Tensor, kept: Tensor | None = None) -> Tensor:
@@ -236,8 +225,9 @@ class RelativeVisionTransformer(Encoder):
         Args:
             kept: [B, depth, 2], see `RelativeBlock`.
         """
-        *_, last = self.after_blocks(x_BHWD, kept)
-        return self.norm(last)
+        for x_BND in self.after_blocks(x_BHWD, kept):
+            last_BND = x_BND
+        return self.norm(last_BND)
 
     def after_blocks(self, x_BHWD: Tensor, kept: Tensor | None = None) -> Iterator[Tensor]:
         """Tokens after each block, [B, 1 + L, D]; the grid may be another than the tables'."""
@@ -249,11 +239,17 @@ class RelativeVisionTransformer(Encoder):
         x_BND = torch.cat([self.cls_token.expand(x_BLD.shape[0], -1, -1), x_BLD], dim=1)
         shared = None
         if self.rel_pos_bias is not None:
-            shared = read_bias(self.rel_pos_bias.relative_position_bias_table, index_NN, None)
+            shared = relative_bias(self.rel_pos_bias.relative_position_bias_table, index_NN)
         for i, block in enumerate(self.blocks):
             factors = None if kept is None else kept[:, i]
-            x_BND = run_seeded(
-                block, x_BND, index_NN, shared, factors, recompute=self.grad_checkpointing
+            x_BND = run(
+                block,
+                x_BND,
+                index_NN,
+                shared,
+                factors,
+                recompute=self.grad_checkpointing,
+                draws=self.draws,
             )
             yield x_BND
 

@@ -210,7 +210,7 @@ def uneven_sides(arguments: Mapping[str, Any]) -> str | None:
     return None if ph == pw else f"its patches are {ph} x {pw}"
 
 
-def timm_call(arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+def timm_model(arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """timm's name of its base, and its settings."""
     names = ("embed_dim", "depth", "num_heads", "mlp_ratio", "patch_size")
     shared = bool(arguments.get("shared_bias"))
@@ -254,6 +254,6 @@ STYLES = {
         kind="vit_relative",
         infer=infer,
         programs=("timm", "official"),
-        call=timm_call,
+        timm_model=timm_model,
     ),
 }

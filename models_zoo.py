@@ -4,7 +4,6 @@ Names are in `models_registry`, files of weights are read by `models_load`; call
 """
 
 from collections.abc import Mapping
-from inspect import signature
 from typing import Any
 
 from models_layers import pair
@@ -122,9 +121,7 @@ def segmenter_from(arguments: Mapping[str, Any]) -> UperNet:
         raise BadInput(
             f"an encoder of kind {encoder['encoder_kind']} gives no maps for segmentation"
         )
-    own = {k: v for k, v in encoder.items() if k != "encoder_kind"}
-    if "pad_windows" in signature(kind).parameters:  # images of any size
-        own.setdefault("pad_windows", True)
+    own = kind.for_any_size({k: v for k, v in encoder.items() if k != "encoder_kind"})
     own = {k: list(v) if isinstance(v, tuple) else v for k, v in own.items()}
     described = {"encoder_kind": encoder["encoder_kind"], **own}
     return UperNet(kind(**own, num_classes=0), encoder_arguments=described, **heads)

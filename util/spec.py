@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from util.errors import BadInput
+
 Pair = tuple[int, int]  # height and width: of an image, a patch, a grid
 # Lengths of axes from the outermost on: (rows, columns), or (times, rows, columns).
 Shape = tuple[int, ...]
@@ -40,6 +42,19 @@ class InputSpec:
         for length in self.shape:
             count *= length
         return count
+
+    def check(self, x: Tensor) -> None:
+        """Refuse inputs [B, channels, *size] that are others.
+
+        Raises:
+            BadInput: with both sizes.
+        """
+        if tuple(x.shape[1:]) != self.shape:
+            axes = ("frames, " if len(self.size) > 2 else "") + "height, width"
+            raise BadInput(
+                f"images are {tuple(x.shape[1:])}, the model was built for {self.shape} "
+                f"(channels, {axes})"
+            )
 
     def __str__(self) -> str:
         return " x ".join(map(str, self.shape))

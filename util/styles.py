@@ -36,7 +36,9 @@ class Style:
         infer: for other kinds than vit, the constructor's arguments, of weights in our names, and
             what was assumed of them, of weights and the file's name.
         programs: that take what `write` gives, of timm, transformers and official.
-        call: the name and the settings of timm's model, of our arguments.
+        timm_model: the name and the settings of timm's model, of our arguments.
+        eps: of LayerNorms in the program, where nothing is said.
+        classifier: what the program calls the head.
         pretraining: transformers' class of the model with what predicts; None: it has none.
         limit: what of our arguments these programs have no place for; None: nothing.
     """
@@ -49,7 +51,9 @@ class Style:
     kind: str = "vit"
     infer: Callable[[Mapping[str, Tensor], str], tuple[dict[str, Any], list[str]]] | None = None
     programs: tuple[str, ...] = ()
-    call: Callable[[Mapping[str, Any]], tuple[str, dict[str, Any]]] | None = None
+    timm_model: Callable[[Mapping[str, Any]], tuple[str, dict[str, Any]]] | None = None
+    eps: float = EPS
+    classifier: str = "head"
     pretraining: str | None = None
     limit: Callable[[Mapping[str, Any]], str | None] = lambda arguments: None
 

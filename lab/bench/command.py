@@ -11,10 +11,9 @@ python -m lab.bench jpegs --made DIR --count 2000        a folder like ImageNet,
 """
 
 import argparse
-import math
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -37,7 +36,6 @@ from lab.bench.contenders import (
     METHODS,
     PEERS,
     Arm,
-    create_arm_strategy,
     is_simmim,
     make_arm_masker,
     name_arm,
@@ -91,9 +89,9 @@ from util.data.source import Source, Subset
 from util.data.transforms import pretrain_transform
 from util.errors import BadInput, command, needs
 from util.flag_types import MOST_IN_BATCH, MOST_SIDE, expanded_path, processes_flag
-from util.mask.cells import make_cells
 from util.mask.strategies import count_visible
 from util.progress import say
+from util.spec import Shape
 from util.train.dist import Place, Processes, choose_device, distribute, join
 from util.train.logger import StepReport, prepare_folder
 from util.train.optim import create_adamw, parameter_groups
@@ -423,8 +421,7 @@ def open_source(args: argparse.Namespace, decoder: str = "pil") -> Source:
 
 def open_samples(args: argparse.Namespace, arm: Arm, source: Source) -> Samples:
     """Views and noise of its masks, as main_pretrain makes them of the same flags."""
-    arguments = arm_arguments(arm)
-    side, patch = arguments["img_size"], arguments["patch_size"]
+    side = arm_arguments(arm)["img_size"]
     transform = pretrain_transform(
         args.augment,
         args.decode,
@@ -435,12 +432,16 @@ def open_samples(args: argparse.Namespace, arm: Arm, source: Source) -> Samples:
         margin=source.eval_margin,
         interpolation=args.interpolation,
     )
-    draws = {}
-    if arm.method not in PEERS:
-        with torch.device("meta"):  # no weights, and no random numbers for them
-            draws = models_zoo.create_model(arm.model, **arguments).draws
-    grid = (side // patch,) * 2
-    return Samples(source, transform, args.seed, Drawn(create_arm_strategy(arm), grid, draws))
+    masker, draws = plan_masks(arm)
+    drawn = Drawn(masker.strategy, masker.cells.grid, draws)
+    return Samples(source, transform, args.seed, drawn)
+
+
+def plan_masks(arm: Arm) -> tuple[Masker, Mapping[str, Shape]]:
+    """An arm's masks, and what its samples draw beside them; a peer's are those of our model."""
+    with torch.device("meta"):  # no weights, and no random numbers for them
+        model = models_zoo.create_model(arm.model, **arm_arguments(arm))
+    return make_arm_masker(arm, model), {} if arm.method in PEERS else model.draws
 
 
 def open_data(args: argparse.Namespace, arm: Arm, steps: int) -> BenchmarkData:
@@ -457,11 +458,7 @@ def open_data(args: argparse.Namespace, arm: Arm, steps: int) -> BenchmarkData:
         pin_memory=args.pin_mem and choose_device(args.device, 0).type == "cuda",
         prefetch_factor=args.prefetch_factor,
     )
-    arguments = arm_arguments(arm)
-    patch = arguments["patch_size"]
-    grid = (arguments["img_size"] // patch,) * 2
-    visible = count_visible(math.prod(grid), arm.mask_ratio)
-    masker = Masker(create_arm_strategy(arm), make_cells(grid, (1,)), visible, (patch, patch))
+    masker, _ = plan_masks(arm)
     return BenchmarkData(source, loader, masker, steps * arm.batch)
 
 

@@ -1,6 +1,5 @@
 """The arms of the step benchmark: what each trains, said in a few words."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -8,14 +7,11 @@ from typing import Any
 from torch.nn.attention import SDPBackend
 
 import models_zoo
-from engine_pretrain import Masker
+from engine_pretrain import Masker, build_masker
 from models_mmae import METHODS as PRESETS
-from models_protocols import PretrainModel
 from util.console import shown
 from util.errors import BadInput
 from util.flag_types import MOST_IN_BATCH, MOST_SIDE, PER_CORE, most_processes
-from util.mask.cells import make_cells
-from util.mask.strategies import MaskStrategy, create_strategy
 from util.train.step import PRECISIONS
 
 PEERS = ("transformers", "official", "transformers_simmim")
@@ -175,20 +171,9 @@ def preset_terms(arm: Arm) -> Mapping[str, Any]:
     return PRESETS["mae" if arm.method in PEERS else arm.method]
 
 
-def create_arm_strategy(arm: Arm) -> MaskStrategy:
-    """The masks of the arm's method."""
-    terms = preset_terms(arm)
-    names = ("avg_share", "avg_order", "avg_temperature")
-    own = {name: terms[name] for name in names if name in terms}
-    return create_strategy(terms["mask"], **own)
-
-
-def make_arm_masker(arm: Arm, model: PretrainModel) -> Masker:
-    """What makes the masks of an arm of ours, in the cells of its method."""
-    cells = make_cells(model.mask_grid, preset_terms(arm).get("mask_cell", (1,)))
-    visible = model.num_visible(math.prod(cells.grid), arm.mask_ratio)
-    places = tuple(n // m for n, m in zip(model.input.size, model.mask_grid, strict=True))
-    return Masker(create_arm_strategy(arm), cells, visible, places)
+def make_arm_masker(arm: Arm, model: Any) -> Masker:
+    """The masks of the arm's method on the grid of a model, which may have no weights."""
+    return build_masker({**preset_terms(arm), "mask_ratio": arm.mask_ratio}, model)
 
 
 def name_arm(arm: Arm, base: Arm) -> str:

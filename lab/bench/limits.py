@@ -41,10 +41,10 @@ def layer_shapes(
 
 
 def linear_shapes(model: PretrainModel, batch: int) -> list[Shape]:
-    """The linear layers of any model, one of each size, as a forward pass without masks has them.
+    """The linear layers of a model whose encoder sees every patch, one of each size.
 
     Args:
-        model: on the CPU. batch: images.
+        model: on the CPU. batch: images of the step.
     """
     found: dict[Shape, None] = {}
 

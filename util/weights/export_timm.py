@@ -9,7 +9,7 @@ import timm
 from torch import nn
 
 from util.errors import BadInput
-from util.styles import EPS, find_writer
+from util.styles import Style, find_writer
 from util.train.checkpoint import write_signed
 from util.weights.export import appearing, check_same, has_lscale, save_folder, save_safetensors
 from util.weights.export_model import (
@@ -30,23 +30,23 @@ TIMM_NAMES = {
     (1024, 24, 16, 16): "vit_large_patch16_224",
     (1280, 32, 16, 14): "vit_huge_patch14_224",
 }
-SWIN_EPS = 1e-5  # of timm's Swin
+# Its plain vision transformer has our names and settings.
+PLAIN = Style(lambda weights: True, lambda weights, source: (dict(weights), []), dict)
 TIMM_FOLDER = "local-dir:"  # of timm.create_model, before a folder
 
 
 def to_timm(source: LoadedModel, path: Path) -> list[str]:
     """A plain ViT of timm, a file or a folder as on its hub, and the call that loads it."""
     kept = source.arguments
-    name, settings, weights = describe_timm(source)
-    usual = EPS if source.kind != "swin" else SWIN_EPS
-    norm = {} if source.eps == usual else {"norm_layer": partial(nn.LayerNorm, eps=source.eps)}
+    name, settings, weights, style = describe_timm(source)
+    norm = {} if source.eps == style.eps else {"norm_layer": partial(nn.LayerNorm, eps=source.eps)}
     if norm and not path.suffix:
         raise BadInput(
             f"timm's folders cannot say a LayerNorm epsilon of {source.eps}; give --output a name "
             "that ends in .safetensors"
         )
     seen = source.preprocessing.for_timm()
-    config = timm_config(name, settings, seen, source)
+    config = timm_config(name, settings, seen, source, style.classifier)
     bound = LOOSE if kept.get("probe") else BOUND
     with appearing(path) as temporary:
         given: dict[str, Any] = {"checkpoint_path": str(temporary)}
@@ -74,8 +74,8 @@ def to_timm(source: LoadedModel, path: Path) -> list[str]:
     return [line, f"timm.create_model({name!r}, {', '.join(written)})"]
 
 
-def describe_timm(source: LoadedModel) -> tuple[str, dict[str, Any], dict[str, Any]]:
-    """The name and the settings of timm's model, and its weights.
+def describe_timm(source: LoadedModel) -> tuple[str, dict[str, Any], dict[str, Any], Style]:
+    """The name and the settings of timm's model, its weights, and how it names them.
 
     Raises:
         BadInput: it has no such model.
@@ -84,9 +84,9 @@ def describe_timm(source: LoadedModel) -> tuple[str, dict[str, Any], dict[str, A
     both = {name: kept[name] for name in ("num_classes", "img_size", "in_chans")}
     if source.kind != "vit":
         style = find_writer(source.kind, "timm", kept, "the checkpoint")
-        assert style.call is not None
-        name, more = style.call(kept)
-        return name, both | more, source.written(style)
+        assert style.timm_model is not None
+        name, more = style.timm_model(kept)
+        return name, both | more, source.written(style), style
     weights = source.plain_weights(keep_lscale=source.keep_lscale)
     (ph, pw), D = kept["patch_size"], kept["embed_dim"]
     shape = (D, kept["depth"], kept["num_heads"], ph if ph == pw else 0)
@@ -103,17 +103,22 @@ def describe_timm(source: LoadedModel) -> tuple[str, dict[str, Any], dict[str, A
     if has_lscale(weights):
         settings["init_values"] = 1.0
     both["global_pool"] = "avg" if kept["global_pool"] == "avg" else "token"
-    return name, both | settings, weights
+    return name, both | settings, weights, PLAIN
 
 
 def timm_config(
-    name: str, settings: dict[str, Any], seen: dict[str, Any], source: LoadedModel
+    name: str,
+    settings: dict[str, Any],
+    seen: dict[str, Any],
+    source: LoadedModel,
+    classifier: str,
 ) -> dict[str, Any]:
     """The config.json of a model folder of timm.
 
     Args:
         settings: of `timm.create_model`, beside the name.
         seen: how images are prepared, see `Preprocessing.for_timm`.
+        classifier: what timm calls the head.
     """
     config: dict[str, Any] = {
         "architecture": name,
@@ -128,7 +133,7 @@ def timm_config(
             "pool_size": None,
             # timm makes RGB weights of it into weights of other channels; these are what they are.
             "first_conv": "patch_embed.proj" if settings["in_chans"] == 3 else None,
-            "classifier": "head.fc" if source.kind == "swin" else "head",
+            "classifier": classifier,
         },
     }
     classes = source.state.get("classes")

@@ -91,10 +91,9 @@ def compute_transformers(model: Any, source: LoadedModel) -> dict[str, Tensor]:
         patches = source.model.grid[0] * source.model.grid[1]
         more["noise"] = torch.arange(patches).float().expand(IMAGES, -1)
     tokens = getattr(model, "vit", model)(images, **more).last_hidden_state
-    if source.kind == "swin":  # whose tokens are a map of ours
-        side = source.arguments["patch_size"][0] * 2 ** (len(source.arguments["depths"]) - 1)
-        tokens = tokens.unflatten(1, (source.arguments["img_size"][0] // side, -1))
-    return {"tokens": tokens}
+    # Ours may be a map, of which its tokens are the rows one after the other.
+    own = source.model.forward_features(images[:1])
+    return {"tokens": tokens.reshape(len(images), *own.shape[1:])}
 
 
 TRANSFORMERS = ExportTarget(to_transformers_folder, makes_folder=True)

@@ -422,7 +422,9 @@ def test_no_run_of_a_plan_is_warned_of(name: str) -> None:
             found.model = "vit_tiny_patch4"
         planned = MAINS[task].plan_run(found, 1, warn_of_flags(vars(found), parser.given))
         said = [w for w in list_warnings(planned) if w not in machine_warnings(planned)]
-        assert said == [], run.name
+        # An encoder's first weights, as a pretraining saves them.
+        untrained = run.name.startswith("untrained")
+        assert said == (["the peak lr is 0: nothing learns"] if untrained else []), run.name
 
 
 # ---- Two steps of each -------------------------------------------------------------------------

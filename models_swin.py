@@ -158,7 +158,7 @@ class SwinTransformer(Encoder):
         self.depths, self.pad_windows = tuple(depths), pad_windows
         _check(size, self.patch_size, embed_dim, depths, num_heads, window_size, mlp_ratio)
         self.grid = (size[0] // self.patch_size[0], size[1] // self.patch_size[1])
-        self.draws = drop_path > 0
+        self.drops_paths = drop_path > 0
         if not pad_windows:
             _check_windows(size, self.patch_size, self.grid, len(depths), window_size)
         self.patch_embed = PatchEmbed(
@@ -218,7 +218,11 @@ class SwinTransformer(Encoder):
                 i = next(number)
                 factors = None if kept is None else kept[:, i]
                 x_BhwC = run(
-                    block, x_BhwC, factors, recompute=self.grad_checkpointing, draws=self.draws
+                    block,
+                    x_BhwC,
+                    factors,
+                    recompute=self.grad_checkpointing,
+                    draws=self.drops_paths,
                 )
             found.append(x_BhwC)
         return found

@@ -164,7 +164,7 @@ class RelativeVisionTransformer(Encoder):
         check_lscale(lscale_init)
         self.input, self.num_features = InputSpec(in_chans, size), embed_dim
         self.grid = (size[0] // self.patch_size[0], size[1] // self.patch_size[1])
-        self.stride, self.draws = self.patch_size, drop_path > 0
+        self.stride, self.drops_paths = self.patch_size, drop_path > 0
         self.patch_embed = PatchEmbed(size, self.patch_size, in_chans, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.rel_pos_bias = SharedBias(self.grid, num_heads) if shared_bias else None
@@ -249,7 +249,7 @@ class RelativeVisionTransformer(Encoder):
                 shared,
                 factors,
                 recompute=self.grad_checkpointing,
-                draws=self.draws,
+                draws=self.drops_paths,
             )
             yield x_BND
 

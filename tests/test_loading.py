@@ -4,13 +4,16 @@ import gc
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from launch import TINY, launch, wait
+from launch import PATIENCE, ROOT, TINY, launch, wait
 from PIL import Image
 from test_segment import NEW, SMALL
 from torch.utils.data import Dataset
@@ -84,6 +87,52 @@ def test_a_killed_loading_process_fails_the_run():
     with pytest.raises(RunFailed, match=ended) as caught:
         list(loader)
     assert not multiprocessing.active_children(), caught.value
+
+
+KILLED = """
+import multiprocessing, sys
+sys.path.insert(0, "tests")
+from test_loading import Failing
+from util.data.samples import build_loader
+
+if __name__ == "__main__":
+    loader = build_loader(Failing(None), [[0], [1]], num_workers=2, pin_memory=False)
+    loader.multiprocessing_context = sys.argv[1]
+    batches = iter(loader)
+    next(batches)
+    print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="tells by /proc which processes live")
+@pytest.mark.parametrize("context", ["fork", "forkserver"])
+def test_the_loading_processes_of_a_killed_run_end(context: str, tmp_path: Path) -> None:
+    """Nobody is left who could end them."""
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    words = [sys.executable, str(script), context]
+    with subprocess.Popen(
+        words, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    ) as run:  # fmt: skip
+        assert run.stdout is not None
+        workers = [int(word) for word in run.stdout.readline().split()]
+        assert len(workers) == 2 and all(alive(worker) for worker in workers)
+        run.kill()
+    deadline = time.monotonic() + PATIENCE
+    while any(alive(worker) for worker in workers):
+        assert time.monotonic() < deadline, "they live on"
+        time.sleep(0.05)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that ended and that nobody waited for does not."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] != "Z"
 
 
 def test_a_run_that_is_over_has_no_loading_processes(tmp_path: Path, run_main: Any) -> None:

@@ -1,8 +1,10 @@
 """From keys to batches: the sample of a data set, and the one loader."""
 
+import multiprocessing.process
 import multiprocessing.util
 import os
 import signal
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -158,6 +160,17 @@ def _init_worker(leaving: Tensor, worker: int) -> None:
 
     for number in (*STOP_SIGNALS, *TERMINAL_SIGNALS):
         signal.signal(number, note)
+
+    # Nothing ends the workers of a training process that was killed. torch's own watch sees a fork
+    # server live on, Python's usual parent of workers since 3.14, and would wait with it for ever.
+    training = multiprocessing.process.parent_process()
+    assert training is not None
+    threading.Thread(target=_end_with, args=(training,), daemon=True).start()
+
+
+def _end_with(process: multiprocessing.process.BaseProcess) -> None:
+    process.join()
+    os._exit(1)
 
 
 def empty_batch(count: int, view: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from models_layers import (
     take,
 )
 from util.errors import BadInput
+from util.mask.cells import Cells
 from util.names import Registry
 
 
@@ -162,7 +163,8 @@ class Decoder:
         """Give the model its decoder's parameters, in the order of the official weights.
 
         Args:
-            model: with `embed_dim`, `decoder_embed_dim`, `lscale_init`, `num_patches` and `blocks`.
+            model: with `embed_dim`, `decoder_embed_dim`, `lscale_init`, `blocks`, `cls_tokens` and
+                `make_positions`.
         """
         model.decoder_embed = nn.Linear(model.embed_dim, model.decoder_embed_dim)
         self._add_token(model)
@@ -175,9 +177,7 @@ class Decoder:
         model.mask_token = nn.Parameter(torch.zeros(1, 1, model.decoder_embed_dim))
 
     def _add_positions(self, model: Any) -> None:
-        model.decoder_pos_embed = nn.Parameter(
-            torch.zeros(1, 1 + model.num_patches, model.decoder_embed_dim), requires_grad=False
-        )
+        model.decoder_pos_embed = model.make_positions(model.decoder_embed_dim)
 
     def token(self, model: Any) -> nn.Parameter:
         """The parameter that stands for masked patches."""
@@ -187,6 +187,14 @@ class Decoder:
         """How many of so many masked patches of an image are predicted while training."""
         return masked
 
+    def choose(self, model: Any, ids_BM: Tensor, order_BL: Tensor | None) -> Tensor:
+        """Of the masked patches int64 [B, M] those to predict, in raster order: int64 [B, P].
+
+        Args:
+            order_BL: those of lowest order are predicted; None: all are.
+        """
+        return ids_BM
+
     def predict(
         self,
         model: Any,
@@ -195,29 +203,32 @@ class Decoder:
         ids_masked: Tensor,
         shift_B2: Tensor | None,
         order_BL: Tensor | None,
+        kept: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Encode and decode.
 
         Args:
             patches_BLV: pixels. ids_visible, ids_masked: int64 [B, K] and [B, M], raster order.
             shift_B2: of the positions. order_BL: which masked patches are predicted first.
+            kept: factors of the encoder's branches, see `models_layers.drop_path_factors`.
 
         Returns:
-            [B, P, T] and which patches these are, int64 [B, P]; P is M for most decoders.
+            [B, P, T] and which patches these are, int64 [B, P].
         """
+        ids_BP = self.choose(model, ids_masked, order_BL)
         seen = ids_masked if self.encodes_masked else None
-        latent_BND = model.forward_encoder(patches_BLV, ids_visible, shift_B2, seen)
+        latent_BND = model.forward_encoder(patches_BLV, ids_visible, shift_B2, seen, kept)
         x_BND = model.decoder_embed(latent_BND)
         code = model.position_code("decoder", shift_B2)
-        K = ids_visible.shape[1]
-        cls_token = x_BND[:, :1] + model.decoder_pos_embed[:, :1]
-        visible = x_BND[:, 1 : 1 + K] + take(code, ids_visible)
-        token = x_BND[:, 1 + K :] if self.encodes_masked else model.mask_token
-        masked = token + take(code, ids_masked)
+        first, K = model.cls_tokens, ids_visible.shape[1]
+        cls_tokens = x_BND[:, :first] + model.decoder_pos_embed[:, :first]
+        visible = x_BND[:, first : first + K] + take(code, ids_visible)
+        token = x_BND[:, first + K :] if self.encodes_masked else model.mask_token
+        masked = token + take(code, ids_BP)
         # Attention does not know order: visible first and masked last saves MAE's unshuffle.
-        x_BND = torch.cat([cls_token, visible, masked], dim=1)
-        x_BMD = model.decoder_blocks(x_BND, num_queries=ids_masked.shape[1])
-        return model.decoder_pred(model.decoder_norm(x_BMD)), ids_masked
+        x_BND = torch.cat([cls_tokens, visible, masked], dim=1)
+        x_BPD = model.decoder_blocks(x_BND, num_queries=ids_BP.shape[1])
+        return model.decoder_pred(model.decoder_norm(x_BPD)), ids_BP
 
 
 DECODERS: Registry[type[Decoder]] = Registry("decoder", {"full": Decoder})
@@ -236,11 +247,48 @@ class EncodedTokensDecoder(Decoder):
         return model.encoder_mask_token
 
 
-@DECODERS.register("cross")
-class CrossDecoder(Decoder):
-    """CrossMAE's: masked tokens read the encoder's outputs and not each other (`CrossTrunk`)."""
+class PredictsSome(Decoder):
+    """A decoder that predicts a share of the masked patches while training, all of them after."""
 
     predicts_some = True
+
+    def cells(self, model: Any) -> Cells:
+        """What is predicted together."""
+        return Cells(model.grid, (1, 1))
+
+    def num_predicted(self, model: Any, masked: int) -> int:
+        """In whole cells, at least one."""
+        each = self.cells(model).patches_each
+        return min(masked, each * max(1, round(model.predict_ratio * masked / each)))
+
+    def choose(self, model: Any, ids_BM: Tensor, order_BL: Tensor | None) -> Tensor:
+        """See `Decoder.choose`; the order of a cell is its first patch's."""
+        count = self.num_predicted(model, ids_BM.shape[1])
+        if order_BL is None or count == ids_BM.shape[1]:
+            return ids_BM
+        cells = self.cells(model)
+        (h, w), (rows, columns) = cells.size, cells.grid
+        firsts_BC = order_BL.unflatten(1, (rows, h, columns, w))[:, :, 0, :, 0].flatten(1)
+        order_BL = cells.to_patches(firsts_BC)
+        first = order_BL.gather(1, ids_BM).argsort(dim=1, stable=True)[:, :count]
+        return ids_BM.gather(1, first.sort(dim=1).values)
+
+
+@DECODERS.register("partial")
+class PartialDecoder(PredictsSome):
+    """MAE's decoder without the masked patches that are not predicted: those that are read each
+    other and the visible ones. They are chosen in whole cells of the mask, so that a patch is
+    predicted beside its neighbours. The parameters are those of `full`.
+    """
+
+    def cells(self, model: Any) -> Cells:
+        """See `PredictsSome.cells`: a cell of the mask."""
+        return model.predict_cells
+
+
+@DECODERS.register("cross")
+class CrossDecoder(PredictsSome):
+    """CrossMAE's: masked tokens read the encoder's outputs and not each other (`CrossTrunk`)."""
 
     def build(self, model: Any, depth: int, num_heads: int, mlp_ratio: float) -> None:
         """See `Decoder.build`."""
@@ -256,10 +304,6 @@ class CrossDecoder(Decoder):
             outputs=len(model.blocks) + 1,
         )
 
-    def num_predicted(self, model: Any, masked: int) -> int:
-        """At least one."""
-        return max(1, round(model.predict_ratio * masked))
-
     def predict(
         self,
         model: Any,
@@ -268,18 +312,11 @@ class CrossDecoder(Decoder):
         ids_masked: Tensor,
         shift_B2: Tensor | None,
         order_BL: Tensor | None,
+        kept: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """See `Decoder.predict`; without an order all masked patches are predicted."""
-        ids_BP = self._choose(model, ids_masked, order_BL)
-        outputs = list(model.encode(patches_BLV, ids_visible, shift_B2))
+        ids_BP = self.choose(model, ids_masked, order_BL)
+        outputs = list(model.encode(patches_BLV, ids_visible, shift_B2, kept=kept))
         x_BPD = model.mask_token + take(model.position_code("decoder", shift_B2), ids_BP)
         x_BPD = model.decoder_blocks(x_BPD, outputs)
         return model.decoder_pred(model.decoder_norm(x_BPD)), ids_BP
-
-    def _choose(self, model: Any, ids_BM: Tensor, order_BL: Tensor | None) -> Tensor:
-        """Of the masked patches int64 [B, M] those to predict, in raster order: int64 [B, P]."""
-        count = self.num_predicted(model, ids_BM.shape[1])
-        if order_BL is None or count == ids_BM.shape[1]:
-            return ids_BM
-        first = order_BL.gather(1, ids_BM).argsort(dim=1, stable=True)[:, :count]
-        return ids_BM.gather(1, first.sort(dim=1).values)

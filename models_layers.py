@@ -120,19 +120,25 @@ def mlp_hidden(mlp: Mlp, x: Tensor) -> Tensor:
 
 
 class PretrainBlock(Block):
-    """timm's `Block` as pretraining needs it: without dropout and drop path, and with an LScale
-    whose multiplication is cheap; parameters as `Block`'s.
+    """timm's `Block` as pretraining needs it: without dropout, with a drop path that is handed to
+    it, and with an LScale whose multiplication is cheap; parameters as `Block`'s.
     """
 
-    def forward(self, x_BND: Tensor) -> Tensor:
-        """[B, N, D] to [B, N, D]."""
+    def forward(self, x_BND: Tensor, kept_B2: Tensor | None = None) -> Tensor:
+        """[B, N, D] to [B, N, D].
+
+        Args:
+            kept_B2: factors of attention and MLP, see `drop_path_factors`.
+        """
         B, N, D = x_BND.shape
+        first, second = (None, None) if kept_B2 is None else kept_B2.unbind(1)
         attn = self.attn
         qkv = attn.qkv(self.norm1(x_BND)).reshape(B, N, 3, attn.num_heads, attn.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, N, head_dim]
         mixed = attend(q, k, v).transpose(1, 2).reshape(B, N, D)
-        x_BND = x_BND + scaled(attn.proj, self.ls1, mixed)
-        return x_BND + scaled(self.mlp.fc2, self.ls2, mlp_hidden(self.mlp, self.norm2(x_BND)))
+        x_BND = x_BND + scale_branch(scaled(attn.proj, self.ls1, mixed), first)
+        hidden = mlp_hidden(self.mlp, self.norm2(x_BND))
+        return x_BND + scale_branch(scaled(self.mlp.fc2, self.ls2, hidden), second)
 
 
 class QueryBlock(Block):
@@ -251,11 +257,14 @@ def relative_bias(table: Tensor, index_NN: Tensor) -> Tensor:
     return table[index_NN].permute(2, 0, 1).unsqueeze(0).contiguous()
 
 
-def relative_index(known: Pair, grid: Pair, device: torch.device | None = None) -> Tensor:
+def relative_index(
+    known: Pair, grid: Pair, device: torch.device | None = None, cls_tokens: int = 1
+) -> Tensor:
     """Which row of a table for the grid `known` each pair of tokens of `grid` has: int64 [N, N].
 
     Query, then key. On another grid an offset of so many patches keeps its row, and one beyond the
     table has the row at its edge: patches are of the same size in pixels whatever the image's.
+    All class tokens have the same rows.
     """
     sides = []
     for table, side in zip(known, grid, strict=True):
@@ -264,9 +273,10 @@ def relative_index(known: Pair, grid: Pair, device: torch.device | None = None) 
     (gh, gw), columns = grid, 2 * known[1] - 1
     pairs = sides[0][:, None, :, None] * columns + sides[1][None, :, None, :]
     first = (2 * known[0] - 1) * columns
-    index = torch.empty(1 + gh * gw, 1 + gh * gw, dtype=torch.int64, device=device)
-    index[1:, 1:] = pairs.reshape(gh * gw, gh * gw)
-    index[0], index[:, 0], index[0, 0] = first, first + 1, first + 2
+    n, N = cls_tokens, cls_tokens + gh * gw
+    index = torch.empty(N, N, dtype=torch.int64, device=device)
+    index[n:, n:] = pairs.reshape(gh * gw, gh * gw)
+    index[:n], index[:, :n], index[:n, :n] = first, first + 1, first + 2
     return index
 
 

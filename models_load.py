@@ -151,6 +151,8 @@ def build_autoencoder(
             )
         arguments = model_arguments(name)
         arguments["norm_pix_loss"] = flags.get("norm_pix_loss", False)
+        if "cls_token" in weights:
+            arguments["cls_tokens"] = weights["cls_token"].shape[1]
         arguments["img_size"] = flags.get("input_size", _find_side(weights, arguments))
         state[ASSUMED] = _list_assumptions(arguments, f"as {name}, by {reason}", flags | given)
         arguments |= given
@@ -212,7 +214,8 @@ def _find_name(weights: Mapping[str, Any]) -> str | None:
 def _find_side(weights: Mapping[str, Any], arguments: dict[str, Any]) -> Any:
     """The image side of a square grid of positions; the model's own where they are none."""
     table, patch = weights.get("pos_embed"), pair(arguments["patch_size"])
-    grid = None if table is None else infer_grid(table.shape[1] - 1, patch, None, None)
+    first = arguments.get("cls_tokens", 1)
+    grid = None if table is None else infer_grid(table.shape[1] - first, patch, None, None)
     return arguments["img_size"] if grid is None else (grid[0] * patch[0], grid[1] * patch[1])
 
 
@@ -409,9 +412,9 @@ def _check_name(name: str | None, arguments: dict[str, Any], path: str) -> None:
     expected = model_arguments(name)
     expected["patch_size"] = pair(expected["patch_size"])
     differing = [
-        f"{key} {arguments[key]}, {name} has {expected[key]}"
-        for key in ("embed_dim", "depth", "num_heads", "patch_size")
-        if arguments[key] != expected[key]
+        f"{key} {arguments.get(key, 1)}, {name} has {expected.get(key, 1)}"
+        for key in ("embed_dim", "depth", "num_heads", "patch_size", "cls_tokens")
+        if arguments.get(key, 1) != expected.get(key, 1)
     ]
     if differing:
         raise BadInput(

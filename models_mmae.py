@@ -1,4 +1,4 @@
-"""M-MAE, and MAE, which is the same class with its terms off.
+"""M-MAE, and MAE, which is the same class with its terms off; the pieces of both.
 
 MAE (He et al., arXiv 2111.06377): the encoder sees visible patches alone, a light decoder predicts
 the pixels of the masked ones. M-MAE adds LScale and an offset in the position code here, and its
@@ -7,7 +7,7 @@ masked patches are decoded, and what is predicted of them, are pieces: `models_d
 `models_targets`.
 
 Shape legend: B images, L patches, K visible, M masked (L = K + M), N tokens, D channels, V values
-of a patch (ph*pw*C).
+of a patch (ph*pw*C), n class tokens.
 """
 
 import argparse
@@ -17,13 +17,14 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from timm.layers import PatchEmbed
+from timm.layers import PatchEmbed, trunc_normal_
 from torch import Tensor, nn
 
 from models_decoders import DECODERS, CrossTrunk, DecoderTrunk, EncodedTokensDecoder
 from models_layers import (
     LayerNorm,
     check_lscale,
+    drop_path_factors,
     embed_patches,
     init_weights,
     make_block,
@@ -32,7 +33,7 @@ from models_layers import (
     split_ids,
     take,
 )
-from models_protocols import PretrainModel
+from models_protocols import PretrainModel, add_drop_path_flag, check_drop_path
 from models_targets import TARGETS, Target
 from util.errors import BadInput
 from util.flag_types import (
@@ -43,10 +44,14 @@ from util.flag_types import (
     optional,
     size_pair,
 )
+from util.mask.cells import make_cells
 from util.mask.patches import masked_patches, patchify, put_masked
 from util.mask.pos_embed import COORDINATES, sincos_2d
 from util.spec import EncoderState, InputSpec, Pair
 
+# Positions of patches: MAE's frozen code, or a trained table.
+POSITIONS = ("sincos", "learned")
+MOST_CLS_TOKENS = 256
 # What `--method` presets; each flag of its own overrides. The first is the default.
 METHODS: dict[str, dict[str, Any]] = {
     "mmae": {
@@ -82,9 +87,10 @@ class MaskedAutoencoderViT(PretrainModel):
         branch_init: factor on the last weights of every attention and MLP branch at the start.
             What LScale does to the first step, without its parameters: the study's control.
         pos_offset: none | center | learned | jitter, see `util.mask.pos_embed`.
-        decoder: full: MAE's; cross: masked tokens read the encoder's outputs and not each other
-            (CrossMAE, see `CrossTrunk`).
-        predict_ratio: share of the masked patches that `cross` predicts while training.
+        decoder: full: MAE's; partial: MAE's without the masked patches that are not predicted;
+            cross: masked tokens read the encoder's outputs and not each other (CrossMAE, see
+            `CrossTrunk`).
+        predict_ratio: share of the masked patches that `partial` and `cross` predict in training.
         encoder_mask_tokens: the encoder sees all patches, the masked ones as a learned token with
             their position; the decoder has no token of its own (MAE's ablation).
         pca_components: the target is so many PCA coefficients of a patch (MAE's ablation), largest
@@ -92,12 +98,19 @@ class MaskedAutoencoderViT(PretrainModel):
         target: name of another target, see `models_targets.TARGETS`; None: pixels, or what the two
             arguments above say.
         target_settings: keyword arguments of that target.
+        cls_tokens: n class tokens; encoder and decoder keep them all.
+        positions: sincos: MAE's frozen code; learned: trained tables in encoder and decoder, of
+            class tokens too, which start from a truncated normal distribution of deviation .02.
+        drop_path: stochastic depth of the encoder while training, rising linearly to this. It is
+            drawn with each image, so that a run does not depend on how its batches are split.
+        predict_cell: side, or (rows, columns), in patches, of the cells of which `partial` chooses
+            whole ones; 0: a whole axis.
 
     Attributes:
         grid: (gh, gw) patches.
 
     Parameters are named as in timm and in the official MAE weights. `pos_embed` and
-    `decoder_pos_embed` are frozen and hold the code without phase and shift.
+    `decoder_pos_embed` of `sincos` are frozen and hold the code without phase and shift.
 
     Raises:
         BadInput: sizes that do not fit each other.
@@ -132,6 +145,10 @@ class MaskedAutoencoderViT(PretrainModel):
         branch_init: float = 1.0,
         target: str | None = None,
         target_settings: Mapping[str, Any] | None = None,
+        cls_tokens: int = 1,
+        positions: str = "sincos",
+        drop_path: float = 0.0,
+        predict_cell: int | Pair = 1,
     ) -> None:
         super().__init__()
         self.img_size, self.patch_size = pair(img_size), pair(patch_size)
@@ -141,17 +158,17 @@ class MaskedAutoencoderViT(PretrainModel):
         self.decoder, self.predict_ratio = decoder, predict_ratio
         self.decoder_embed_dim = decoder_embed_dim
         self.encoder_mask_tokens, self.pca_components = encoder_mask_tokens, pca_components
+        self.cls_tokens, self.positions, self.drop_path = cls_tokens, positions, drop_path
         self._check(depth, decoder_embed_dim, decoder_num_heads, branch_init)
         (h, w), (ph, pw) = self.img_size, self.patch_size
         self.grid = self.mask_grid = (h // ph, w // pw)
+        self.predict_cells = make_cells(self.grid, pair(predict_cell))
         self.input = InputSpec(in_chans, self.img_size)
         self.num_patches = self.grid[0] * self.grid[1]
 
         self.patch_embed = PatchEmbed(self.img_size, self.patch_size, in_chans, embed_dim)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        self.pos_embed = nn.Parameter(
-            torch.zeros(1, 1 + self.num_patches, embed_dim), requires_grad=False
-        )
+        self.cls_token = nn.Parameter(torch.zeros(1, cls_tokens, embed_dim))
+        self.pos_embed = self.make_positions(embed_dim)
         self.blocks = nn.ModuleList(
             make_block(embed_dim, num_heads, mlp_ratio, lscale_init) for _ in range(depth)
         )
@@ -173,6 +190,11 @@ class MaskedAutoencoderViT(PretrainModel):
         for block in (*self.blocks, *self.decoder_blocks):
             block.attn.proj.weight.data *= branch_init
             block.mlp.fc2.weight.data *= branch_init
+
+    def make_positions(self, width: int) -> nn.Parameter:
+        """A table for class tokens and patches, 0 before it is initialised: [1, n + L, width]."""
+        table = torch.zeros(1, self.cls_tokens + self.num_patches, width)
+        return nn.Parameter(table, requires_grad=self.positions == "learned")
 
     def _make_target(
         self, name: str | None, settings: Mapping[str, Any] | None, patch_values: int
@@ -199,22 +221,27 @@ class MaskedAutoencoderViT(PretrainModel):
         names = ("norm_pix_loss", "lscale_init", "branch_init", "pos_offset", "decoder",
                  "predict_ratio", "encoder_mask_tokens")  # fmt: skip
         arguments = {name: values[name] for name in names}
+        if values["decoder"] == "partial":
+            arguments["predict_cell"] = list(values["mask_cell"]) * (3 - len(values["mask_cell"]))
         target = values["target"]
         arguments["pca_components"] = values["pca_components"] if target == "pca" else None
         if target not in ("pixels", "norm_pixels", "pca"):
             settings = TARGETS.find(target).from_args(values)
             arguments |= {"target": target, "target_settings": settings}
-        sizes = ("patch_size", "decoder_depth", "decoder_embed_dim", "decoder_num_heads")
+        sizes = ("patch_size", "decoder_depth", "decoder_embed_dim", "decoder_num_heads",
+                 "cls_tokens", "positions", "drop_path")  # fmt: skip
         return arguments | {n: values[n] for n in sizes if values[n] is not None}
 
     @property
     def draws(self) -> Mapping[str, tuple[int, ...]]:  # type: ignore[override]
         """`shift` of the positions, in patches, for `jitter`; `order` of the patches to predict,
-        for a decoder that predicts some, or of those to fit a target on.
+        for a decoder that predicts some, or of those to fit a target on; `kept`: which branches of
+        the encoder an image drops.
         """
         shift = {"shift": (2,)} if self.pos_offset == "jitter" else {}
         picks = self.predict_ratio < 1 or self.target_name == "pca"
-        return shift | ({"order": (self.num_patches,)} if picks else {})
+        order = {"order": (self.num_patches,)} if picks else {}
+        return shift | order | ({"kept": (len(self.blocks), 2)} if self.drop_path else {})
 
     @property
     def target(self) -> Target:
@@ -264,7 +291,7 @@ class MaskedAutoencoderViT(PretrainModel):
         return f"target: {self.target.fit(patches, images, values, sum_over_ranks)}"
 
     def encoder_state(self) -> EncoderState:
-        """See `PretrainModel.encoder_state`: a vision transformer with its class token."""
+        """See `PretrainModel.encoder_state`: a vision transformer with its class tokens."""
         arguments = {
             "img_size": list(self.img_size),
             "patch_size": list(self.patch_size),
@@ -274,8 +301,11 @@ class MaskedAutoencoderViT(PretrainModel):
             "num_heads": self.num_heads,
             "mlp_ratio": self.mlp_ratio,
             "lscale_init": self.lscale_init,
-            "pos_offset": self.pos_offset,
         }
+        if self.positions == "sincos":
+            arguments["pos_offset"] = self.pos_offset
+        if self.cls_tokens > 1:
+            arguments["cls_tokens"] = self.cls_tokens
         mine = ("patch_embed.", "cls_token", "pos_embed", "pos_phase", "blocks.", "norm.")
         weights = {k: v for k, v in self.state_dict().items() if k.startswith(mine)}
         return EncoderState("vit", arguments, weights)
@@ -303,16 +333,26 @@ class MaskedAutoencoderViT(PretrainModel):
             raise BadInput(
                 f"unknown pos_offset {self.pos_offset!r}, choose from {list(COORDINATES)}"
             )
+        if self.cls_tokens < 1:
+            raise BadInput(f"cls_tokens must be at least 1, not {self.cls_tokens}")
+        if self.positions not in POSITIONS:
+            raise BadInput(f"unknown positions {self.positions!r}, choose from {list(POSITIONS)}")
+        if self.positions == "learned" and self.pos_offset != "none":
+            raise BadInput(
+                f"pos_offset {self.pos_offset!r} is an offset of the sin-cos code, and positions "
+                "'learned' have no code; choose pos_offset 'none' or positions 'sincos'"
+            )
+        check_drop_path(self.drop_path)
         some = DECODERS.find(self.decoder).predicts_some
         if not 0 < self.predict_ratio <= 1 or (self.predict_ratio < 1 and not some):
             raise BadInput(
                 f"predict_ratio {self.predict_ratio} must be above 0 and at most 1, and below 1 "
-                "needs decoder 'cross': full blocks mix all masked tokens"
+                "needs decoder 'partial' or 'cross': MAE's predicts all masked patches"
             )
         if self.encoder_mask_tokens and self.decoder != "full":
             raise BadInput(
-                "encoder_mask_tokens needs decoder 'full': the queries of 'cross' are mask tokens "
-                "of its own"
+                "encoder_mask_tokens needs decoder 'full': it predicts each token that the encoder "
+                "was given"
             )
         if self.pca_components is not None and self.norm_pix_loss:
             raise BadInput("norm_pix_loss and pca_components are two targets; choose one")
@@ -329,8 +369,12 @@ class MaskedAutoencoderViT(PretrainModel):
     def initialize_weights(self) -> None:
         """MAE's initialisation: as its code, the patch projection as if it were a Linear."""
         for pos_embed in (self.pos_embed, self.decoder_pos_embed):
+            if self.positions == "learned":
+                trunc_normal_(pos_embed, std=0.02)
+                continue
             code = sincos_2d(pos_embed.shape[-1], self.grid, self.pos_offset)
-            pos_embed.data[0, 1:].copy_(code)  # the class token's code stays zero
+            # A class token's code stays zero.
+            pos_embed.data[0, self.cls_tokens :].copy_(code)
         self.apply(init_weights)
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(self.embed_dim, -1))
         nn.init.normal_(self.cls_token, std=0.02)
@@ -357,7 +401,7 @@ class MaskedAutoencoderViT(PretrainModel):
         fixed = self.pos_embed if part == "encoder" else self.decoder_pos_embed
         phase = self.pos_phase if part == "encoder" else self.decoder_pos_phase
         if phase is None and shift_B2 is None:
-            return fixed[:, 1:]
+            return fixed[:, self.cls_tokens :]
         code = sincos_2d(fixed.shape[-1], self.grid, self.pos_offset, phase=phase, shift=shift_B2)
         code = code if code.ndim == 3 else code.unsqueeze(0)
         # Rounded first: the device may have no float64, see `util.float64`.
@@ -369,22 +413,26 @@ class MaskedAutoencoderViT(PretrainModel):
         ids_visible: Tensor,
         shift_B2: Tensor | None = None,
         ids_masked: Tensor | None = None,
+        kept: Tensor | None = None,
     ) -> Iterator[Tensor]:
         """The visible patches' tokens before the blocks and after each, the last one normalised.
 
-        [B, L, V] and int64 [B, K] to depth + 1 times [B, 1 + K, D]; with `ids_masked` [B, M], which
-        a decoder that `encodes_masked` needs, [B, 1 + K + M, D].
+        [B, L, V] and int64 [B, K] to depth + 1 times [B, n + K, D]; with `ids_masked` [B, M], which
+        a decoder that `encodes_masked` needs, [B, n + K + M, D]. `kept` [B, depth, 2] are factors
+        of the branches, see `drop_path_factors`.
         """
         code = self.position_code("encoder", shift_B2)
         x_BKD = embed_patches(self.patch_embed.proj, take(patches_BLV, ids_visible))
         x_BKD = x_BKD + take(code, ids_visible)
-        tokens = [(self.cls_token + self.pos_embed[:, :1]).expand(len(x_BKD), -1, -1), x_BKD]
+        cls_tokens = self.cls_token + self.pos_embed[:, : self.cls_tokens]
+        tokens = [cls_tokens.expand(len(x_BKD), -1, -1), x_BKD]
         if ids_masked is not None:
             tokens.append(self.encoder_mask_token + take(code, ids_masked))
         x_BND = torch.cat(tokens, dim=1)
-        for block in self.blocks:
+        for i, block in enumerate(self.blocks):
             yield x_BND
-            x_BND = run(block, x_BND, recompute=self.grad_checkpointing)
+            factors = None if kept is None else kept[:, i]
+            x_BND = run(block, x_BND, factors, recompute=self.grad_checkpointing)
         yield self.norm(x_BND)
 
     def forward_encoder(
@@ -393,9 +441,10 @@ class MaskedAutoencoderViT(PretrainModel):
         ids_visible: Tensor,
         shift_B2: Tensor | None = None,
         ids_masked: Tensor | None = None,
+        kept: Tensor | None = None,
     ) -> Tensor:
         """The last of what `encode` gives."""
-        for x_BND in self.encode(patches_BLV, ids_visible, shift_B2, ids_masked):
+        for x_BND in self.encode(patches_BLV, ids_visible, shift_B2, ids_masked, kept):
             latent_BND = x_BND
         return latent_BND
 
@@ -406,6 +455,7 @@ class MaskedAutoencoderViT(PretrainModel):
         num_visible: int | None = None,
         shift: Tensor | None = None,
         order: Tensor | None = None,
+        kept: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """One masked autoencoding.
 
@@ -417,6 +467,7 @@ class MaskedAutoencoderViT(PretrainModel):
             shift: [B, 2] patches, the offset of `jitter`, for training. None: no shift.
             order: [B, L]; with a `predict_ratio` below 1 only that share of the masked patches is
                 predicted, those of lowest order. None: all of them.
+            kept: [B, depth, 2], what drop path draws, for training. None: nothing is dropped.
 
         Returns:
             loss: scalar, squared error, mean over a patch's target and all predicted patches.
@@ -431,10 +482,13 @@ class MaskedAutoencoderViT(PretrainModel):
             raise BadInput(f"pos_offset {self.pos_offset!r} takes no shift")
         if shift is not None and shift.shape != (len(images), 2):
             raise BadInput(f"shift is {tuple(shift.shape)}, expected {(len(images), 2)}")
+        if kept is not None and not self.drop_path:
+            raise BadInput("a model without drop_path keeps every branch")
+        factors = None if kept is None else drop_path_factors(kept, self.drop_path)
         patches_BLV = patchify(images, self.patch_size)
         ids_visible, ids_masked = split_ids(mask, num_visible)
         pred, ids_predicted = self.decoding.predict(
-            self, patches_BLV, ids_visible, ids_masked, shift, order
+            self, patches_BLV, ids_visible, ids_masked, shift, order, factors
         )
         target = self.target(take(patches_BLV, ids_predicted))
         loss = F.mse_loss(pred.to(target.dtype), target)
@@ -479,13 +533,15 @@ def add_architecture_flags(parser: argparse.ArgumentParser) -> None:
         "--decoder",
         choices=list(DECODERS),
         default="full",
-        help="cross: CrossMAE's, masked tokens read the encoder's outputs and not each other",
+        help="partial: MAE's, without the masked patches that are not predicted; cross: "
+        "CrossMAE's: masked tokens read what the encoder gives, and not each other",
     )
     group.add_argument(
         "--predict_ratio",
         type=number(float, 0, 1, open_low=True),
         default=1.0,
-        help="share of the masked patches that --decoder cross predicts; the lr follows it",
+        help="share of the masked patches that --decoder partial (in whole cells of the mask) or "
+        "cross predicts; the lr follows it",
     )
     for name, low, most, what in (
         ("depth", 1, MOST_BLOCKS, "blocks of the decoder"),
@@ -500,6 +556,18 @@ def add_architecture_flags(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="the encoder sees mask tokens too (MAE's ablation): about 3 times the computation",
     )
+    group.add_argument(
+        "--cls_tokens",
+        type=number(int, 1, MOST_CLS_TOKENS),
+        help="class tokens, which the decoder reads too; default: the model's, of MAE 1",
+    )
+    group.add_argument(
+        "--positions",
+        choices=POSITIONS,
+        help="of patches and class tokens: sincos: MAE's frozen code; learned: trained tables in "
+        "encoder and decoder; default: the model's",
+    )
+    add_drop_path_flag(group)
 
 
 class SetTarget(argparse.Action):

@@ -14,10 +14,18 @@ from torch import Tensor, nn
 
 from models_encoder import Encoder, PartlyTuned, count_tuned_blocks
 from util.errors import BadInput
+from util.flag_types import number
 from util.mask.strategies import count_visible
 from util.spec import EncoderState, InputSpec, Shape
 
-__all__ = ["Encoder", "PartlyTuned", "PretrainModel", "count_tuned_blocks"]
+__all__ = [
+    "Encoder",
+    "PartlyTuned",
+    "PretrainModel",
+    "add_drop_path_flag",
+    "check_drop_path",
+    "count_tuned_blocks",
+]
 
 
 class PretrainModel(nn.Module):
@@ -220,3 +228,19 @@ class PretrainModel(nn.Module):
         """What a plan says of the model beside its input: 49 of 196 visible ..."""
         places = torch.Size(self.mask_grid).numel()
         return f"{num_visible} of {places} visible"
+
+
+def check_drop_path(rate: float) -> None:
+    """Refuse a stochastic depth that would drop every branch, or none that there is."""
+    if not 0 <= rate < 1:
+        raise BadInput(f"drop_path {rate} must be from 0 on and below 1")
+
+
+def add_drop_path_flag(group: Any) -> None:
+    """`--drop_path` of an encoder in pretraining."""
+    group.add_argument(
+        "--drop_path",
+        type=number(float, 0, 1, open_high=True),
+        help="stochastic depth of the encoder's last block, rising to it from 0; default: the "
+        "model's",
+    )

@@ -6,6 +6,7 @@ Whoever creates or loads a model calls `models_zoo`.
 from collections.abc import Mapping
 from typing import Any
 
+import models_pixio
 import models_simmim
 import models_swin
 import models_swin_names
@@ -205,3 +206,7 @@ register_encoder(
 )
 for _name, _arguments in models_simmim.NAMES.items():
     register_model(_name, models_simmim.SimMIM, **_arguments)
+for _name, _arguments in models_pixio.NAMES.items():
+    register_model(_name, models_pixio.Pixio, **_arguments)
+for _name, _arguments in models_pixio.ENCODERS.items():
+    CLASSIFIERS.add(_name, (VisionTransformer, _arguments))

@@ -76,6 +76,9 @@ def build_segmenter_encoder(
         for key in ("embed_dim", "depth", "num_heads", "patch_size", "in_chans", "mlp_ratio")
         if key in said and said[key] != own[key]
     ]
+    tokens = said.get("cls_tokens", 1), encoder.cls_tokens
+    if tokens[0] != tokens[1]:
+        differing.append(f"{tokens[0]} class tokens, the model has {tokens[1]}")
     if differing:
         raise BadInput(f"{path} has a different architecture: {'; '.join(differing)}")
     weights: dict[str, Any] = {
@@ -193,6 +196,8 @@ def to_mmseg_names(model: UperNet) -> dict[str, Tensor]:
     """
     if model.described is not None:
         raise BadInput(f"--to mmseg takes vision transformers alone, not {type(model.encoder)}")
+    if (tokens := model.encoder.cls_tokens) > 1:
+        raise BadInput(f"mmsegmentation's backbones have one class token, this model {tokens}")
     (ph, pw), ratio = model.patch_size, model.arguments["mlp_ratio"]
     if ph != pw or ratio != int(ratio) or min(model.neck.factors) < 0.25:
         raise BadInput(
@@ -239,9 +244,9 @@ def _check_name(model: UperNet, name: str, path: str) -> None:
     expected, found = model_arguments(name), model.arguments
     expected["patch_size"] = [expected["patch_size"]] * 2
     differing = [
-        f"{key} {found[key]}, {name} has {expected[key]}"
-        for key in ("embed_dim", "depth", "num_heads", "patch_size")
-        if found[key] != expected[key]
+        f"{key} {found.get(key, 1)}, {name} has {expected.get(key, 1)}"
+        for key in ("embed_dim", "depth", "num_heads", "patch_size", "cls_tokens")
+        if found.get(key, 1) != expected.get(key, 1)
     ]
     if differing:
         raise BadInput(f"{path} has a different architecture: {'; '.join(differing)}")

@@ -19,7 +19,7 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from models_layers import drop_path_factors, pair
-from models_protocols import PretrainModel
+from models_protocols import PretrainModel, add_drop_path_flag, check_drop_path
 from models_swin import NAMES as SWIN_NAMES
 from models_swin import SwinTransformer
 from models_vit_relative import NAMES as VIT_NAMES
@@ -93,8 +93,7 @@ class SimMIM(PretrainModel):
         super().__init__()
         if encoder not in ENCODERS:
             raise BadInput(f"unknown encoder {encoder!r}, choose from {', '.join(ENCODERS)}")
-        if not 0 <= drop_path < 1:
-            raise BadInput(f"drop_path {drop_path} must be from 0 on and below 1")
+        check_drop_path(drop_path)
         if encoder == "vit_relative" and "window_size" in sizes:
             raise BadInput("window_size is Swin's; this encoder has no windows")
         if encoder == "vit_relative":  # one table for all blocks, and a final norm
@@ -140,12 +139,7 @@ class SimMIM(PretrainModel):
             type=number(int, 1, MOST_SIDE),
             help="side of Swin's windows, in patches; default: that of --model",
         )
-        group.add_argument(
-            "--drop_path",
-            type=number(float, 0, 1, open_high=True),
-            help="stochastic depth of the encoder's last block, rising to it from 0; default: the "
-            "model's",
-        )
+        add_drop_path_flag(group)
 
     @classmethod
     def from_args(cls, values: Mapping[str, Any]) -> dict[str, Any]:

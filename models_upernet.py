@@ -293,7 +293,8 @@ class UperNet(nn.Module):
         biases: list[Callable[[], Tensor]] | None = None
         if len(self.relative):
             (ph, pw), (H, W) = self.patch_size, images.shape[2:]
-            index_NN = relative_index(self.grid, (H // ph, W // pw), images.device)
+            grid, tokens = (H // ph, W // pw), self.encoder.cls_tokens
+            index_NN = relative_index(self.grid, grid, images.device, tokens)
             biases = [partial(bias, index_NN) for bias in self.relative]
         return self.encoder.forward_intermediates(
             images, indices=list(self.taps), intermediates_only=True, biases=biases
@@ -365,7 +366,9 @@ class UperNet(nn.Module):
             return {**self.described, **heads}
         block = encoder.blocks[-1]
         scaled = not isinstance(block.ls1, nn.Identity)
+        several = {"cls_tokens": encoder.cls_tokens} if encoder.cls_tokens > 1 else {}
         return {
+            **several,
             "img_size": list(encoder.img_size),
             "patch_size": list(encoder.patch_size),
             "in_chans": encoder.in_chans,

@@ -1,8 +1,9 @@
 """The encoder as a classifier: timm's vision transformer with what fine-tuning asks of it.
 
-Shape legend: B images, L patches, N = 1 + L tokens, D channels.
+Shape legend: B images, L patches, n class tokens, N = n + L tokens, D channels.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -32,11 +33,12 @@ class VisionTransformer(PartlyTuned, TimmVisionTransformer):
         num_classes: outputs of the head; 0: no head, features only.
         embed_dim, depth, num_heads, mlp_ratio: the encoder.
         global_pool: avg: mean of the patch tokens, then `fc_norm`, and no final `norm`; cls: the
-            class token after `norm`.
+            class token after `norm`, or the mean of several.
         drop_path: stochastic depth, from 0 in the first block to this in the last.
         lscale_init: LScale's gamma at the start; None: no LScale.
         probe: BatchNorm without affine before the linear head, over all processes (`head.0`, the
             head itself is `head.1`).
+        cls_tokens: n class tokens, each with a position of its own.
 
     Attributes:
         grid: (gh, gw) patches; num_features: D; img_size, patch_size: (height, width).
@@ -63,6 +65,7 @@ class VisionTransformer(PartlyTuned, TimmVisionTransformer):
         drop_path: float = 0.0,
         lscale_init: float | None = None,
         probe: bool = False,
+        cls_tokens: int = 1,
     ) -> None:
         size, patch = pair(img_size), pair(patch_size)
         if any(p < 1 or s < 1 or s % p for s, p in zip(size, patch, strict=True)):
@@ -75,6 +78,8 @@ class VisionTransformer(PartlyTuned, TimmVisionTransformer):
         if global_pool not in POOLS:
             raise BadInput(f"unknown global_pool {global_pool!r}, choose from {list(POOLS)}")
         check_lscale(lscale_init)
+        if cls_tokens < 1:
+            raise BadInput(f"cls_tokens must be at least 1, not {cls_tokens}")
         super().__init__(
             img_size=size,
             patch_size=patch,
@@ -92,9 +97,16 @@ class VisionTransformer(PartlyTuned, TimmVisionTransformer):
         )
         self.img_size, self.patch_size, self.in_chans = size, patch, in_chans
         self.grid = (size[0] // patch[0], size[1] // patch[1])
+        self.cls_tokens = self.num_prefix_tokens = cls_tokens
+        if cls_tokens > 1:
+            # Apart from the start: tokens that are alike would stay so.
+            self.cls_token = nn.Parameter(torch.randn(1, cls_tokens, embed_dim) * 0.02)
+            self.pos_embed = nn.Parameter(
+                torch.empty(1, cls_tokens + math.prod(self.grid), embed_dim)
+            )
         with torch.no_grad():
             self.pos_embed.zero_()
-            self.pos_embed[0, 1:] = sincos_2d(embed_dim, self.grid)
+            self.pos_embed[0, cls_tokens:] = sincos_2d(embed_dim, self.grid)
         if probe:
             norm = GlobalBatchNorm(embed_dim, affine=False, eps=1e-6)
             self.head: nn.Module = nn.Sequential(norm, self.head)
@@ -142,21 +154,29 @@ class VisionTransformer(PartlyTuned, TimmVisionTransformer):
 
         Args:
             images: float [B, C, H, W], normalised.
-            kind: cls: class token; avg: mean of the patch tokens; both: one after the other. Each
-                after the model's own final norm (`norm` before, or `fc_norm` after pooling).
+            kind: cls: class token, or the mean of several; avg: mean of the patch tokens; both:
+                one after the other. Each after the model's own final norm (`norm` before, or
+                `fc_norm` after pooling).
 
         Returns:
             [B, D], or [B, 2D] for both.
         """
         x_BND = self.forward_features(images)
-        parts = {"cls": x_BND[:, 0], "avg": x_BND[:, 1:].mean(dim=1)}
-        if kind not in (*parts, "both"):
+        if kind not in (*POOLS, "both"):
             raise BadInput(f"unknown features {kind!r}, choose from cls, avg, both")
         kinds = ("cls", "avg") if kind == "both" else (kind,)
-        return torch.cat([self.fc_norm(parts[k]) for k in kinds], dim=1)
+        return torch.cat([self.fc_norm(self.pool(x_BND, POOLS[k])) for k in kinds], dim=1)
+
+    def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
+        """Tokens [B, N, D] to [B, D], as timm: by `avg`, or by `token`, the class tokens' mean."""
+        kind = self.global_pool if pool_type is None else pool_type
+        first, rest = x[:, : self.cls_tokens], x[:, self.cls_tokens :]
+        if kind == "token":
+            return first[:, 0] if self.cls_tokens == 1 else first.mean(dim=1)
+        return rest.mean(dim=1)
 
     def forward_features(self, images: Tensor, **kwargs: Any) -> Tensor:
-        """Tokens [B, 1 + L, D] of normalised images, float [B, C, H, W]; class token first."""
+        """Tokens [B, N, D] of normalised images, float [B, C, H, W]; class tokens first."""
         if images.shape[1:] != (self.in_chans, *self.img_size):
             raise BadInput(
                 f"images are {tuple(images.shape[1:])}, the model was built for "
@@ -182,16 +202,16 @@ class VisionTransformer(PartlyTuned, TimmVisionTransformer):
         Args:
             x: images, float [B, C, H, W], normalised.
             indices: of the blocks, from 0; a number: the last so many; None: all.
-            return_prefix_tokens: give each map with the class token beside it, [B, 1, D].
+            return_prefix_tokens: give each map with the class tokens beside it, [B, n, D].
             norm: apply the final norm to the maps.
             intermediates_only: leave out what comes after the last map.
             biases: one function for each block that gives what is added to its attention's logits,
-                [1, heads, 1 + L, 1 + L]; called in the block, so that with gradient checkpointing
+                [1, heads, N, N]; called in the block, so that with gradient checkpointing
                 only one of them is kept.
 
         Returns:
             maps, a list of [B, D, gh, gw]; unless intermediates_only, the tokens after the last
-            block and the final norm, [B, 1 + L, D], and the maps.
+            block and the final norm, [B, N, D], and the maps.
 
         Raises:
             BadInput: images of other channels, or that are not in whole patches.
@@ -211,12 +231,13 @@ class VisionTransformer(PartlyTuned, TimmVisionTransformer):
                 x_BND = _biased(block, x_BND, bias)
             if i in wanted:
                 y_BND = self.norm(x_BND) if norm else x_BND
-                tiles = y_BND[:, 1:].transpose(1, 2).unflatten(2, grid).contiguous()
-                maps.append((tiles, y_BND[:, :1]) if return_prefix_tokens else tiles)
+                first, patches = y_BND[:, : self.cls_tokens], y_BND[:, self.cls_tokens :]
+                tiles = patches.transpose(1, 2).unflatten(2, grid).contiguous()
+                maps.append((tiles, first) if return_prefix_tokens else tiles)
         return maps if intermediates_only else (self.norm(x_BND), maps)
 
     def _embed(self, images: Tensor) -> tuple[Tensor, Pair]:
-        """Tokens before the first block, [B, 1 + L, D], of images of any size; and their grid."""
+        """Tokens before the first block, [B, N, D], of images of any size; and their grid."""
         C, H, W = images.shape[1:]
         ph, pw = self.patch_size
         if self.in_chans != C or H % ph or W % pw or not H or not W:

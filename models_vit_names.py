@@ -106,7 +106,8 @@ def _without_doubles(pairs: Iterable[tuple[str, Tensor]], source: str) -> Weight
 # ---- transformers --------------------------------------------------------------------------------
 
 BLOCKS = re.compile(
-    r"(?:vit\.)?(?P<encoder>encoder\.layer|layers)\.(?P<e>\d+)\.(?P<ep>.+)\.(?P<ek>weight|bias)"
+    r"(?:(?:vit|pixio)\.)?(?P<encoder>encoder\.layer|layers)\.(?P<e>\d+)\.(?P<ep>.+)"
+    r"\.(?P<ek>weight|bias)"
     r"|decoder\.(?P<decoder>decoder_layers|decoder_encoder\.layer)\.(?P<d>\d+)\.(?P<dp>.+)"
     r"\.(?P<dk>weight|bias)"
 )
@@ -123,13 +124,19 @@ OUTSIDE = {
     "decoder_norm": "decoder.decoder_norm",
     "decoder_pred": "decoder.decoder_pred",
 }
+# What Pixio, which has several class tokens, calls otherwise in its files.
+PIXIO_PARTS = {"norm1": "norm1", "norm2": "norm2"}
 # Of models that we have no use for; no image's features depend on them.
 UNUSED = re.compile(r"(vit\.)?(pooler\.dense\.(weight|bias)|embeddings\.mask_token)")
 
 
 def to_transformers(weights: Mapping[str, Tensor]) -> Weights:
-    """A plain model (no LScale, no phases, no probe) in the names of transformers' files."""
-    named = {}
+    """A plain model (no LScale, no phases, no probe) in the names of transformers' files.
+
+    An encoder with several class tokens is a Pixio there.
+    """
+    pixio, named = weights["cls_token"].shape[1] > 1, {}
+    parts = PARTS | (PIXIO_PARTS if pixio else {})
     for key, tensor in weights.items():
         module, _, kind = key.rpartition(".")
         block = re.fullmatch(r"(decoder_)?blocks\.(\d+)\.(.+)", module)
@@ -138,24 +145,29 @@ def to_transformers(weights: Mapping[str, Tensor]) -> Weights:
             continue
         trunk = "decoder.decoder_layers" if block[1] else "vit.encoder.layer"
         if block[3] != "attn.qkv":
-            named[f"{trunk}.{block[2]}.{PARTS[block[3]]}.{kind}"] = tensor
+            named[f"{trunk}.{block[2]}.{parts[block[3]]}.{kind}"] = tensor
             continue
         for part, name in zip(tensor.chunk(3), QKV, strict=True):
             named[f"{trunk}.{block[2]}.attention.attention.{name}.{kind}"] = part
-    return named
+    return {k.removeprefix("vit."): v for k, v in named.items()} if pixio else named
 
 
 def from_transformers(weights: Mapping[str, Tensor], source: str) -> tuple[Weights, list[str]]:
-    """ViT and ViTMAE of transformers, with or without head or decoder; and what was left out."""
-    parts = {theirs: ours for known in (PARTS, PARTS_IN_MEMORY) for ours, theirs in known.items()}
+    """ViT, ViTMAE and Pixio of transformers, with or without head or decoder; and what was left
+    out.
+    """
+    known_parts = (PARTS, PARTS_IN_MEMORY, PIXIO_PARTS)
+    parts = {theirs: ours for known in known_parts for ours, theirs in known.items()}
+    backbone = any(key.startswith("pixio.") for key in weights)
     outside = {theirs.removeprefix("vit."): ours for ours, theirs in OUTSIDE.items()}
     pairs, unused = [], []
     attention: dict[str, dict[str, tuple[str, Tensor]]] = {}
     for key, tensor in weights.items():
-        if UNUSED.fullmatch(key):
+        # A backbone of Pixio has a norm of its maps beside the encoder's own.
+        if UNUSED.fullmatch(key) or (backbone and key.startswith("layernorm.")):
             unused.append(key)
             continue
-        bare = key.removeprefix("vit.")
+        bare = key.removeprefix("vit.").removeprefix("pixio.")
         module, _, kind = bare.rpartition(".")
         if bare in outside or module in outside:
             pairs.append((outside.get(bare) or f"{outside[module]}.{kind}", tensor))
@@ -192,7 +204,8 @@ def make_config(
     """transformers' config.json of a plain model.
 
     Args:
-        arguments: of `MaskedAutoencoderViT` (it has decoder_embed_dim) or `VisionTransformer`.
+        arguments: of `MaskedAutoencoderViT` (it has decoder_embed_dim) or `VisionTransformer`; one
+            with several class tokens is a Pixio, which has no head.
         classes: names for id2label; None: numbers.
     """
     decoder = "decoder_embed_dim" in arguments
@@ -214,6 +227,10 @@ def make_config(
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
     }
+    if (tokens := arguments.get("cls_tokens", 1)) > 1:
+        del config["intermediate_size"]
+        named = {"architectures": ["PixioModel"], "model_type": "pixio"}
+        return config | named | {"mlp_ratio": int(ratio), "n_cls_tokens": tokens}
     if decoder:
         width = arguments["decoder_embed_dim"]
         return config | {
@@ -237,10 +254,10 @@ def read_config(config: Mapping[str, Any], source: str) -> dict[str, Any]:
         BadInput: another kind of model, or one that ours cannot be.
     """
     kind = config.get("model_type")
-    if kind not in ("vit", "vit_mae"):
+    if kind not in ("vit", "vit_mae", "pixio"):
         raise BadInput(
-            f"{source} is a {kind} of transformers; expected vit or vit_mae (ViTMAEForPreTraining, "
-            "ViTForImageClassification, or their encoders)"
+            f"{source} is a {kind} of transformers; expected vit, vit_mae or pixio "
+            "(ViTMAEForPreTraining, ViTForImageClassification, or their encoders)"
         )
     names = {
         "img_size": "image_size",
@@ -257,10 +274,13 @@ def read_config(config: Mapping[str, Any], source: str) -> dict[str, Any]:
             "decoder_num_heads": "decoder_num_attention_heads",
             "norm_pix_loss": "norm_pix_loss",
         }
-    names |= {"mlp_ratio": "intermediate_size", "eps": "layer_norm_eps"}
+    hidden = "mlp_ratio" if kind == "pixio" else "intermediate_size"
+    names |= {"mlp_ratio": hidden, "eps": "layer_norm_eps"}
+    names |= {"cls_tokens": "n_cls_tokens"} if kind == "pixio" else {}
     # A file that does not say has transformers' defaults, which are ViT's too.
     arguments = read_sizes(config, source, names, {"hidden_act": "gelu", "qkv_bias": True})
-    arguments["mlp_ratio"] = config["intermediate_size"] / config["hidden_size"]
+    if kind != "pixio":
+        arguments["mlp_ratio"] /= config["hidden_size"]
     found = {"norm_eps": arguments.pop("eps"), "model_args": arguments}
     return found | (read_labels(config) if kind == "vit" else {})
 
@@ -269,7 +289,7 @@ def read_config(config: Mapping[str, Any], source: str) -> dict[str, Any]:
 
 
 def is_transformers(weights: Mapping[str, Any]) -> bool:
-    """Of ViT or ViTMAE, with or without what stands before the names."""
+    """Of ViT, ViTMAE or Pixio, with or without what stands before the names."""
     return any("embeddings.patch_embeddings.projection." in key for key in weights)
 
 

@@ -42,7 +42,7 @@ CORE = (
     "engine_pretrain", "engine_segment", "engine_train", "eval_finetune", "eval_pretrain",
     "eval_segment", "models_batchnorm", "models_decoders", "models_encoder", "models_layers",
     "models_load",
-    "models_load_kinds", "models_mmae", "models_protocols", "models_registry",
+    "models_load_kinds", "models_mmae", "models_pixio", "models_protocols", "models_registry",
     "models_segmenters", "models_simmim", "models_swin", "models_swin_names", "models_targets",
     "models_upernet", "models_vit", "models_vit_names", "models_vit_relative",
     "models_vit_relative_names", "models_zoo", "util/data/class_names",

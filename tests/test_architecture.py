@@ -45,7 +45,7 @@ PLACES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("root", "mask", "pieces"),
     ),
     "models": (
-        ("models_mmae.py", "models_simmim.py", "models_upernet.py"),
+        ("models_mmae.py", "models_pixio.py", "models_simmim.py", "models_upernet.py"),
         ("root", "mask", "pieces", "encoders"),
     ),
     # By name and from files.
@@ -82,7 +82,7 @@ PLACES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }  # fmt: skip
 # Places whose files import none of their own kind: a command is read without the others.
 ALONE = ("mains", "jobs", "parts", "uses", "engines", "encoders", "models")
-EXTENDS: dict[str, str] = {}  # a method file: the one that it is a preset of
+EXTENDS = {"models_pixio": "models_mmae"}  # a method file: the one that it is a preset of
 # Folders of modules: a name of theirs goes on after the dot.
 PACKAGES = {
     pattern.rpartition("/")[0] for patterns, _ in PLACES.values() for pattern in patterns

@@ -65,14 +65,23 @@ TABLE: Table = {
     "--list_models": Told("test_list_models"),
     "--patch_size": Row("--patch_size=8", "start masks weights"),
     "--in_chans": Row("--in_chans=1", "images start statistics masks weights"),
-    "--decoder": Row("--decoder=cross", "start learns weights"),
-    "--predict_ratio": Row("--predict_ratio=0.5", "rates weights", "--decoder=cross"),
+    "--decoder": [
+        Row("--decoder=cross", "start learns weights"),
+        Row("--decoder=partial", "start learns weights", "--predict_ratio=0.5 --decoder=cross"),
+    ],
+    "--predict_ratio": [
+        Row("--predict_ratio=0.5", "rates weights", f"--decoder={decoder}")
+        for decoder in ("partial", "cross")
+    ],
     "--decoder_depth": Row("--decoder_depth=2", "start learns weights"),
     "--decoder_embed_dim": Row("--decoder_embed_dim=16", "start weights"),
     "--decoder_num_heads": Row("--decoder_num_heads=4", "weights"),
     "--mask_ratio": Row("--mask_ratio=0.5", "masks weights"),
     "--mask_cell": Row("--mask_cell=2", "masks weights"),
     "--encoder_mask_tokens": Row("--encoder_mask_tokens", "start learns weights"),
+    "--cls_tokens": Row("--cls_tokens=3", "start weights"),
+    "--positions": Row("--positions=learned", "start learns weights", "--pos_offset=none"),
+    "--drop_path": Row("--drop_path=0.5", "weights"),
     "--target": [
         Row("--target=norm_pixels", "weights"),
         Row(PCA, "start weights"),
@@ -131,6 +140,7 @@ PLANNED = """
     --accum_iter: batch lr steps
     --batch_size: activations batch images lr memory shared steps time
     --blr: lr
+    --cls_tokens: FLOPs activations decoder encoder in memory parameters shared
     --dataset: data warning
     --decay_epochs: lr
     --decay_rate: lr
@@ -158,6 +168,7 @@ PLANNED = """
       + shared
     --pca_components: decoder parameters
     --pos_offset: decoder encoder parameters
+    --positions: decoder encoder parameters
     --precision: activations half-precision memory shared
     --predict_ratio: FLOPs activations lr pretrain
     --save_every: disk

@@ -34,11 +34,12 @@ ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / "recipes"
 ROWS = sorted(
     path.relative_to(RECIPES).as_posix()
-    for folder in ("mae", "mmae", "simmim", "small")
+    for folder in ("mae", "mmae", "pixio", "simmim", "small")
     for path in (RECIPES / folder).rglob("*.yaml")
     if not path.name.startswith("ade20k")
 )
 SEGMENTERS = ("ade20k.yaml", "garments.yaml", "simmim/ade20k_swin_base.yaml")
+PRETRAINED = ("mae_", "simmim_", "pixio_")  # what models begin with that are pretrained
 MAINS: dict[str, Any] = {
     "pretrain": main_pretrain, "finetune": main_finetune, "segment": main_segment,
 }  # fmt: skip
@@ -49,7 +50,7 @@ def task_of(name: str) -> str:
     if name in SEGMENTERS:
         return "segment"
     own = read_recipe(RECIPES / name)
-    return "pretrain" if own.get("model", "").startswith(("mae_", "simmim_")) else "finetune"
+    return "pretrain" if own.get("model", "").startswith(PRETRAINED) else "finetune"
 
 
 @cache
@@ -59,7 +60,8 @@ def parser_for(task: str, *words: str) -> FlagParser:
 
 def parser_of(name: str) -> FlagParser:
     """The parser as the recipe's own method makes it."""
-    own = [f"--config={RECIPES / name}"] if name.startswith("simmim/pretrain") else []
+    others = name.startswith(("simmim/pretrain", "pixio/pretrain"))
+    own = [f"--config={RECIPES / name}"] if others else []
     return parser_for(task_of(name), *own)
 
 
@@ -223,7 +225,24 @@ SIMMIM_ROWS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-EXPECTED = expected() | {f"simmim/{name}.yaml": row for name, row in SIMMIM_ROWS.items()}
+# Pixio's, from its published settings: 1,605 steps of 8192 images are an epoch of ImageNet-21K.
+PIXIO = PRETRAIN | TERMS["mae"] | {
+    "method": "pixio", "model": "pixio_vit_huge_patch16", "batch": 8192, "lr": 8e-4,
+    "mask_cell": [4], "drop_path": 0.4,
+}  # fmt: skip
+PIXIO_ROWS: dict[str, dict[str, Any]] = {
+    "pretrain_vit_huge_21k": PIXIO | {"epochs": 13_151_276 // 8192 * 400 // 1605},
+    "pretrain_vit_huge_1k": PIXIO | {
+        "epochs": 1605 * 400 // (1_281_167 // 8192), "warmup_epochs": 411.5},
+    "linear_vit_huge": LINEAR | {"model": "vit_huge_patch16_cls8", "input_size": (256, 256)},
+}  # fmt: skip
+
+
+EXPECTED = expected() | {
+    f"{folder}/{name}.yaml": row
+    for folder, rows in {"simmim": SIMMIM_ROWS, "pixio": PIXIO_ROWS}.items()
+    for name, row in rows.items()
+}
 PUBLISHED = {
     "mmae/published_pretrain.yaml": """--batch_size 100 --model mae_vit_base_patch16
         --norm_pix_loss --mask_ratio 0.75 --epochs 400 --warmup_epochs 40 --blr 1.5e-4
@@ -313,6 +332,7 @@ COST = re.compile(
 )
 SCALED = re.compile(r"s; (?P<known>[\d,]+) images/s x (?P<its>[\d.]+) / (?P<own>[\d.]+) GFLOPs")
 SET_SIZES = {"imagefolder": 1_281_167, "places365": 1_803_460}
+IMAGENET_21K = 13_151_276
 
 
 def header_of(path: Path) -> str:
@@ -329,7 +349,8 @@ def test_the_header_is_true_of_its_recipe(name: str) -> None:
     """Epochs, images, hours, rate, size and batch: what is written is what the settings give."""
     header, found = header_of(RECIPES / name), numbers(name)
     cost = COST.search(header)
-    assert cost and plain(cost["images"]) == SET_SIZES[found["dataset"]]
+    images = IMAGENET_21K if "ImageNet-21K" in header else SET_SIZES[found["dataset"]]
+    assert cost and plain(cost["images"]) == images
     assert int(cost["epochs"]) == found["epochs"] and cost["by"] == cost["gpus"]
     hours = plain(cost["images"]) * found["epochs"] / int(cost["gpus"]) / plain(cost["rate"]) / 3600
     rounded = 0.051 + hours * 0.5 / plain(cost["rate"])  # hours to a tenth, rates to an image
@@ -378,7 +399,7 @@ def test_run_folders_are_apart() -> None:
 def warned(name: str, *more: str) -> list[str]:
     """Its warnings where it is meant to run, but for those of this machine."""
     found = argparse.Namespace(**vars(resolved(name, *more)))
-    count = 8 if name.startswith(("mae/", "mmae/", "simmim/", "ade20k")) else 1
+    count = 8 if name.startswith(("mae/", "mmae/", "pixio/", "simmim/", "ade20k")) else 1
     plan = MAINS[task_of(name)].plan_run(found, count)
     return [w for w in list_warnings(plan) if w not in machine_warnings(plan)]
 
@@ -509,6 +530,8 @@ def at_small_size(name: str, recipe: dict[str, Any], start: Path) -> list[str]:
         model = "simmim_swin_micro_patch2_window4" if swin else "simmim_vit_micro_patch4"
         flags = [f"--model={model}", "--mask_cell=4", "--picture_every=0"]
         return [*flags, *(["--decay_epochs=0.5"] if "800" in name else [])]
+    if task_of(name) == "pretrain" and name.startswith("pixio/"):
+        return ["--model=pixio_vit_micro_patch4", "--mask_cell=2", "--picture_every=0"]
     if task_of(name) == "pretrain":
         flags = ["--model=mae_vit_micro_patch4", "--input_size=16", "--picture_every=0"]
         # A patch of 4 x 4 has 16 values.

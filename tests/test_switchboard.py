@@ -315,7 +315,7 @@ def test_compiles_as_one_graph() -> None:
         ({"pca_components": 49}, "48 values"),
         ({"pca_components": 0}, "pca_components 0"),
         ({"pca_components": 3, "norm_pix_loss": True}, "two targets"),
-        ({"encoder_mask_tokens": True, "decoder": "cross"}, "queries"),
+        ({"encoder_mask_tokens": True, "decoder": "cross"}, "needs decoder 'full'"),
     ],
 )
 def test_bad_settings_are_explained(settings: dict[str, object], message: str) -> None:

@@ -126,7 +126,7 @@ def build_parser() -> FlagParser:
         default=argparse.SUPPRESS,
         metavar="ARM",
         help=f"comma-separated words: {'|'.join(METHODS)}, fp32|bf16|fp16, compile[=MODE], "
-        "checkpointing, cross=SHARE, adamw=, channels_last, shard, batch=, size=, "
+        "checkpointing, cross=SHARE, partial=SHARE, adamw=, channels_last, shard, batch=, size=, "
         f"mask=, model=, processes=; ratios are to the first; default of step: {' '.join(ARMS)}",
     )
     group.add_argument(
@@ -233,8 +233,10 @@ def arm_arguments(arm: Arm, in_chans: int = 3) -> dict[str, Any]:
         arguments |= {"norm_pix_loss": True, **terms}
     if arm.size is not None:
         arguments["img_size"] = arm.size
-    if arm.predict_ratio is not None:
-        arguments |= {"decoder": "cross", "predict_ratio": arm.predict_ratio}
+    if arm.decoder != "full":
+        arguments |= {"decoder": arm.decoder, "predict_ratio": arm.predict_ratio}
+    if arm.decoder == "partial":
+        arguments["predict_cell"] = preset_terms(arm).get("mask_cell", [1])[0]
     return arguments
 
 

@@ -15,10 +15,14 @@ from util.flag_types import MOST_IN_BATCH, MOST_SIDE, PER_CORE, most_processes
 from util.train.step import PRECISIONS
 
 PEERS = ("transformers", "official", "transformers_simmim")
-METHODS = ("mae", "mmae", "simmim", *PEERS)
+METHODS = ("mae", "mmae", "pixio", "simmim", *PEERS)
 # Of SimMIM, with what its arms have unless told otherwise.
 SIMMIM = ("simmim", "transformers_simmim")
 SIMMIM_USUAL = {"model": "simmim_swin_base_patch4_window6", "mask_ratio": 0.6}
+USUAL: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(SIMMIM, SIMMIM_USUAL),
+    "pixio": {"model": "pixio_vit_base_patch16"},
+}
 # torch.compile's own names of its ways; a word alone is the first, which training has.
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 # torch's kernels of attention.
@@ -36,14 +40,15 @@ class Arm:
     """One way to take a training step.
 
     Attributes:
-        method: mae | mmae | simmim, or a peer of the same sizes: transformers (its ViTMAE),
+        method: mae | mmae | pixio | simmim, or a peer of the same sizes: transformers (its ViTMAE),
             official (`lab.bench.peers.OfficialMAE`: MAE as its authors compute it),
             transformers_simmim (its Swin for masked images).
         model: name in the zoo.
         precision: fp32 | bf16 | fp16.
         compiled: through torch.compile, in this of its `MODES`; None: not.
         checkpointing: activations are computed again in the backward pass.
-        predict_ratio: None: MAE's decoder; otherwise the cross decoder and its share.
+        decoder: full: MAE's; partial or cross.
+        predict_ratio: share of the hidden patches that such a decoder predicts.
         batch: images of each process.
         size: side of the image, pixels; None: the model's.
         mask_ratio: share of the patches that is masked.
@@ -59,7 +64,8 @@ class Arm:
     precision: str = "fp32"
     compiled: str | None = None
     checkpointing: bool = False
-    predict_ratio: float | None = None
+    decoder: str = "full"
+    predict_ratio: float = 1.0
     batch: int = 32
     size: int | None = None
     mask_ratio: float = 0.75
@@ -81,10 +87,12 @@ def one_of(names: Sequence[str]) -> Callable[[str], str]:
     return read
 
 
+# Decoders that can predict some of the hidden patches; a word, and with a value their share.
+SOME = ("partial", "cross")
 # Words with a value, and how it is read; the others are words alone.
 VALUES: dict[str, tuple[str, Any]] = {
     "model": ("model", str),
-    "cross": ("predict_ratio", float),
+    **{name: ("predict_ratio", float) for name in SOME},
     "batch": ("batch", int),
     "size": ("size", int),
     "mask": ("mask_ratio", float),
@@ -100,7 +108,7 @@ WORDS: dict[str, tuple[str, Any]] = {
     "checkpointing": ("checkpointing", True),
     "channels_last": ("channels_last", True),
     "shard": ("sharded", True),
-    "cross": ("predict_ratio", 1.0),
+    **{name: ("decoder", name) for name in SOME},
 }
 
 
@@ -122,11 +130,12 @@ def parse_arm(text: str, base: Arm) -> Arm:
         field, meaning = known[name]
         try:
             given[field] = meaning(value) if equals else meaning
+            if name in SOME:
+                given["decoder"] = name
         except ValueError as error:
             wanted = str(error) if str(error).startswith("one of") else "a number"
             raise BadInput(f"{word.strip()!r} in the arm {text!r} needs {wanted}") from None
-    if given.get("method", base.method) in SIMMIM:
-        given = SIMMIM_USUAL | given
+    given = USUAL.get(given.get("method", base.method), {}) | given
     arm = replace(base, **given)
     check_arm(arm, text)
     return arm
@@ -141,15 +150,16 @@ def check_arm(arm: Arm, text: str) -> None:
             f"arm {shown(text)}: batch, processes and size are at most {most[0]:,}, {most[1]:,} "
             f"({PER_CORE} for each core of this machine) and {most[2]:,}"
         )
-    shares = (arm.mask_ratio, arm.predict_ratio or 1.0)
+    shares = (arm.mask_ratio, arm.predict_ratio)
     if min(counts) < 1 or not all(0 < share <= 1 for share in shares) or arm.mask_ratio == 1:
         raise BadInput(
             f"arm {text!r}: batch, size and processes are at least 1; mask lies between 0 and 1, "
-            "cross above 0 and at most 1"
+            "partial and cross are above 0 and at most 1"
         )
-    if arm.method in (*PEERS, *SIMMIM) and arm.predict_ratio is not None:
-        raise BadInput(f"arm {text!r}: {arm.method} has no cross decoder")
-    if (arm.method in SIMMIM) != is_simmim(arm):
+    if arm.method in (*PEERS, *SIMMIM) and arm.decoder != "full":
+        raise BadInput(f"arm {text!r}: {arm.method} has no {arm.decoder} decoder")
+    families = (arm.method in SIMMIM, arm.method == "pixio")
+    if families != (is_simmim(arm), is_pixio(arm)):
         raise BadInput(f"arm {text!r}: {arm.model} is not a model of {arm.method}")
     if arm.method == "transformers_simmim" and "_swin_" not in arm.model:
         raise BadInput(f"arm {text!r}: transformers has SimMIM with Swin alone")
@@ -164,10 +174,15 @@ def is_simmim(arm: Arm) -> bool:
     return arm.model.startswith("simmim_")
 
 
+def is_pixio(arm: Arm) -> bool:
+    """Whether its model is Pixio's."""
+    return arm.model.startswith("pixio_")
+
+
 def preset_terms(arm: Arm) -> Mapping[str, Any]:
     """What the arm's method presets; the peers of MAE are MAE."""
-    if is_simmim(arm):
-        return models_zoo.list_methods(arm.model)["simmim"]
+    if is_simmim(arm) or is_pixio(arm):
+        return next(iter(models_zoo.list_methods(arm.model).values()))
     return PRESETS["mae" if arm.method in PEERS else arm.method]
 
 
@@ -183,9 +198,13 @@ def name_arm(arm: Arm, base: Arm) -> str:
     alone = {field: word for word, (field, _) in WORDS.items()}
     for field in fields(arm):
         value = getattr(arm, field.name)
-        if field.name in ("method", "precision") or value == getattr(base, field.name):
+        if field.name in ("method", "precision", "predict_ratio"):
             continue
-        if value is True or value == MODES[0]:
+        if field.name == "decoder" and value != "full":
+            words.append(value if arm.predict_ratio == 1 else f"{value}={arm.predict_ratio}")
+        elif value == getattr(base, field.name):
+            continue
+        elif value is True or value == MODES[0]:
             words.append(alone[field.name])
         else:
             words.append(f"{written[field.name]}={value}")

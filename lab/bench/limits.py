@@ -29,10 +29,10 @@ def layer_shapes(
     Args:
         arguments: of `MaskedAutoencoderViT`.
     """
-    shapes = []
+    shapes, tokens = [], arguments.get("cls_tokens", 1)
     for rows, width in (
-        (batch * (1 + num_visible), arguments["embed_dim"]),
-        (batch * (1 + num_patches), arguments["decoder_embed_dim"]),
+        (batch * (tokens + num_visible), arguments["embed_dim"]),
+        (batch * (tokens + num_patches), arguments["decoder_embed_dim"]),
     ):
         hidden = int(width * arguments.get("mlp_ratio", 4.0))
         for inner, outer in ((width, 3 * width), (width, width), (width, hidden), (hidden, width)):

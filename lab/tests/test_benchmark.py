@@ -22,7 +22,7 @@ import models_zoo
 from lab.bench import data_speed, limits, step_speed, training_speed
 from lab.bench import measuring as benchmark
 from lab.bench.children import Answer, Children
-from lab.bench.contenders import Arm, name_arm, parse_arm, parse_arms
+from lab.bench.contenders import Arm, make_arm_masker, name_arm, parse_arm, parse_arms
 from lab.bench.made_images import jpegs_like_imagenet, make_jpegs, make_tiny_files
 from lab.bench.peers import UsualFiles
 from models_mmae import MaskedAutoencoderViT
@@ -99,12 +99,13 @@ def test_machine_says_what_torch_was_told(monkeypatch: pytest.MonkeyPatch) -> No
 def test_arms_are_said_in_words() -> None:
     base = Arm(batch=8)
     arm = parse_arm("mmae,bf16,compile,checkpointing,cross=.34,size=64,mask=.5,processes=2", base)
-    assert arm == Arm("mmae", base.model, "bf16", "default", True, 0.34, 8, 64, 0.5, 2)
+    assert arm == Arm("mmae", base.model, "bf16", "default", True, "cross", 0.34, 8, 64, 0.5, 2)
     assert name_arm(arm, base) == (
         "mmae,bf16,compile,checkpointing,cross=0.34,size=64,mask=0.5,processes=2"
     )
     assert parse_arm(name_arm(arm, base), base) == arm
     assert parse_arm("cross", base).predict_ratio == 1
+    assert name_arm(parse_arm("cross", base), base) == "mae,fp32,cross"
     more = "mae,fp32,compile=reduce-overhead,adamw=foreach,attention=flash,channels_last,shard"
     assert name_arm(parse_arm(more, base), base) == more
     assert name_arm(parse_arm("batch=1", base), base) == "mae,fp32,batch=1"
@@ -113,7 +114,7 @@ def test_arms_are_said_in_words() -> None:
 
 @pytest.mark.parametrize(("text", "said"), [
     ("maa", "unknown word 'maa'"), ("mae,batch=x", "needs a number"), ("mae,batch=0", "at least 1"),
-    ("mae,mask=1", "mask lies between"), ("mae,cross=1.5", "cross above 0"),
+    ("mae,mask=1", "mask lies between"), ("mae,cross=1.5", "cross are above 0"),
     ("transformers,cross", "no cross decoder"), ("mae,fp32=1", "unknown word 'fp32=1'"),
     ("official,cross", "no cross decoder"), ("official,checkpointing", "no checkpointing"),
     ("official,shard", "of mae and mmae"), ("mae,compile=fast", "needs one of default, reduce"),
@@ -159,8 +160,25 @@ def test_flops_are_those_counted_by_hand() -> None:
     assert lab_bench.count_arm_flops(arm) == pytest.approx(by_hand(12, 4), rel=1e-9)
     peer = lab_bench.count_arm_flops(Arm("transformers", arm.model, size=16))
     assert 1 < peer / by_hand(12, 4) < 1.25  # it also embeds and predicts what is cut off
-    cross = lab_bench.count_arm_flops(Arm(model=arm.model, size=16, predict_ratio=0.34))
+    cross = lab_bench.count_arm_flops(
+        Arm(model=arm.model, size=16, decoder="cross", predict_ratio=0.34)
+    )
     assert cross < by_hand(12, 4)
+
+
+def test_pixios_arms_have_its_models_and_cells() -> None:
+    """Cells of 4 patches, in masks and in what is predicted; no other method has its models."""
+    arm = parse_arm("pixio,partial=.34", Arm())
+    assert (arm.model, arm.decoder) == ("pixio_vit_base_patch16", "partial")
+    arguments = lab_bench.arm_arguments(arm)
+    assert (arguments["predict_cell"], arguments["cls_tokens"]) == (4, 8)
+    with torch.device("meta"):
+        model = models_zoo.create_model(arm.model, **arguments)
+    masker = make_arm_masker(arm, model)
+    assert (masker.num_visible, model.num_predicted(64)) == (64, 64)
+    for text in ("pixio,model=mae_vit_micro_patch4", "mae,model=pixio_vit_micro_patch4"):
+        with pytest.raises(BadInput, match="is not a model of"):
+            parse_arm(text, Arm())
 
 
 def test_simmim_and_its_peer_count_alike() -> None:

@@ -35,7 +35,7 @@ def build_parser(
     """
     parser = FlagParser(
         description="Pretrain a masked autoencoder: M-MAE by default, MAE with --method mae, or "
-        "--method simmim.",
+        "--method simmim | pixio.",
         first=(
             "config", "data_path", "dataset", "model", "method", "mask_ratio", "norm_pix_loss",
             "input_size", "epochs", "batch_size", "blr", "output_dir", "resume", "device",

@@ -78,8 +78,13 @@ def make_cells(patches: Shape, cell: Sequence[int]) -> Cells:
     sizes = tuple(cell) * (len(patches) if len(cell) == 1 else 1)
     sizes = tuple(side if size == 0 else size for side, size in zip(patches, sizes, strict=True))
     if any(size < 1 or side % size for side, size in zip(patches, sizes, strict=True)):
+        sides = dict.fromkeys(patches) if len(cell) == 1 else patches
+        common = [[n for n in range(1, side + 1) if side % n == 0] for side in sides]
+        if len(cell) == 1:  # one number has to fit every axis
+            common = [[n for n in common[0] if all(n in other for other in common)]]
+        fitting = "; ".join(", ".join(map(str, numbers)) for numbers in common)
         raise BadInput(
             f"--mask_cell {' '.join(map(str, cell))} does not divide the grid of "
-            f"{' x '.join(map(str, patches))} patches"
+            f"{' x '.join(map(str, patches))} patches; what does: {fitting}"
         )
     return Cells(tuple(patches), sizes)

@@ -135,15 +135,15 @@ def resize_table(table: Tensor, grid: Pair, to: Pair) -> Tensor:
     """A learned table of positions for another grid, as MAE's code does: bicubic, no antialiasing.
 
     Args:
-        table: [1, 1 + gh*gw, D], the class token's first.
+        table: [1, n + gh*gw, D], those of n class tokens first.
         grid, to: (gh, gw) before and after.
 
     Returns:
-        [1, 1 + gh'*gw', D]; the class token's and, for an equal grid, all are unchanged.
+        [1, n + gh'*gw', D]; the class tokens' and, for an equal grid, all are unchanged.
     """
     if tuple(grid) == tuple(to):
         return table
-    D = table.shape[-1]
-    patches_1DHW = table[:, 1:].reshape(1, *grid, D).permute(0, 3, 1, 2)
+    D, first = table.shape[-1], table.shape[1] - grid[0] * grid[1]
+    patches_1DHW = table[:, first:].reshape(1, *grid, D).permute(0, 3, 1, 2)
     resized = F.interpolate(patches_1DHW, size=tuple(to), mode="bicubic", align_corners=False)
-    return torch.cat([table[:, :1], resized.permute(0, 2, 3, 1).reshape(1, -1, D)], dim=1)
+    return torch.cat([table[:, :first], resized.permute(0, 2, 3, 1).reshape(1, -1, D)], dim=1)

@@ -92,6 +92,11 @@ def bicubic_crops(settings: Arithmetic) -> Arithmetic:
     return {"interpolation": "bicubic", "betas": [0.9, 0.95]}
 
 
+def one_class_token(settings: Arithmetic) -> Arithmetic:
+    """Before class tokens, positions and drop path of a masked autoencoder were flags."""
+    return {"cls_tokens": None, "positions": None, "drop_path": None}
+
+
 # In the order in which they came. A checkpoint holds how many of them its run had: append, and
 # never take one out. A new flag that changes numbers needs an entry, or older runs are refused.
 CHANGES: tuple[Change, ...] = (
@@ -109,6 +114,7 @@ CHANGES: tuple[Change, ...] = (
     Change(("pretrain", "finetune"), added=one_cosine),
     Change(("pretrain",), added=bicubic_crops),
     Change(("finetune",), added=lambda settings: {"probe_block": None}),
+    Change(("pretrain",), added=one_class_token),
 )
 VERSION = len(CHANGES)
 

@@ -35,6 +35,11 @@ HEAD_KEYS = ("head.",)
 NORM_KEYS = {"avg": "fc_norm.", "cls": "norm."}
 # Where in a file's contents, once read, the place of its weights stands.
 PLACE = "place"
+# Of files that others wrote.
+PIXIO_LICENCE = (
+    "several class tokens, as Pixio's: the weights that its authors released are for "
+    "non-commercial use (see their licence)"
+)
 # How far the stored code of an official file may be from the formula, to be taken for it.
 CODE_TOLERANCE = 1e-5
 
@@ -46,9 +51,9 @@ class EncoderWeights:
     Attributes:
         weights: by timm's names; without positions, and without what only pretraining needs.
         arguments: of the encoder, as far as the file says: img_size, patch_size, in_chans,
-            embed_dim, depth, mlp_ratio, lscale_init, and num_heads for files of ours.
+            embed_dim, depth, mlp_ratio, lscale_init, cls_tokens, and num_heads for files of ours.
         grid: (gh, gw) patches that the positions are of.
-        table: [1, 1 + gh*gw, D] positions as stored.
+        table: [1, n + gh*gw, D] positions as stored, of n class tokens first.
         offset: pos_offset of a sin-cos code, which the table then is; None: a trained table.
         ours: whether the file says so itself; foreign codes are rescaled as MAE's code does.
         phase: [2, D / 4] of a learned offset, or None.
@@ -72,7 +77,7 @@ class EncoderWeights:
     assumed: list[str]
 
     def positions(self, to: Pair, resize: str) -> Tensor:
-        """The positions on a grid: [1, 1 + gh*gw, D], float32.
+        """The positions on a grid: [1, n + gh*gw, D], float32.
 
         Args:
             resize: rescale: the image keeps its extent, so patches come closer or farther; extend:
@@ -92,7 +97,8 @@ class EncoderWeights:
         extent = self.grid if resize == "rescale" else None
         D = self.table.shape[-1]
         code = sincos_2d(D, to, self.offset, phase=self.phase, extent=extent)
-        return torch.cat([self.table[:, :1], code.unsqueeze(0).to(self.table.dtype)], dim=1)
+        first = self.table[:, : self.table.shape[1] - math.prod(self.grid)]
+        return torch.cat([first, code.unsqueeze(0).to(self.table.dtype)], dim=1)
 
 
 def find_style(weights: Mapping[str, Any]) -> str:
@@ -148,6 +154,9 @@ def in_our_names(
         unused = (*SEGMENTER_ARGUMENTS, "drop_path")
         arguments = {k: v for k, v in rest["model_args"].items() if k not in unused}
         rest |= {"encoder_kind": arguments.pop("encoder_kind"), "model_args": arguments}
+    tokens = weights.get("cls_token")
+    if "task" not in state and tokens is not None and tokens.ndim == 3 and tokens.shape[1] > 1:
+        notes.append(PIXIO_LICENCE)
     return {**rest, "style": style, "notes": notes, PLACE: place, "model": weights}
 
 
@@ -230,20 +239,26 @@ def read_encoder(
     # What the file says goes before what is counted: a block that is missing is then missed.
     said = ("num_heads", "depth", "embed_dim", "mlp_ratio")
     arguments |= {name: own[name] for name in said if name in own}
-    grid = infer_grid(table.shape[1] - 1, (patch[0], patch[1]), own.get("img_size"), img_size)
-    if grid is None and "cls_token" not in weights:
+    tokens = weights.get("cls_token")
+    first = 1 if tokens is None or tokens.ndim != 3 else tokens.shape[1]
+    if first > 1:
+        arguments["cls_tokens"] = first
+    count = table.shape[1] - first
+    grid = infer_grid(count, (patch[0], patch[1]), own.get("img_size"), img_size)
+    if grid is None and tokens is None:
         raise BadInput(
             f"{source} holds an encoder without a class token (no cls_token, positions for "
             f"{table.shape[1]} patches alone); ours have one, so its outputs would differ"
         )
     if grid is None:
         raise BadInput(
-            f"{source} has positions for {table.shape[1] - 1} patches, which is no square grid; "
+            f"{source} has positions for {count} patches, which is no square grid; "
             "give the --input_size that it was trained at"
         )
     arguments["img_size"] = (grid[0] * patch[0], grid[1] * patch[1])
     phase = weights.get("pos_phase")
-    offset = own.get("pos_offset")
+    # A trained table of ours is no code, though its arguments name an offset.
+    offset = None if own.get("positions") == "learned" else own.get("pos_offset")
     ours = offset is not None
     if offset is None and is_plain_code(table, grid):
         offset = "none"
@@ -299,11 +314,16 @@ def infer_grid(count: int, patch: Pair, own_size: Any, hint: Pair | None) -> Pai
 
 
 def is_plain_code(table: Tensor, grid: Pair) -> bool:
-    """Whether a table is MAE's frozen sin-cos code, and not one that was trained."""
+    """Whether a table is MAE's frozen sin-cos code, and not one that was trained.
+
+    Args:
+        table: [1, n + gh*gw, D], of n class tokens first.
+    """
     if table.shape[-1] % 4:
         return False
     code = sincos_2d(table.shape[-1], grid)
-    return bool((table[0, 1:].double() - code).abs().max() < CODE_TOLERANCE)
+    patches = table[0, table.shape[1] - math.prod(grid) :]
+    return bool((patches.double() - code).abs().max() < CODE_TOLERANCE)
 
 
 def read_flags(state: Mapping[str, Any]) -> dict[str, Any]:

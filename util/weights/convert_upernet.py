@@ -156,7 +156,8 @@ def segmenter_arguments(weights: Mapping[str, Tensor], source: str) -> dict[str,
     try:
         projection = weights["encoder.patch_embed.proj.weight"]
         hidden = weights["encoder.blocks.0.mlp.fc1.weight"]
-        patches = weights["encoder.pos_embed"].shape[1] - 1
+        tokens = weights["encoder.cls_token"].shape[1]
+        patches = weights["encoder.pos_embed"].shape[1] - tokens
         classes, channels = weights["decode_head.conv_seg.weight"].shape[:2]
         aux_channels = weights["auxiliary_head.conv_seg.weight"].shape[1]
     except KeyError as missing:
@@ -185,4 +186,6 @@ def segmenter_arguments(weights: Mapping[str, Tensor], source: str) -> dict[str,
         "aux_channels": aux_channels,
         "relative_bias": table is not None,
     }
+    if tokens > 1:
+        found["cls_tokens"] = tokens
     return found if table is None else found | {"num_heads": table.shape[1]}

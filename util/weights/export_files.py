@@ -32,6 +32,8 @@ def to_official(source: LoadedModel, path: Path) -> list[str]:
     weights = source.plain_weights(keep_probe=True)
     # The official code takes `model` and passes over what we need to read it again.
     line = write_and_compare(source, path, {"model": weights, **metadata(source, ours=False)})
+    if kept.get("cls_tokens", 1) > 1:
+        return [line, "Pixio's code takes it, with a model of these sizes and class tokens"]
     name = OFFICIAL_SIZES.get((kept["embed_dim"], kept["depth"], sides[2]))
     prefix = "mae_vit" if source.part == "decoder" else "vit"
     called = f"{prefix}_{name}_patch{sides[2]}" if name else "none of its models has this size"
@@ -43,6 +45,8 @@ def to_mmsegmentation(source: LoadedModel, path: Path) -> list[str]:
     kept = source.arguments
     if source.kind != "vit":
         raise BadInput(f"--to mmseg takes vision transformers alone, this is a {source.kind}")
+    if (tokens := kept.get("cls_tokens", 1)) > 1:
+        raise BadInput(f"mmsegmentation's backbones have one class token, this model {tokens}")
     (ph, pw), ratio = kept["patch_size"], kept["mlp_ratio"]
     if ph != pw or ratio != int(ratio):
         raise BadInput(

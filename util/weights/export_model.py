@@ -115,7 +115,8 @@ class LoadedModel:
         if self.part == "decoder":
             for part, name in (("encoder", "pos_embed"), ("decoder", "decoder_pos_embed")):
                 code = self.model.position_code(part).detach()
-                weights[name] = torch.cat([weights[name][:, :1], code], dim=1)
+                first = weights[name][:, : self.model.cls_tokens]
+                weights[name] = torch.cat([first, code], dim=1)
             if weights.pop("pos_phase", None) is not None:
                 weights.pop("decoder_pos_phase")
                 self.lost.append(BAKED)

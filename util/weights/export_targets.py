@@ -100,7 +100,7 @@ def list_losses(state: Mapping[str, Any], part: str, other: str) -> list[str]:
 
 def unlike_mae(model: Any) -> str | None:
     """What no other program's masked autoencoder has room for; None: nothing."""
-    if model.decoder != "full":
+    if model.decoder not in ("full", "partial"):  # the same parameters
         return f"decoder {model.decoder!r} (CrossMAE's)"
     if model.encoder_mask_tokens:
         return "its mask token in the encoder"
@@ -128,6 +128,9 @@ def autoencoder_arguments(model: Any) -> dict[str, Any]:
         "predict_ratio": model.predict_ratio,
         "encoder_mask_tokens": model.encoder_mask_tokens,
         "pca_components": model.pca_components,
+        "predict_cell": list(model.predict_cells.size),
+        "cls_tokens": model.cls_tokens,
+        "positions": model.positions,
     }
 
 

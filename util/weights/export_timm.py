@@ -103,6 +103,15 @@ def describe_timm(source: LoadedModel) -> tuple[str, dict[str, Any], dict[str, A
     if has_lscale(weights):
         settings["init_values"] = 1.0
     both["global_pool"] = "avg" if kept["global_pool"] == "avg" else "token"
+    if (tokens := kept.get("cls_tokens", 1)) > 1:
+        if both["global_pool"] == "token":
+            raise BadInput(
+                f"timm pools the first of several class tokens, this model the mean of its {tokens}"
+                "; fine-tune it with --global_pool, or use --to transformers --part encoder"
+            )
+        # One class token of timm's, and register tokens; all have positions.
+        settings["reg_tokens"] = tokens - 1
+        weights["cls_token"], weights["reg_token"] = weights["cls_token"].split([1, tokens - 1], 1)
     return name, both | settings, weights, PLAIN
 
 

@@ -15,7 +15,7 @@ from util.weights.files import PREPROCESSOR
 
 
 def to_transformers_folder(source: LoadedModel, path: Path) -> list[str]:
-    """A folder of transformers: ViTMAEForPreTraining, or ViTForImageClassification."""
+    """A folder of transformers: ViTMAEForPreTraining, ViTForImageClassification, or PixioModel."""
     if source.kind == "vit":
         style, reason = STYLES["transformers"], list_vit_limits(source)
     else:
@@ -60,6 +60,17 @@ def list_vit_limits(source: LoadedModel) -> str | None:
     """What its vision transformers have no place for; None: nothing."""
     kept = source.arguments
     (h, w), (ph, pw) = kept["img_size"], kept["patch_size"]
+    if (tokens := kept.get("cls_tokens", 1)) > 1:
+        if source.part != "encoder":
+            return f"its models with {tokens} class tokens are encoders alone (--part encoder)"
+        if h != w or ph != pw or kept["mlp_ratio"] != int(kept["mlp_ratio"]):
+            return (
+                f"its Pixio takes square images and patches and a whole mlp_ratio, this model "
+                f"{(h, w)}, {(ph, pw)} and {kept['mlp_ratio']}"
+            )
+        if kept["global_pool"] != "cls":
+            return "its Pixio ends with a norm of all tokens, and this model has one after pooling"
+        return None
     if source.part == "encoder":
         return "its classes need a decoder or a head, and this is an encoder alone"
     if source.part == "decoder" and (h != w or ph != pw):
@@ -90,7 +101,8 @@ def compute_transformers(model: Any, source: LoadedModel) -> dict[str, Tensor]:
         model.config.mask_ratio = 0.0
         patches = source.model.grid[0] * source.model.grid[1]
         more["noise"] = torch.arange(patches).float().expand(IMAGES, -1)
-    tokens = getattr(model, "vit", model)(images, **more).last_hidden_state
+    inside = getattr(model, "vit", getattr(model, "pixio", model))
+    tokens = inside(images, **more).last_hidden_state
     # Ours may be a map, of which its tokens are the rows one after the other.
     own = source.model.forward_features(images[:1])
     return {"tokens": tokens.reshape(len(images), *own.shape[1:])}

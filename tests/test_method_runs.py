@@ -1,9 +1,10 @@
-"""SimMIM through the commands: training, resuming, tuning, files of other programs."""
+"""SimMIM and Pixio through the commands: training, resuming, tuning, files of other programs."""
 
 import pickle
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,9 @@ from util.train.checkpoint import LAST, load_file
 from util.weights.files import load_state
 
 PLUGINS = Path(__file__).parent / "plugins"
-KNOWN = ["--plugin", str(PLUGINS / "simmims.py"), str(PLUGINS / "pieces.py")]
-MODELS = ["simmim_swin_nano", "simmim_vit_nano"]
+KNOWN = ["--plugin", *(str(PLUGINS / f"{name}.py") for name in ("simmims", "pixios", "pieces"))]
+SIMMIM = ["simmim_swin_nano", "simmim_vit_nano"]
+MODELS = [*SIMMIM, "pixio_vit_nano"]
 RUN = ["--dataset=ramps", "--log_every=1", "--num_workers=0", "--device=cpu"]
 # 24 images in batches of 6 are 4 steps an epoch.
 TRAIN = [*RUN, "--batch_size=6", "--epochs=2", "--warmup_epochs=1", "--blr=0.1"]
@@ -43,18 +45,34 @@ def apart() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module", params=MODELS)
-def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of each model; the tests read it."""
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A run of each model that is asked for; the tests read it."""
     import main_pretrain
 
-    folder = tmp_path_factory.mktemp(request.param)
-    with registered_apart():
-        main_pretrain.main(
-            [*KNOWN, f"--model={request.param}", *TRAIN, "--picture_every=1", "--eval_every=1",
-             "--eval_images=8", f"--output_dir={folder}"]
-        )  # fmt: skip
-    return folder
+    @cache
+    def run(model: str) -> Path:
+        folder = tmp_path_factory.mktemp(model)
+        with registered_apart():
+            main_pretrain.main(
+                [*KNOWN, f"--model={model}", *TRAIN, "--picture_every=1", "--eval_every=1",
+                 "--eval_images=8", f"--output_dir={folder}"]
+            )  # fmt: skip
+        return folder
+
+    return run
+
+
+@pytest.fixture(params=MODELS)
+def method(request: pytest.FixtureRequest, runs: Callable[[str], Path]) -> Path:
+    """A run of each method and encoder."""
+    return runs(request.param)
+
+
+@pytest.fixture(params=SIMMIM)
+def trained(request: pytest.FixtureRequest, runs: Callable[[str], Path]) -> Path:
+    """A run of SimMIM with each of its encoders."""
+    return runs(request.param)
 
 
 def pretrain(model: str, folder: Path, run_main: Any, *more: str) -> dict[str, Any]:
@@ -68,12 +86,12 @@ def pretrain(model: str, folder: Path, run_main: Any, *more: str) -> dict[str, A
 
 
 @pytest.mark.smoke
-def test_it_learns_is_measured_and_drawn(trained: Path) -> None:
-    losses = [r["loss"] for r in records(trained, "train")]
+def test_it_learns_is_measured_and_drawn(method: Path) -> None:
+    losses = [r["loss"] for r in records(method, "train")]
     assert len(losses) == 8 and losses[-1] < losses[0]
-    measured = records(trained, "eval")
+    measured = records(method, "eval")
     assert len(measured) == 2 and all(r["own_mask_model_psnr"] > 0 for r in measured)
-    assert (trained / "pictures" / "epoch-1.png").is_file()
+    assert (method / "pictures" / "epoch-1.png").is_file()
 
 
 @pytest.mark.smoke
@@ -137,13 +155,14 @@ def test_it_trains_alike_however_a_batch_is_divided(model: str, tmp_path: Path) 
 
 
 @pytest.mark.smoke
-def test_drop_path_is_a_flag(tmp_path: Path, run_main: Any) -> None:
-    """The transformer's default is its name's; without it a run is another."""
+@pytest.mark.parametrize("model", ["simmim_vit_nano", "pixio_vit_nano"])
+def test_drop_path_is_a_flag(model: str, tmp_path: Path, run_main: Any) -> None:
+    """The default is the model's; without it a run is another."""
     states = {
-        flag: pretrain("simmim_vit_nano", tmp_path / str(i), run_main, *flag.split())
+        flag: pretrain(model, tmp_path / str(i), run_main, *flag.split())
         for i, flag in enumerate(("", "--drop_path=0", "--drop_path=0.3"))
     }
-    name = "encoder.blocks.2.mlp.fc1.weight"
+    name = f"{'encoder.' if 'simmim' in model else ''}blocks.2.mlp.fc1.weight"
     found = {flag: state["model"][name] for flag, state in states.items()}
     assert torch.equal(found[""], found["--drop_path=0.3"])
     assert not torch.equal(found[""], found["--drop_path=0"])
@@ -203,12 +222,12 @@ def test_refusals(flags: list[str], message: str, tmp_path: Path, run_main: Any)
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("tune", ["full", "partial:2", "linear"])
-def test_it_is_tuned_and_evaluated(tune: str, trained: Path, tmp_path: Path, run_main: Any) -> None:
-    words = [*KNOWN, f"--finetune={trained}", *RUN, "--batch_size=6", "--epochs=1",
+def test_it_is_tuned_and_evaluated(tune: str, method: Path, tmp_path: Path, run_main: Any) -> None:
+    words = [*KNOWN, f"--finetune={method}", *RUN, "--batch_size=6", "--epochs=1",
              "--warmup_epochs=0", "--global_pool", f"--tune={tune}"]  # fmt: skip
     code, out, err = run_main("main_finetune", [*words, f"--output_dir={tmp_path / 'run'}"])
     assert code == 0, err
-    if "vit" in str(trained):
+    if "simmim_vit" in str(method):
         assert "copied into every block" in out + err
     say_what_it_sees(KNOWN, tmp_path / "run" / LAST, tmp_path, run_main)
     shown = [*KNOWN, f"--checkpoint={tmp_path / 'run'}", "--dataset=ramps", "--device=cpu"]
@@ -221,13 +240,13 @@ def test_it_is_tuned_and_evaluated(tune: str, trained: Path, tmp_path: Path, run
 
 @pytest.mark.smoke
 def test_its_features_are_measured_and_its_pictures_drawn(
-    trained: Path, tmp_path: Path, run_main: Any
+    method: Path, tmp_path: Path, run_main: Any
 ) -> None:
     for main, flags in {
         "main_knn": ["--k=3", "--num_workers=0"],
         "main_visualize": ["--num_images=2"],
     }.items():
-        words = [*KNOWN, f"--checkpoint={trained}", "--dataset=ramps", "--device=cpu", *flags]
+        words = [*KNOWN, f"--checkpoint={method}", "--dataset=ramps", "--device=cpu", *flags]
         code, _, err = run_main(main, [*words, f"--output_dir={tmp_path / main}"])
         assert code == 0, (main, err)
 

@@ -110,6 +110,7 @@ def new_model(args: argparse.Namespace, num_classes: int) -> tuple[Any, list[str
         return _model_of_kind(args, state, own | {"num_classes": num_classes})
     encoder = read_encoder(state, args.finetune, args.input_size)
     stored = encoder.arguments
+    models_zoo.check_name(args.model, stored, args.finetune)
     known = ("patch_size", "in_chans", "embed_dim", "depth", "mlp_ratio", "cls_tokens")
     arguments = {name: stored[name] for name in known if name in stored}
     arguments["num_heads"], assumed = models_zoo.settle_heads(

@@ -64,7 +64,9 @@ class Masker:
         """uint8 [B, C, *size] and float32 [B, S, cells] to bool [B, L], True = masked."""
         averages = None
         if self.strategy.uses_averages:
-            averages = self.cells.averages(patch_averages(images, self.place_size))
+            # Of whole cells: a sum of integers, where a mean of patches' means would be rounded.
+            sides = zip(self.place_size, self.cells.size, strict=True)
+            averages = patch_averages(images, tuple(n * m for n, m in sides))
         # On the CPU where the device has no float64, and for every strategy alike.
         noise = noise.to(float64_home(noise.device))
         mask = self.strategy.mask(noise, averages, self.visible_cells)

@@ -217,7 +217,8 @@ class Decoder:
         """
         ids_BP = self.choose(model, ids_masked, order_BL)
         seen = ids_masked if self.encodes_masked else None
-        latent_BND = model.forward_encoder(patches_BLV, ids_visible, shift_B2, seen, kept)
+        more = {} if kept is None else {"kept": kept}
+        latent_BND = model.forward_encoder(patches_BLV, ids_visible, shift_B2, seen, **more)
         x_BND = model.decoder_embed(latent_BND)
         code = model.position_code("decoder", shift_B2)
         first, K = model.cls_tokens, ids_visible.shape[1]
@@ -316,7 +317,8 @@ class CrossDecoder(PredictsSome):
     ) -> tuple[Tensor, Tensor]:
         """See `Decoder.predict`; without an order all masked patches are predicted."""
         ids_BP = self.choose(model, ids_masked, order_BL)
-        outputs = list(model.encode(patches_BLV, ids_visible, shift_B2, kept=kept))
+        more = {} if kept is None else {"kept": kept}
+        outputs = list(model.encode(patches_BLV, ids_visible, shift_B2, **more))
         x_BPD = model.mask_token + take(model.position_code("decoder", shift_B2), ids_BP)
         x_BPD = model.decoder_blocks(x_BPD, outputs)
         return model.decoder_pred(model.decoder_norm(x_BPD)), ids_BP

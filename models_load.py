@@ -87,11 +87,18 @@ def rebuild(state: Mapping[str, Any], path: str) -> PretrainModel | None:
     if state.get("task") != "pretrain" or not isinstance(name, str) or name not in MODELS:
         return None
     kind, known = MODELS[name]
-    if issubclass(kind, MaskedAutoencoderViT):
+    if issubclass(kind, MaskedAutoencoderViT) and not overrides_encoder(kind):
         return None
     model = kind(**(known | state["model_args"]))
     load_weights(model, state["model"], path)
     return model
+
+
+def overrides_encoder(kind: type[MaskedAutoencoderViT]) -> bool:
+    """Whether a subclass makes the encoder otherwise, which then only it can say."""
+    own = kind.__mro__[: kind.__mro__.index(MaskedAutoencoderViT)]
+    names = ("__init__", "encoder_state", "position_code")
+    return any(name in vars(one) for one in own for name in names)
 
 
 def open_encoder(state: dict[str, Any], path: str) -> dict[str, Any] | None:
@@ -141,10 +148,11 @@ def build_autoencoder(
         if name and said and said != name:
             raise BadInput(f"{path} is a {said}, not a {name}; leave --model out")
         if name and not said and name in MODELS:
-            _check_name(name, arguments | {"patch_size": pair(arguments["patch_size"])}, path)
+            check_name(name, arguments | {"patch_size": pair(arguments["patch_size"])}, path)
     else:
         reason = "--model" if name else "its flags" if flags.get("model") else "its shapes"
-        name = name or flags.get("model") or _find_name(weights)
+        said = flags.get("model")
+        name = name or (said if said in MODELS else _find_name(weights))
         if name is None:
             raise BadInput(
                 f"{path} does not say which model it is; name it, for example --model {DEFAULT}"
@@ -302,7 +310,7 @@ def build_classifier(
     heads, assumed = settle_heads(stored.arguments, path, name, num_heads)
     state[ASSUMED] = assumed + stored.assumed
     arguments = stored.arguments | {"num_heads": heads}
-    _check_name(name, arguments, path)
+    check_name(name, arguments, path)
     if head == "own" and not stored.classes:
         raise BadInput(f"{path} holds no classification head; fine-tune it first (--finetune)")
     arguments |= {"num_classes": stored.classes, "global_pool": stored.pool, "probe": stored.probe}
@@ -405,8 +413,12 @@ def _usual_heads(name: str | None, width: int, depth: int) -> tuple[int, str]:
     return max(1, width // 64), f"one for 64 of {width} channels"
 
 
-def _check_name(name: str | None, arguments: dict[str, Any], path: str) -> None:
-    """Refuse weights of another architecture than the name's."""
+def check_name(name: str | None, arguments: Mapping[str, Any], path: str) -> None:
+    """Refuse weights of another architecture than the name's.
+
+    Args:
+        arguments: of the encoder in the file; what it does not say is not compared.
+    """
     if name is None:
         return
     expected = model_arguments(name)
@@ -414,7 +426,8 @@ def _check_name(name: str | None, arguments: dict[str, Any], path: str) -> None:
     differing = [
         f"{key} {arguments.get(key, 1)}, {name} has {expected.get(key, 1)}"
         for key in ("embed_dim", "depth", "num_heads", "patch_size", "cls_tokens")
-        if arguments.get(key, 1) != expected.get(key, 1)
+        if (key in arguments or key == "cls_tokens")
+        and arguments.get(key, 1) != expected.get(key, 1)
     ]
     if differing:
         raise BadInput(

@@ -162,7 +162,8 @@ class MaskedAutoencoderViT(PretrainModel):
         self._check(depth, decoder_embed_dim, decoder_num_heads, branch_init)
         (h, w), (ph, pw) = self.img_size, self.patch_size
         self.grid = self.mask_grid = (h // ph, w // pw)
-        self.predict_cells = make_cells(self.grid, pair(predict_cell))
+        cell = (predict_cell,) if isinstance(predict_cell, int) else tuple(predict_cell)
+        self.predict_cells = make_cells(self.grid, cell)
         self.input = InputSpec(in_chans, self.img_size)
         self.num_patches = self.grid[0] * self.grid[1]
 
@@ -222,7 +223,8 @@ class MaskedAutoencoderViT(PretrainModel):
                  "predict_ratio", "encoder_mask_tokens")  # fmt: skip
         arguments = {name: values[name] for name in names}
         if values["decoder"] == "partial":
-            arguments["predict_cell"] = list(values["mask_cell"]) * (3 - len(values["mask_cell"]))
+            cell = list(values["mask_cell"])
+            arguments["predict_cell"] = cell[0] if len(cell) == 1 else cell
         target = values["target"]
         arguments["pca_components"] = values["pca_components"] if target == "pca" else None
         if target not in ("pixels", "norm_pixels", "pca"):
@@ -302,12 +304,17 @@ class MaskedAutoencoderViT(PretrainModel):
             "mlp_ratio": self.mlp_ratio,
             "lscale_init": self.lscale_init,
         }
-        if self.positions == "sincos":
+        mine = ("patch_embed.", "cls_token", "pos_embed", "pos_phase", "blocks.", "norm.")
+        weights = {k: v for k, v in self.state_dict().items() if k.startswith(mine)}
+        if type(self).position_code is not MaskedAutoencoderViT.position_code:
+            # A subclass with positions of its own: as a table, which nobody makes anew by formula.
+            weights.pop("pos_phase", None)
+            first = self.pos_embed[:, : self.cls_tokens].detach()
+            weights["pos_embed"] = torch.cat([first, self.position_code().detach()], dim=1)
+        elif self.positions == "sincos":
             arguments["pos_offset"] = self.pos_offset
         if self.cls_tokens > 1:
             arguments["cls_tokens"] = self.cls_tokens
-        mine = ("patch_embed.", "cls_token", "pos_embed", "pos_phase", "blocks.", "norm.")
-        weights = {k: v for k, v in self.state_dict().items() if k.startswith(mine)}
         return EncoderState("vit", arguments, weights)
 
     # ------------------------------------------------------------------------------- the model
@@ -340,7 +347,8 @@ class MaskedAutoencoderViT(PretrainModel):
         if self.positions == "learned" and self.pos_offset != "none":
             raise BadInput(
                 f"pos_offset {self.pos_offset!r} is an offset of the sin-cos code, and positions "
-                "'learned' have no code; choose pos_offset 'none' or positions 'sincos'"
+                "'learned' have no code; choose pos_offset 'none' (M-MAE presets another) or "
+                "positions 'sincos'"
             )
         check_drop_path(self.drop_path)
         some = DECODERS.find(self.decoder).predicts_some
@@ -444,7 +452,8 @@ class MaskedAutoencoderViT(PretrainModel):
         kept: Tensor | None = None,
     ) -> Tensor:
         """The last of what `encode` gives."""
-        for x_BND in self.encode(patches_BLV, ids_visible, shift_B2, ids_masked, kept):
+        more = {} if kept is None else {"kept": kept}  # what overrides a piece may not know it
+        for x_BND in self.encode(patches_BLV, ids_visible, shift_B2, ids_masked, **more):
             latent_BND = x_BND
         return latent_BND
 
@@ -484,11 +493,11 @@ class MaskedAutoencoderViT(PretrainModel):
             raise BadInput(f"shift is {tuple(shift.shape)}, expected {(len(images), 2)}")
         if kept is not None and not self.drop_path:
             raise BadInput("a model without drop_path keeps every branch")
-        factors = None if kept is None else drop_path_factors(kept, self.drop_path)
+        more = {} if kept is None else {"kept": drop_path_factors(kept, self.drop_path)}
         patches_BLV = patchify(images, self.patch_size)
         ids_visible, ids_masked = split_ids(mask, num_visible)
         pred, ids_predicted = self.decoding.predict(
-            self, patches_BLV, ids_visible, ids_masked, shift, order, factors
+            self, patches_BLV, ids_visible, ids_masked, shift, order, **more
         )
         target = self.target(take(patches_BLV, ids_predicted))
         loss = F.mse_loss(pred.to(target.dtype), target)

@@ -10,6 +10,7 @@ from models_layers import pair
 from models_load import (
     build_autoencoder,
     build_classifier,
+    check_name,
     count_channels,
     count_classes,
     load_classifier,
@@ -57,6 +58,7 @@ __all__ = [
     "PretrainModel",
     "build_autoencoder",
     "build_classifier",
+    "check_name",
     "count_channels",
     "count_classes",
     "create_model",

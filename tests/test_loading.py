@@ -21,7 +21,9 @@ from torch.utils.data import Dataset
 from util.data.images import BadImage
 from util.data.label_maps import BadPair
 from util.data.loading import Loader, say_conversions
-from util.data.samples import build_loader
+from util.data.randomness import Key
+from util.data.samples import Samples, build_loader
+from util.data.source import Source
 from util.errors import EXIT_BAD_INPUT, EXIT_FAILED, BadInput, RunFailed
 
 FAULTS = {
@@ -87,6 +89,26 @@ def test_a_killed_loading_process_fails_the_run():
     with pytest.raises(RunFailed, match=ended) as caught:
         list(loader)
     assert not multiprocessing.active_children(), caught.value
+
+
+class Mixed(Source):
+    """Three channels, and one image of one."""
+
+    def __init__(self) -> None:
+        super().__init__("mixed", "train", (0.5,) * 3, (0.5,) * 3, ["a"])
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return torch.zeros(1 if index == 2 else 3, 8, 8, dtype=torch.uint8), 0
+
+
+def test_images_of_other_channels_in_one_batch_are_refused() -> None:
+    """And not copied three times, which is what torch would make of a gray one."""
+    samples = Samples(Mixed(), lambda x: x, seed=0)
+    with pytest.raises(BadInput, match=r"images of \(1, 8, 8\) and of \(3, 8, 8\).*image 2"):
+        samples.__getitems__([Key(0, i) for i in range(4)])
 
 
 KILLED = """

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from registries import registered_apart
 from tiny import batch, small
 from torch import Tensor, nn
 
@@ -192,6 +193,26 @@ def test_4_of_16_cells_are_visible_and_all_alike_often() -> None:
     assert ((~blocks.any(-1)).sum(dim=1) == 4).all()
     share = (~mask).float().mean(dim=0)
     assert (share - 0.25).abs().max() < 5 * (0.25 * 0.75 / draws) ** 0.5
+
+
+def test_averages_of_cells_are_exact() -> None:
+    """Of three channels too: where the patches of a cell lie makes no difference to its rank."""
+    model = small(img_size=32, patch_size=4)
+    settings = STANDARD | {"mask": "average", "mask_cell": [2], "avg_temperature": 0.0}
+    masker = build_masker(settings, model)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (400, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    moved = images.clone()
+    moved[..., 0:4, 0:4], moved[..., 4:8, 4:8] = images[..., 4:8, 4:8], images[..., 0:4, 0:4]
+    assert not torch.equal(images, moved)
+    seen = []
+    masker.strategy.mask = lambda noise, averages, visible: (  # type: ignore[method-assign]
+        seen.append(averages), torch.zeros(averages.shape, dtype=torch.bool)
+    )[1]  # fmt: skip
+    for batch_ in (images, moved):
+        masker(batch_, torch.zeros(400, 2, 16))
+    assert torch.equal(*seen)
+    assert (seen[0][:, 0] - images[..., :8, :8].double().mean(dim=(1, 2, 3))).abs().max() < 1e-9
 
 
 # ---- The partial decoder -----------------------------------------------------------------------
@@ -458,6 +479,12 @@ def test_timm_takes_what_pools_the_patches(checkpoint: Path, tmp_path: Path, run
         run_main, tmp_path / "tuned.pth", "timm", "head", tmp_path / "b.safetensors"
     )
     assert code == 0 and "reg_tokens" in said, said
+    again, _, _ = models_zoo.load_classifier(
+        str(tmp_path / "b.safetensors"), head="own", num_heads=2
+    )
+    images = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        assert (again.eval()(images) - model.eval()(images)).abs().max() < 1e-5
 
 
 @pytest.mark.smoke
@@ -516,6 +543,9 @@ def test_the_command(tmp_path: Path, run_main: Any) -> None:
         "--epochs=1", "--batch_size=4", "--num_workers=0", "--device=cpu", "--picture_every=0",
     ]  # fmt: skip
     model = "--model=pixio_vit_micro_patch4"
+    cell = ["--mask_cell", "2", "2", "2", "--decoder=partial", f"--output_dir={tmp_path / 'x'}"]
+    code, _, err = run_main("main_pretrain", [*words, model, *cell])
+    assert code == 2 and "expected one number, or 2" in err, err
     code, _, err = run_main(
         "main_pretrain", [*words, model, "--mask_cell=3", f"--output_dir={tmp_path / 'x'}"]
     )
@@ -533,3 +563,80 @@ def test_the_command(tmp_path: Path, run_main: Any) -> None:
         load_file(tmp_path / name / "checkpoint-last.pth")["model"] for name in ("pixio", "mae")
     )
     assert all(torch.equal(first[key], second[key]) for key in second)
+
+
+# ---- Subclasses of others ----------------------------------------------------------------------
+
+
+class OwnTables(MaskedAutoencoderViT):
+    """A subclass whose constructor decides what the file's arguments do not say."""
+
+    def __init__(self, positions: str = "learned", cls_tokens: int = 2, **arguments: Any) -> None:
+        super().__init__(positions=positions, cls_tokens=cls_tokens, **arguments)
+
+
+class OwnCode(MaskedAutoencoderViT):
+    """A subclass with a position code of its own; its pieces know no drop path."""
+
+    def position_code(self, part: str = "encoder", shift_B2: Tensor | None = None) -> Tensor:
+        return 2.0 * super().position_code(part, shift_B2)
+
+    def encode(self, patches_BLV, ids_visible, shift_B2=None, ids_masked=None):  # type: ignore[no-untyped-def, override]
+        return super().encode(patches_BLV, ids_visible, shift_B2, ids_masked)
+
+
+@pytest.mark.parametrize("kind", [OwnTables, OwnCode])
+def test_the_encoder_of_a_subclass_is_what_it_says(
+    kind: type[MaskedAutoencoderViT], tmp_path: Path
+) -> None:
+    """Not what the formula of its file's arguments would give."""
+    sizes = {k: v for k, v in PIXIO.items() if k not in ("cls_tokens", "positions")}
+    with registered_apart():
+        models_zoo.register_model("own", kind, **sizes)
+        torch.manual_seed(0)
+        model = models_zoo.create_model("own")
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, std=0.1)
+        images, mask = batch(model, visible=16)
+        assert torch.isfinite(model(images, mask)["loss"])
+        state = {
+            "task": "pretrain", "step": 1, "model_name": "own", "model": model.state_dict(),
+            "model_args": {**sizes, "pos_offset": "none"},
+        }  # fmt: skip
+        write_signed(tmp_path / "own.pth", state)
+        encoder, _ = models_zoo.load_encoder(str(tmp_path / "own.pth"))
+        everything = torch.arange(64).expand(len(images), -1)
+        with torch.inference_mode():
+            expected = model.forward_encoder(patchify(images, (4, 4)), everything)
+            found = encoder.eval().forward_features(images)
+            again = models_zoo.load_pretrained(str(tmp_path / "own.pth"))[0].eval()
+            assert torch.equal(again(images, mask)["pred"], model.eval()(images, mask)["pred"])
+        assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+# ---- Register tokens of timm -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pool", ["avg", "token"])
+def test_timms_register_tokens(pool: str, tmp_path: Path) -> None:
+    """Read as class tokens where the patches are pooled; named as the reason where not."""
+    import timm
+
+    torch.manual_seed(0)
+    theirs = timm.create_model(
+        "vit_base_patch16_224", img_size=32, patch_size=4, embed_dim=32, depth=2, num_heads=2,
+        num_classes=5, reg_tokens=3, global_pool=pool,
+    ).eval()  # fmt: skip
+    for parameter in theirs.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    torch.save(theirs.state_dict(), tmp_path / "timm.pth")
+    words: dict[str, Any] = {"head": "own", "num_heads": 2}
+    if pool == "token":
+        with pytest.raises(BadInput, match=r"3 register tokens \(reg_token\)"):
+            models_zoo.load_classifier(str(tmp_path / "timm.pth"), **words)
+        return
+    ours, arguments, _ = models_zoo.load_classifier(str(tmp_path / "timm.pth"), **words)
+    assert arguments["cls_tokens"] == 4
+    images = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        assert (ours.eval()(images) - theirs(images)).abs().max() < 1e-4

@@ -509,6 +509,15 @@ def test_weights_that_are_no_segmenter(data: str, tmp_path: Path, run_main) -> N
     assert code == 2 and "holds no segmenter" in err
 
 
+def test_a_model_that_the_weights_are_not(data: str, tmp_path: Path, run_main) -> None:
+    """Said, and not passed over: the run would have another name than its model."""
+    path = tmp_path / "encoder.pth"
+    torch.save({"model": create_model("vit_micro_patch8", num_classes=0).state_dict()}, path)
+    words = [*SMALL, data, f"--finetune={path}", f"--output_dir={tmp_path / 'run'}"]
+    code, _, err = run_main("main_segment", [*words, "--model=vit_tiny_patch8"])
+    assert code == 2 and "has a different architecture: embed_dim 128" in err
+
+
 def test_a_checkpoint_s_classes_are_not_overruled(
     data: str, whole: Path, tmp_path: Path, run_main
 ) -> None:

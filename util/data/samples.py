@@ -121,6 +121,11 @@ class Samples(Dataset):
             if not self.takes_target:
                 if room is None:
                     room = empty_batch(len(keys), sample["x"])
+                if sample["x"].shape != room.shape[1:]:
+                    raise BadInput(
+                        f"{self.source.name} gives images of {tuple(sample['x'].shape)} and of "
+                        f"{tuple(room.shape[1:])} (channels, sides) in one batch: image {key.index}"
+                    )
                 # At once, while it is in the cache; fresh tensors would all be in memory.
                 sample["x"] = room[number].copy_(sample["x"])
             samples.append(

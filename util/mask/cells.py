@@ -4,7 +4,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from util.errors import BadInput
@@ -41,23 +40,6 @@ class Cells:
         for axis, times in enumerate(self.size, 1):
             x = x.repeat_interleave(times, dim=axis)
         return x.flatten(1)
-
-    def averages(self, patches_BL: Tensor) -> Tensor:
-        """Mean over the patches of each cell: float64 [B, L] to [B, C].
-
-        Averages of pixels are multiples of a power of two divided by a count, and so exact sums;
-        these are added in a fixed order, so that no device ranks cells by its rounding.
-        """
-        if self.patches_each == 1:
-            return patches_BL
-        split = [n for pair in zip(self.grid, self.size, strict=True) for n in pair]
-        axes = range(1, 1 + len(split), 2)
-        x = patches_BL.unflatten(1, split).permute(0, *axes, *(axis + 1 for axis in axes))
-        members = x.flatten(1 + len(self.size)).flatten(1, len(self.size))  # [B, C, members]
-        total = torch.zeros_like(members[..., 0])
-        for member in members.unbind(dim=-1):
-            total = total + member
-        return total / self.patches_each
 
 
 def make_cells(patches: Shape, cell: Sequence[int]) -> Cells:

@@ -66,8 +66,8 @@ def count_visible(num_patches: int, mask_ratio: float) -> int:
     visible = int(num_patches * (1 - mask_ratio))
     if not 0 < visible < num_patches:
         raise BadInput(
-            f"mask_ratio {mask_ratio} leaves {visible} of {num_patches} patches visible; "
-            "at least one must be visible and one masked"
+            f"mask_ratio {mask_ratio} leaves {visible} of {num_patches} patches (cells, with "
+            "--mask_cell) visible; at least one must be visible and one masked"
         )
     return visible
 

@@ -73,8 +73,9 @@ def load_moments(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> 
     if counts[0] != counts[1] or (None not in names[0] and names[0] != names[1]):
         raise BadInput(
             f"other parameters learn than in the run of the checkpoint ({sum(counts[1])} tensors, "
-            f"there {sum(counts[0])}): its optimiser cannot go on with them; give the same "
-            "--tune, or take the weights alone into another --output_dir"
+            f"there {sum(counts[0])}): its optimiser cannot go on with them; give the flags that "
+            "decide it (--tune, --positions) as there, or take the weights alone into another "
+            "--output_dir"
         )
     kept = ("params", "lr")
     groups = [

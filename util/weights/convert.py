@@ -154,6 +154,9 @@ def in_our_names(
         unused = (*SEGMENTER_ARGUMENTS, "drop_path")
         arguments = {k: v for k, v in rest["model_args"].items() if k not in unused}
         rest |= {"encoder_kind": arguments.pop("encoder_kind"), "model_args": arguments}
+    if "reg_token" in weights:
+        weights = join_register_tokens(weights, source)
+        notes.append("register tokens are class tokens here")
     tokens = weights.get("cls_token")
     if "task" not in state and tokens is not None and tokens.ndim == 3 and tokens.shape[1] > 1:
         notes.append(PIXIO_LICENCE)
@@ -281,6 +284,29 @@ def read_encoder(
         eps=state.get("norm_eps", EPS),
         assumed=list_assumptions(state, arguments["img_size"]),
     )
+
+
+def join_register_tokens(weights: Mapping[str, Tensor], source: str) -> Weights:
+    """timm's class and register tokens as class tokens, where nothing reads the first alone.
+
+    Raises:
+        BadInput: the class token alone is read, or the register tokens have no positions.
+    """
+    joined = dict(weights)
+    registers, first = joined.pop("reg_token"), joined.get("cls_token")
+    table, count = joined.get("pos_embed"), 1 + registers.shape[1]
+    patches = 0 if table is None else table.shape[1] - count
+    if (
+        first is None
+        or "fc_norm.weight" not in joined
+        or math.isqrt(max(patches, 0)) ** 2 != patches
+    ):
+        raise BadInput(
+            f"{source} has {count - 1} register tokens (reg_token) beside its class token; ours "
+            "hold such tokens where they have positions and the patches of a square image are "
+            "pooled (fc_norm)"
+        )
+    return joined | {"cls_token": torch.cat([first, registers], dim=1)}
 
 
 def list_assumptions(state: Mapping[str, Any], size: Pair) -> list[str]:

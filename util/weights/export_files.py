@@ -27,7 +27,8 @@ def to_official(source: LoadedModel, path: Path) -> list[str]:
     if sides[0] != sides[1] or sides[2] != sides[3] or source.eps != EPS:
         raise BadInput(
             f"the official MAE code has square images and patches and an epsilon of {EPS}, this "
-            f"model {kept['img_size']}, {kept['patch_size']} and {source.eps}; use --to timm"
+            f"model {kept['img_size']}, {kept['patch_size']} and {source.eps}; use "
+            "--to timm, onnx or mmae"
         )
     weights = source.plain_weights(keep_probe=True)
     # The official code takes `model` and passes over what we need to read it again.

@@ -107,7 +107,8 @@ def describe_timm(source: LoadedModel) -> tuple[str, dict[str, Any], dict[str, A
         if both["global_pool"] == "token":
             raise BadInput(
                 f"timm pools the first of several class tokens, this model the mean of its {tokens}"
-                "; fine-tune it with --global_pool, or use --to transformers --part encoder"
+                "; fine-tune it with --global_pool, or use --to onnx, official or mmae (an encoder "
+                "alone: transformers too)"
             )
         # One class token of timm's, and register tokens; all have positions.
         settings["reg_tokens"] = tokens - 1

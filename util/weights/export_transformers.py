@@ -24,7 +24,8 @@ def to_transformers_folder(source: LoadedModel, path: Path) -> list[str]:
         reason = "it has no such model with what predicts; use --part encoder" if missing else None
     kept = source.arguments
     if reason:
-        raise BadInput(f"transformers cannot hold this model: {reason}; use --to timm")
+        other = "onnx or mmae" if source.arguments.get("cls_tokens", 1) > 1 else "timm"
+        raise BadInput(f"transformers cannot hold this model: {reason}; use --to {other}")
     if path.exists():
         raise BadInput(f"{path} exists already; choose another --output")
     library = needs("transformers", "transformers")

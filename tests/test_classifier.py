@@ -917,8 +917,10 @@ def test_keys_and_shapes_that_do_not_fit_are_named(tmp_path: Path) -> None:
     assert "missing 1: cls_token" in message_for(lambda w: w.pop("cls_token"))
     message = message_for(gap)  # three blocks, one of them called by a wrong number
     assert "missing 12: blocks.1." in message and "unexpected 12: blocks.3." in message
+    message = message_for(lambda w: w.update({"extra_token": torch.zeros(1, 4, 128)}))
+    assert "unexpected 1: extra_token" in message
     message = message_for(lambda w: w.update({"reg_token": torch.zeros(1, 4, 128)}))
-    assert "unexpected 1: reg_token" in message
+    assert "has 4 register tokens (reg_token) beside its class token" in message
     message = message_for(lambda w: w.update({"blocks.1.attn.qkv.weight": torch.zeros(9, 128)}))
     assert "blocks.1.attn.qkv.weight (9, 128) where the model has (384, 128)" in message
     message = message_for(lambda w: w.update({"pos_embed": torch.zeros(1, 65, 64)}))

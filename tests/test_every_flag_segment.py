@@ -140,8 +140,6 @@ PLANNED = """
     --dataset: UPer activations auxiliary data memory parameters segment
     --dry_run_images: data steps warning
     --dry_run_processes: batch in lr steps time warning
-    --finetune: AdamW FLOPs UPer activations auxiliary disk encoder gradients in left memory
-      + new parameters resized segment taken warning weights
     --grad_checkpointing: FLOPs activations in memory
     --images_per_second: time
     --input_size: FLOPs activations encoder in memory parameters segment
@@ -156,7 +154,6 @@ PLANNED = """
     --nb_classes: UPer activations auxiliary parameters segment
     --patch_size: AdamW FLOPs activations disk encoder gradients in memory neck parameters
       + segment weights
-    --pos_resize: resized
     --precision: activations half-precision memory
     --relative_bias: parameters relative
     --save_every: disk

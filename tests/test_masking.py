@@ -87,9 +87,8 @@ def test_count_visible_refuses_ratios_outside_0_to_1(ratio):
 
 @pytest.mark.parametrize(("patches", "ratio"), [(6, 0.95), (10, 0.9), (1, 0.5), (4, 1e-17)])
 def test_count_visible_refuses_to_hide_all_or_nothing(patches, ratio):
-    with pytest.raises(
-        BadInput, match=rf"mask_ratio {ratio} leaves \d of {patches} patches visible"
-    ):
+    message = rf"mask_ratio {ratio} leaves \d of {patches} patches .*visible"
+    with pytest.raises(BadInput, match=message):
         count_visible(patches, ratio)
 
 

@@ -411,7 +411,9 @@ def test_the_study_in_docs_follows_from_its_numbers(tmp_path: Path) -> None:
 def test_tables_in_docs_follow_from_their_numbers() -> None:
     """Each printed number is a mean or a deviation of values that are kept by seed."""
     paths = sorted((DOCS / "results").glob("*.json"))
-    assert {path.stem for path in paths} == {"cross", "fashion_mnist", "garments", "lscale_lr"}
+    # The study's numbers are on a page of its own.
+    plans = {path.stem for path in STUDY.parent.glob("*.yaml")} - {STUDY.stem}
+    assert {path.stem for path in paths} == plans
     for path in paths:
         report = json.loads(path.read_text())
         assert path.with_suffix(".md").read_text() == tables_markdown(report)
@@ -421,7 +423,8 @@ def test_tables_in_docs_follow_from_their_numbers() -> None:
             for metric in row["metrics"].values():
                 values = list(metric["values"].values())
                 assert metric["mean"] == pytest.approx(statistics.fmean(values))
-                assert metric["deviation"] == pytest.approx(statistics.stdev(values))
+                deviation = statistics.stdev(values) if len(values) > 1 else None
+                assert metric["deviation"] == pytest.approx(deviation)
 
 
 def printed(metric: dict[str, Any]) -> str:

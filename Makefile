@@ -26,13 +26,14 @@ export THP_MEM_ALLOC_ENABLE ?= 1
 .DELETE_ON_ERROR:
 # Two installations into one environment at once would break it.
 .NOTPARALLEL:
-.PHONY: help setup demo results study tables bench docs test test-all check clean
+.PHONY: help setup demo results study comparison tables bench docs test test-all check clean
 
 help:
 	@echo "make setup   the virtual environment for everything below"
 	@echo "make demo    pretrain on the bundled photographs; pictures at the end"
 	@echo "make results the tables on Fashion-MNIST, 3 seeds; stopped, it goes on where it was"
 	@echo "make study   M-MAE's terms and settings, decided on Fashion-MNIST; resumable as well"
+	@echo "make comparison  the methods under one protocol on Fashion-MNIST; resumable as well"
 	@echo "make bench   what this machine can do, and the training step beside transformers'"
 	@echo "make tables  the papers' tables, with a column for the runs in RUNS (output_dir)"
 	@echo "make docs    the pages of docs/ as a site with search, in site/"
@@ -60,6 +61,10 @@ docs: $(DEV)
 
 study: $(DEMO)
 	$(BIN)/python -m lab.study --plan recipes/tables/study.yaml --jobs $(JOBS)
+
+# The methods under one protocol; resumable.
+comparison: $(DEMO)
+	$(BIN)/python -m lab.comparison --plan recipes/tables/comparison.yaml --jobs $(JOBS)
 
 tables: $(DEMO)
 	@mkdir -p $(RUNS)

@@ -86,7 +86,7 @@ EXTENDS = {"models_pixio": "models_mmae"}  # a method file: the one that it is a
 # Folders of modules: a name of theirs goes on after the dot.
 PACKAGES = {
     pattern.rpartition("/")[0] for patterns, _ in PLACES.values() for pattern in patterns
-} | {"lab/bench", "lab/study", "lab/gpu"}
+} | {"lab/bench", "lab/comparison", "lab/gpu", "lab/study"}
 # A model knows nothing of data or optimisers, by itself or through what it imports.
 NOT_FOR_MODELS = (
     "util.data.datasets",

@@ -39,7 +39,14 @@ BLOCK = re.compile(
 # What prepares a machine, or only shows a place.
 NOT_RUN = ("git", "cd", "pip", "apt-get", ".")
 # Measures the machine, or takes hours: its flags are looked at.
-PARSED = ("lab.bench", "lab.study", "lab.gpu", "lab.gpu.roofline", "lab.compare_commits")
+PARSED = (
+    "lab.bench",
+    "lab.comparison",
+    "lab.study",
+    "lab.gpu",
+    "lab.gpu.roofline",
+    "lab.compare_commits",
+)
 
 
 @dataclass(frozen=True)

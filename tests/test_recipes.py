@@ -419,7 +419,16 @@ def test_no_recipe_is_warned_of(name: str) -> None:
     assert [text[:22] for text in warned(name, *model)] == alone
 
 
-PLANS = ["fashion_mnist", "garments", "cross", "lscale_lr", "simmim", "simmim_rate", "study"]
+PLANS = [
+    "comparison",
+    "fashion_mnist",
+    "garments",
+    "cross",
+    "lscale_lr",
+    "simmim",
+    "simmim_rate",
+    "study",
+]
 
 
 def test_every_plan_is_checked() -> None:
@@ -444,7 +453,8 @@ def test_no_run_of_a_plan_is_warned_of(name: str) -> None:
         planned = MAINS[task].plan_run(found, 1, warn_of_flags(vars(found), parser.given))
         said = [w for w in list_warnings(planned) if w not in machine_warnings(planned)]
         # An encoder's first weights, as a pretraining saves them.
-        untrained = run.name.startswith("untrained")
+        arm = run.copy.arm or run.name
+        untrained = run.main == "main_pretrain" and arm.startswith("untrained")
         assert said == (["the peak lr is 0: nothing learns"] if untrained else []), run.name
 
 

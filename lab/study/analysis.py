@@ -33,7 +33,7 @@ from lab.study.effects import (
 from util.errors import BadInput
 from util.names import known
 from util.runs.arms import BASE, ArmSet
-from util.runs.plan import DONE, Cell, Plan
+from util.runs.plan import DONE, OF_THE_LAB, Cell, Plan
 from util.train.logger import METRICS
 from util.yaml_values import mapping, read_seeds
 
@@ -126,9 +126,8 @@ def read_study(plan: Plan) -> Study:
 
 
 def with_arms(plan: Plan, name: str, seeds: Sequence[int], arms: Mapping[str, Any]) -> dict:
-    """The plan's file with its arms replaced by these, under one name; without a study."""
-    given = copy.deepcopy(plan.given)
-    given.pop("study", None)
+    """The plan's file with its arms replaced by these, under one name; of runs alone."""
+    given = {k: copy.deepcopy(v) for k, v in plan.given.items() if k not in OF_THE_LAB}
     given["seeds"] = list(seeds)
     given["arms"] = {name: {"seeds": list(seeds), "list": dict(arms)}}
     for entry in given["runs"].values():

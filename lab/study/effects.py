@@ -71,6 +71,19 @@ def prediction(values: Sequence[float], level: float = LEVEL) -> tuple[float, fl
     return mean - half, mean + half
 
 
+def detectable(samples: Sequence[Sequence[float]], power: float = 0.8) -> float | None:
+    """The difference that a single test at 95 % finds in so many of 100 cases; None: no samples.
+
+    Of the pooled deviation of samples of one size, each about its own mean: t at 97.5 % and at the
+    power, times the standard error.
+    """
+    if not samples:
+        return None
+    n = len(samples[0])
+    pooled = math.sqrt(statistics.fmean(statistics.variance(values) for values in samples))
+    return (quantile(n) + quantile(n, 2 * power - 1)) * pooled / math.sqrt(n)
+
+
 def contrast(values: Mapping[str, BySeed], signs: Mapping[str, int]) -> BySeed:
     """By seed, the mean over arms of sign + minus the mean over arms of sign -.
 

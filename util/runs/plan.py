@@ -23,6 +23,8 @@ PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
 NAME = re.compile(r"\w[\w.-]*")
 FLAG = re.compile(r"[A-Za-z]\w*")
 OUTPUT_FLAG = "output_dir"
+# What a plan may hold beside its runs, for the programs of the lab.
+OF_THE_LAB = ("study", "comparison")
 DONE, STARTS = "done.json", "starts.json"
 
 
@@ -101,7 +103,7 @@ class Plan:
 
     Attributes:
         seeds: the file's, and those of its arms.
-        given: the file's contents, of which `study` is for `lab.study.analysis`.
+        given: the file's contents, with what `OF_THE_LAB` names.
     """
 
     path: Path
@@ -124,7 +126,8 @@ def read_plan(path: Path, mains: Collection[str]) -> Plan:
             anything else that would only be found once runs have been paid for.
     """
     given = read_yaml(path, f"the plan {path}")
-    top = mapping(given, str(path), ("seeds", "defaults", "arms", "runs", "tables", "study"))
+    keys = ("seeds", "defaults", "arms", "runs", "tables", *OF_THE_LAB)
+    top = mapping(given, str(path), keys)
     for key in ("seeds", "runs", "tables"):
         if not top.get(key):
             raise BadInput(f"{path} has no {key!r}, or an empty one")

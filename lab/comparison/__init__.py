@@ -1,0 +1,1 @@
+"""Methods of pretraining under one protocol."""

@@ -9,7 +9,7 @@ import torch
 import models_segmenters
 import models_zoo
 from engine_segment import Inference
-from models_load_kinds import check_kind
+from models_load_kinds import check_kind, with_defaults
 from util.config.segment_flags import LR, SCALES
 from util.console import counted, listed
 from util.data.randomness import evenly
@@ -133,9 +133,14 @@ def _model_of_kind(
 ) -> tuple[Any, list[str]]:
     """`new_model` from a file with an encoder that is no plain vision transformer."""
     kind, stored = state["encoder_kind"], dict(state["model_args"])
-    for flag, given in (("num_heads", args.num_heads), ("lscale_init", args.lscale_init)):
+    scaled = with_defaults(models_zoo.ENCODER_KINDS.find(kind), stored).get("lscale_init")
+    scales = "has no LScale" if scaled is None else "takes its scales from the file"
+    for flag, given, why in (
+        ("num_heads", args.num_heads, "says its own sizes"),
+        ("lscale_init", args.lscale_init, scales),
+    ):
         if given is not None:
-            raise BadInput(f"--{flag} with {args.finetune}: an encoder of kind {kind} has its own")
+            raise BadInput(f"--{flag} with {args.finetune}: an encoder of kind {kind} {why}")
     check_kind(args.model, kind, stored, args.finetune)
     _check_channels(stored, args.finetune)
     unused = ("num_classes", "global_pool", "probe", "shared_bias")

@@ -205,7 +205,8 @@ def read_source(args: argparse.Namespace) -> LoadedModel:
     path, state = args.checkpoint, load_state(args.checkpoint, args.weights_key)
     if args.ema:
         take_averaged(state, path)
-    part = choose_part(args.part, args.to, state["model"])
+    decoder, found = models_zoo.holds_decoder(state), state
+    part = choose_part(args.part, args.to, state, decoder)
     head = "own" if part == "head" else "none"
     plain = state.get("encoder_kind", "vit") == "vit"
     if part == "decoder" and plain:
@@ -225,13 +226,16 @@ def read_source(args: argparse.Namespace) -> LoadedModel:
         arguments |= {"drop_path": 0.0}
 
     def read_again(place: Path, name: str) -> Any:
+        if part == "decoder" and not plain:
+            return models_zoo.load_pretrained(str(place))[0]
         again = load_state(str(place))
         if part == "decoder":
             return models_zoo.build_autoencoder(again, name)[0]
         return models_zoo.build_classifier(again, name, head=head)[0]
 
     print_text("\n".join(describe_reading(state, path)))
-    lost = list_losses(state, part, other="other" if args.ema else "averaged (--ema)")
+    other = "other" if args.ema else "averaged (--ema)"
+    lost = list_losses(found, part, other, decoder)
     size, channels = arguments["img_size"], arguments["in_chans"]
     seen, said = find_preprocessing(state.get("data", {}), size, channels)
     return LoadedModel(

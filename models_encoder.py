@@ -82,6 +82,9 @@ class Encoder(PartlyTuned, nn.Module):
             from fine to coarse, where these differ.
         plain_blocks: whether each of `stages` gives tokens of the same shape, so that those behind
             one can be left out (`--probe_block`); the constructor then has a `depth`.
+        mlp: how names inside of a stage begin that are its MLP's, with its norm and scale: what
+            `partial:0.5` trains of the last one. Empty: a stage has none.
+        moved: names in files whose tensors `fit_weights` takes under other names.
     """
 
     input: InputSpec
@@ -89,6 +92,8 @@ class Encoder(PartlyTuned, nn.Module):
     pools: ClassVar[Sequence[str]] = ("avg",)
     stages: Sequence[str] = ()
     plain_blocks: ClassVar[bool] = False
+    mlp: ClassVar[Sequence[str]] = ()
+    moved: ClassVar[Sequence[str]] = ()
     feature_info: Sequence[Mapping[str, Any]] = ()
 
     @classmethod
@@ -127,7 +132,7 @@ class Encoder(PartlyTuned, nn.Module):
         self.num_classes, self.global_pool = num_classes, global_pool or self.pools[0]
         if self.global_pool not in self.pools:
             raise BadInput(
-                f"{type(self).__name__} cannot pool by {global_pool!r}, only by "
+                f"{self.called} cannot pool by {global_pool!r}, only by "
                 f"{', '.join(self.pools)}; --global_pool stands for avg, --cls_token for cls"
             )
         head: nn.Module = nn.Identity()
@@ -137,6 +142,11 @@ class Encoder(PartlyTuned, nn.Module):
                 norm = GlobalBatchNorm(self.num_features, affine=False, eps=1e-6)
                 head = nn.Sequential(norm, head)
         self.head = head
+
+    @property
+    def called(self) -> str:
+        """What messages call it."""
+        return f"an encoder of kind {getattr(self, 'kind', type(self).__name__)}"
 
     @property
     def img_size(self) -> Pair:
@@ -167,7 +177,10 @@ class Encoder(PartlyTuned, nn.Module):
             BadInput: it does not pool so.
         """
         if kind not in self.pools:
-            raise BadInput(f"unknown features {kind!r}, choose from {', '.join(self.pools)}")
+            token = "; it has no class token" if kind == "cls" and "cls" not in self.pools else ""
+            raise BadInput(
+                f"{self.called} has no features {kind!r}, only {', '.join(self.pools)}{token}"
+            )
         return self.pool(self.forward_features(x), kind)
 
     def pyramid(self, images: Tensor, taps: Sequence[int]) -> list[Tensor]:
@@ -181,7 +194,7 @@ class Encoder(PartlyTuned, nn.Module):
         Raises:
             BadInput: it gives none.
         """
-        raise BadInput(f"{type(self).__name__} gives no maps for segmentation")
+        raise BadInput(f"{self.called} gives no maps for segmentation")
 
     def layer_groups(self) -> list[list[str]]:
         """Names of all parameters from input to output; the last group is of what comes after all
@@ -208,7 +221,7 @@ class Encoder(PartlyTuned, nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """See `PretrainModel.set_grad_checkpointing`."""
         if enable:
-            raise BadInput(f"{type(self).__name__} cannot compute its activations again")
+            raise BadInput(f"{self.called} cannot compute its activations again")
 
     def tuned_names(self, tune: str) -> set[str]:
         """See `PartlyTuned`; the units are the stages."""
@@ -218,10 +231,11 @@ class Encoder(PartlyTuned, nn.Module):
             return {name for group in (first, *stages, after) for name in group}
         if count == 0:
             return {name for name in after if name.startswith("head.")}
+        if count == 0.5 and not self.mlp:
+            raise BadInput(f"{self.called} has no MLP of a last block: give --tune partial:1")
         if count == 0.5:
-            raise BadInput(
-                f"{type(self).__name__} has no MLP of a last block: give --tune partial:1"
-            )
+            inside = tuple(f"{self.stages[-1]}.{name}" for name in self.mlp)
+            return {name for name in stages[-1] if name.startswith(inside)} | set(after)
         return {name for group in (*stages[-int(count) :], after) for name in group}
 
     def train(self, mode: bool = True) -> "Encoder":

@@ -8,6 +8,7 @@ from models_layers import pair
 from models_load_kinds import (
     build_of_kind,
     cut_depth,
+    find_whole,
     first_blocks,
     head_rows,
     load_kind,
@@ -30,6 +31,7 @@ from util.weights.assumed import ASSUMED, settle_number
 from util.weights.convert import (
     HEAD_KEYS,
     NORM_KEYS,
+    PLACE,
     in_our_names,
     infer_grid,
     read_encoder,
@@ -37,6 +39,7 @@ from util.weights.convert import (
 )
 from util.weights.files import OPENERS, load_state, weights_file
 from util.weights.load_table import LOADED, Loading, positions_resized
+from util.weights.nested_weights import USUAL, NestedWeights
 
 
 def load_pretrained(
@@ -78,13 +81,14 @@ def read_pretraining(path: str) -> dict[str, Any] | None:
 
 
 def rebuild(state: Mapping[str, Any], path: str) -> PretrainModel | None:
-    """The model of a pretraining checkpoint of ours; None: M-MAE's, which other files may hold too.
+    """The model of a pretraining of ours, or of its export; None: M-MAE's, as other files hold it.
 
     Raises:
         BadInput: weights that do not fit.
     """
     name = state.get("model_name")
-    if state.get("task") != "pretrain" or not isinstance(name, str) or name not in MODELS:
+    ours = state.get("task") in ("pretrain", "export")
+    if not ours or not isinstance(name, str) or name not in MODELS:
         return None
     kind, known = MODELS[name]
     if issubclass(kind, MaskedAutoencoderViT) and not overrides_encoder(kind):
@@ -107,21 +111,35 @@ def open_encoder(state: dict[str, Any], path: str) -> dict[str, Any] | None:
     Returns:
         None: the file is read by the names of its weights, as those of other programs are.
     """
+    said: dict[str, Any] = {"style": "timm", "notes": []}
     if state.get("encoder_kind", "vit") != "vit":  # fine-tuned
-        return state | {ASSUMED: [], LOADED: []}
+        place = NestedWeights(path, USUAL[:1], "", "", dict(state["model"]))
+        return state | said | {ASSUMED: [], LOADED: [], PLACE: place}
     model = rebuild(state, path)
     if model is None:
         return None
     found = model.encoder_state()
+    inside = {tensor.data_ptr() for tensor in found.weights.values()}
+    beside = {n: t for n, t in model.state_dict().items() if t.data_ptr() not in inside}
+    place = NestedWeights(path, USUAL[:1], "", "", dict(found.weights), beside)
     parts = {
         "encoder_kind": found.kind,
         "model": dict(found.weights),
         "model_args": dict(found.arguments),
     }
-    return {k: v for k, v in state.items() if k != "optimizer"} | parts
+    if found.kind != "vit":
+        parts |= said | {PLACE: place}
+    return state | parts
 
 
 OPENERS.append(open_encoder)
+
+
+def holds_decoder(state: Mapping[str, Any]) -> bool:
+    """Whether a file, as `load_state` has read it, also holds what predicts."""
+    if state.get("encoder_kind", "vit") == "vit":
+        return any(name.startswith("decoder_") for name in state["model"])
+    return state.get("model_name") in MODELS or find_whole(state) is not None
 
 
 def build_autoencoder(

@@ -14,7 +14,7 @@ from util.spec import EncoderState, Pair
 from util.train.checkpoint import load_weights
 from util.weights.assumed import ASSUMED
 from util.weights.convert import HEAD_KEYS, NORM_KEYS, PLACE
-from util.weights.load_table import LOADED
+from util.weights.load_table import LOADED, Loading
 from util.weights.nested_weights import NestedWeights
 
 # The linear layer of a head, without and with a probe's BatchNorm before it.
@@ -89,21 +89,20 @@ def load_kind(
     arguments |= cut_depth(arguments, blocks, path)
     arguments = {k: list(v) if isinstance(v, tuple) else v for k, v in arguments.items()}
     model = encoder(**arguments)
-    weights, notes = model.fit_weights(state["model"], stored, pos_resize)
+    weights, fitted = model.fit_weights(state["model"], stored, pos_resize)
     weights = first_blocks(weights, blocks)
-    own, new = model.state_dict(), list[str]()
+    own, loading = model.state_dict(), Loading(fitted=fitted)
     if head != "own":
         # Behind a block in the middle, and in a segmenter, no norm was trained.
         normless = blocks is not None or state.get("style") == "segmenter"
         fresh = (*HEAD_KEYS, *(NORM_KEYS.values() if normless else [NORM_KEYS["avg"]]))
         weights = {k: v for k, v in weights.items() if not k.startswith(HEAD_KEYS)}
-        new = [k for k in own if k.startswith(fresh) and k not in weights]
-        weights |= {k: own[k] for k in new}
+        loading.new = [k for k in own if k.startswith(fresh) and k not in weights]
+        weights |= {k: own[k] for k in loading.new}
     load_weights(model, weights, path)
-    lines = [f"{len(own) - len(new)} of {len(own)} tensors taken from {path} (kind {kind})"]
-    if new:
-        lines[0] += f"; new: {', '.join(new)}"
-    state |= {ASSUMED: state.get("assumed", []), LOADED: [*lines, *notes]}
+    gone = (k for k in state["model"] if k not in weights or k in loading.new)
+    loading.left = [k for k in gone if k not in model.moved]
+    state |= {ASSUMED: state.get("assumed", []), LOADED: loading.lines(model, state)}
     if head != "new" and "norm_eps" in state:
         match_eps(model, state["norm_eps"])
     return model, arguments, state
@@ -117,21 +116,26 @@ def build_of_kind(
     Raises:
         BadInput: the file holds no whole model, or one of another name.
     """
-    place: NestedWeights | None = state.get(PLACE)  # a file of ours, fine-tuned, has none
-    found = EncoderState(state["encoder_kind"], state["model_args"], state["model"])
-    kinds = dict.fromkeys(kind for kind, _ in MODELS.values())
-    rest = {} if place is None else {**place.weights, **place.beside}
-    model = next((m for kind in kinds if (m := kind.from_encoder(found, rest)) is not None), None)
+    model = find_whole(state)
     if model is None:
         raise BadInput(
-            f"{path} holds an encoder of kind {found.kind} and nothing that predicts: encoder-only "
-            "weights cannot reconstruct; use a pretraining checkpoint"
+            f"{path} holds an encoder of kind {state['encoder_kind']} and nothing that predicts: "
+            "encoder-only weights cannot reconstruct; use a pretraining checkpoint"
         )
     if name is not None and not isinstance(model, MODELS.find(name)[0]):
         raise BadInput(f"{path} holds a {type(model).__name__}, not a {name}; leave --model out")
     if "norm_eps" in state:
         match_eps(model, state["norm_eps"])
     return model, state | {ASSUMED: state.get("assumed", []), LOADED: []}
+
+
+def find_whole(state: Mapping[str, Any]) -> PretrainModel | None:
+    """The model of a file that holds what predicts beside such an encoder; None: it does not."""
+    place: NestedWeights | None = state.get(PLACE)  # a file of ours has none
+    found = EncoderState(state["encoder_kind"], state["model_args"], state["model"])
+    kinds = dict.fromkeys(kind for kind, _ in MODELS.values())
+    rest = {} if place is None else {**place.weights, **place.beside}
+    return next((m for kind in kinds if (m := kind.from_encoder(found, rest)) is not None), None)
 
 
 def check_kind(name: str | None, kind: str, stored: Mapping[str, Any], path: str) -> None:

@@ -512,7 +512,7 @@ class MaskedAutoencoderViT(PretrainModel):
 
 def add_term_flags(parser: argparse.ArgumentParser) -> None:
     """The terms of M-MAE that are in the model; its masks have flags of their own."""
-    group = parser.add_argument_group("method (unset terms follow --method)")
+    group = parser.add_argument_group("terms of the method (unset ones follow --method)")
     group.add_argument(
         "--lscale_init",
         type=optional(number(float, 0, MOST_LSCALE, open_low=True)),

@@ -116,13 +116,15 @@ def _load_kind(state: dict[str, Any], model: UperNet, path: str, pos_resize: str
     ]
     if differing:
         raise BadInput(f"{path} has a different architecture: {'; '.join(differing)}")
-    weights, notes = model.encoder.fit_weights(state["model"], stored, pos_resize)
+    weights, fitted = model.encoder.fit_weights(state["model"], stored, pos_resize)
     unused = (*HEAD_KEYS, *NORM_KEYS.values())
     weights = {k: v for k, v in weights.items() if not k.startswith(unused)}
     load_weights(model.encoder, weights, path)
-    taken, of = len(weights), len(model.state_dict())
-    lines = [f"{taken} of {of} tensors taken from {path} (kind {kind}); new: neck and heads"]
-    state[LOADED] = [*lines, *notes]
+    taken = {f"encoder.{name}" for name in weights}
+    loading = Loading(new=[name for name in model.state_dict() if name not in taken], fitted=fitted)
+    moved = model.encoder.moved
+    loading.left = [n for n in state["model"] if n not in weights and n not in moved]
+    state[LOADED] = loading.lines(model, state)
     return state
 
 

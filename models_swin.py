@@ -134,6 +134,7 @@ class SwinTransformer(Encoder):
 
     kind: ClassVar[str] = "swin"
     pools: ClassVar[Sequence[str]] = ("avg",)
+    mlp: ClassVar[Sequence[str]] = ("norm2.", "mlp.")
     head_std: ClassVar[float] = 0.02
 
     def __init__(
@@ -297,8 +298,11 @@ class SwinTransformer(Encoder):
                     table = resize_bias(fitted[name], old, tuple(block.window_size), pos_resize)
                     fitted[name] = table
                     changed[old] = tuple(block.window_size)
-        notes = [f"relative positions of windows {a} resized to {b}" for a, b in changed.items()]
-        return fitted, notes
+        sides = {"x".join(map(str, a)): "x".join(map(str, b)) for a, b in changed.items()}
+        return fitted, [
+            f"relative positions of windows {old} -> {new} (--pos_resize {pos_resize})"
+            for old, new in sides.items()
+        ]
 
 
 def _window_of(arguments: Mapping[str, Any], stage: int) -> Pair:
@@ -342,11 +346,24 @@ def _check_windows(size: Pair, patch: Pair, grid: Pair, stages: int, window: int
     for stage in range(stages):
         sides = [side // 2**stage for side in grid]
         if any(side > window and side % window for side in sides):
-            whole = [n for n in range(2, 33) if all(
-                side // 2**s <= n or side // 2**s % n == 0 for s in range(stages) for side in grid
-            )]  # fmt: skip
+            windows = [n for n in range(2, 33) if _in_whole_windows(grid, stages, n)]
+            windows.sort(key=lambda n: abs(n - window))
+            steps = [p * 2 ** (stages - 1) for p in patch]
+            near = [(max(1, size[0] // steps[0] + k) * steps[0], max(1, size[1] // steps[1] + k)
+                     * steps[1]) for k in range(-8, 9)]  # fmt: skip
+            sizes = [s for s in dict.fromkeys(near) if _in_whole_windows(
+                (s[0] // patch[0], s[1] // patch[1]), stages, window)]  # fmt: skip
+            sizes.sort(key=lambda s: abs(s[0] - size[0]))
+            named = [str(h) if h == w else f"{h}x{w}" for h, w in sizes[:4]]
             raise BadInput(
                 f"windows of {window} do not divide the map of {sides[0]} x {sides[1]} in stage "
-                f"{stage + 1} of images {size} in patches of {patch}; whole are windows of "
-                f"{', '.join(map(str, whole[:6])) or 'no size up to 32'}"
+                f"{stage + 1} of images {size} in patches of {patch}; near are images of "
+                f"{', '.join(named) or 'no size'} (--input_size), or windows of "
+                f"{', '.join(map(str, windows[:4])) or 'no size up to 32'} (--window_size in "
+                "pretraining)"
             )
+
+
+def _in_whole_windows(grid: Pair, stages: int, window: int) -> bool:
+    maps = [side // 2**stage for stage in range(stages) for side in grid]
+    return all(side <= window or side % window == 0 for side in maps)

@@ -218,12 +218,46 @@ def read_config(config: Mapping[str, Any], source: str) -> dict[str, Any]:
     return found | read_labels(config)
 
 
+def list_maps(arguments: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """(height, width) of each stage's map, in its patches."""
+    (h, w), (ph, pw) = arguments["img_size"], arguments["patch_size"]
+    return [
+        (math.ceil(h / ph / 2**stage), math.ceil(w / pw / 2**stage))
+        for stage in range(len(arguments["depths"]))
+    ]
+
+
 def smaller_maps(arguments: Mapping[str, Any]) -> str | None:
     """What transformers cannot have: tables of windows that a smaller map made smaller."""
-    (h, w), (ph, pw) = arguments["img_size"], arguments["patch_size"]
-    last = min(h // ph, w // pw) // 2 ** (len(arguments["depths"]) - 1)
-    if last < arguments["window_size"]:
-        return f"a map of {last} patches is smaller than the windows of {arguments['window_size']}"
+    last, window = min(list_maps(arguments)[-1]), arguments["window_size"]
+    if last < window and not arguments.get("pad_windows"):
+        return f"a map of {last} patches is smaller than the windows of {window}"
+    return one_window(arguments)
+
+
+def one_window(arguments: Mapping[str, Any]) -> str | None:
+    """What a segmenter's Swin does and other code does not: shift the windows of a map of one."""
+    window = arguments["window_size"]
+    if arguments.get("pad_windows") and min(map(min, list_maps(arguments))) <= window:
+        smallest = min(map(min, list_maps(arguments)))
+        return (
+            f"it is a segmenter's, which shifts windows of {window} also in a map of {smallest} "
+            "patches, where that program has one window that does not shift; a larger "
+            "--input_size has no such map"
+        )
+    return None
+
+
+def uneven_windows(arguments: Mapping[str, Any]) -> str | None:
+    """What timm cannot have: maps that are padded before they are shifted."""
+    window = arguments["window_size"]
+    uneven = [side for sides in list_maps(arguments) for side in sides if side % window]
+    if arguments.get("pad_windows") and uneven:
+        return (
+            f"it is a segmenter's, which pads a map of {uneven[0]} patches to whole windows of "
+            f"{window} before it shifts them, and timm does after; an --input_size in whole "
+            "windows has no such map"
+        )
     return None
 
 
@@ -231,6 +265,8 @@ def timm_model(arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """timm's name of its base, and its settings."""
     names = ("embed_dim", "depths", "num_heads", "window_size", "mlp_ratio", "patch_size")
     settings = {name: arguments[name] for name in names}
+    if arguments.get("pad_windows"):
+        settings["always_partition"] = True
     return "swin_base_patch4_window7_224", {**settings, "global_pool": "avg"}
 
 
@@ -268,7 +304,13 @@ STYLES = {
         limit=smaller_maps,
     ),
     "official_swin": Style(
-        is_official, from_official, to_official, kind="swin", infer=infer, programs=("official",)
+        is_official,
+        from_official,
+        to_official,
+        kind="swin",
+        infer=infer,
+        programs=("official",),
+        limit=one_window,
     ),
     "timm_swin": Style(
         is_swin,
@@ -280,5 +322,6 @@ STYLES = {
         timm_model=timm_model,
         eps=1e-5,
         classifier="head.fc",
+        limit=uneven_windows,
     ),
 }

@@ -135,6 +135,8 @@ class RelativeVisionTransformer(Encoder):
     kind: ClassVar[str] = "vit_relative"
     pools: ClassVar[Sequence[str]] = ("avg", "cls")
     plain_blocks: ClassVar[bool] = True
+    mlp: ClassVar[Sequence[str]] = ("norm2.", "mlp.", "gamma_2")
+    moved: ClassVar[Sequence[str]] = (SHARED,)
 
     def __init__(
         self,
@@ -309,6 +311,7 @@ class RelativeVisionTransformer(Encoder):
         if grid != self.grid:
             for name in [name for name in fitted if name.endswith(TABLE)]:
                 fitted[name] = resize_bias(fitted[name], grid, self.grid, pos_resize)
-            notes.append(f"relative positions of {grid} patches resized to {self.grid}")
+            old, new = ("x".join(map(str, sides)) for sides in (grid, self.grid))
+            notes.append(f"relative positions {old} -> {new} patches (--pos_resize {pos_resize})")
         unused = "norm." if self.global_pool == "avg" else "fc_norm."
         return {k: v for k, v in fitted.items() if not k.startswith(unused)}, notes

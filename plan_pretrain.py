@@ -58,7 +58,7 @@ def plan_run(args: argparse.Namespace, count: int, warnings: Sequence[str] = ())
     return DryRun(
         task=TASK,
         what=f"{args.model} ({args.method}), {model.input}, "
-        f"{model.describe(masker.num_visible)}; mask {args.mask}",
+        f"{model.describe(masker.num_visible)}; masks {masker.words}",
         data=data,
         dataset=args.dataset,
         batch_size=args.batch_size,

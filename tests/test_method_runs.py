@@ -24,7 +24,7 @@ from models_vit_relative import RelativeVisionTransformer
 from util.errors import BadInput
 from util.mask.relative import resize_bias
 from util.plugins import load_plugin
-from util.train.checkpoint import LAST, load_file
+from util.train.checkpoint import LAST, load_file, write_signed
 from util.weights.files import load_state
 
 PLUGINS = Path(__file__).parent / "plugins"
@@ -221,14 +221,32 @@ def test_refusals(flags: list[str], message: str, tmp_path: Path, run_main: Any)
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("tune", ["full", "partial:2", "linear"])
+@pytest.mark.parametrize("tune", ["full", "partial:2", "partial:0.5", "linear"])
 def test_it_is_tuned_and_evaluated(tune: str, method: Path, tmp_path: Path, run_main: Any) -> None:
     words = [*KNOWN, f"--finetune={method}", *RUN, "--batch_size=6", "--epochs=1",
              "--warmup_epochs=0", "--global_pool", f"--tune={tune}"]  # fmt: skip
     code, out, err = run_main("main_finetune", [*words, f"--output_dir={tmp_path / 'run'}"])
     assert code == 0, err
     if "simmim_vit" in str(method):
-        assert "copied into every block" in out + err
+        assert "fitted   the table of relative positions is copied into every block" in out + err
+    if "simmim" in str(method):
+        beside = ["mask_token", "decoder.* 2", *(["norm.* 2"] if "vit" in str(method) else [])]
+        said = next(line for line in (out + err).splitlines() if "  left  " in line)
+        assert all(name in said for name in beside) and "rel_pos_bias" not in said
+        assert f"(pretrain, {load_file(method / LAST)['model_name']}, epoch 1, step 8)" in out + err
+        assert "  new      " in out + err and "head.*" in out + err
+    learned = {
+        name
+        for name, tensor in load_file(tmp_path / "run" / LAST)["model"].items()
+        if name in (kept := load_state(str(method))["model"])
+        and not torch.equal(tensor, kept[name])
+    }
+    if tune == "partial:0.5" and "simmim" in str(method):
+        *_, last = models_zoo.load_classifier(str(method))[0].stages
+        parts = {name.removeprefix(f"{last}.").split(".")[0] for name in learned
+                 if name.startswith(last)}  # fmt: skip
+        assert parts == {"norm2", "mlp"} | ({"gamma_2"} if "vit" in str(method) else set())
+        assert all(name.startswith((last, "norm.")) for name in learned)
     say_what_it_sees(KNOWN, tmp_path / "run" / LAST, tmp_path, run_main)
     shown = [*KNOWN, f"--checkpoint={tmp_path / 'run'}", "--dataset=ramps", "--device=cpu"]
     code, _, err = run_main("main_visualize", [*shown, f"--output_dir={tmp_path / 'seen'}"])
@@ -317,7 +335,8 @@ def test_it_segments(tmp_path: Path, run_main: Any) -> None:
         words = [*KNOWN, f"--finetune={tmp_path / model}", *SEGMENT]
         whole, part = tmp_path / f"{model} whole", tmp_path / f"{model} part"
         code, out, err = run_main("main_segment", [*words, f"--output_dir={whole}"])
-        assert code == 0 and f"(kind {start['model_args']['encoder']})" in out + err, err
+        assert code == 0 and "decode_head.*" in out + err, err
+        assert f"(pretrain, {start['model_name']}, epoch 1, step 8)" in out + err
         with stopping(1):
             assert run_main("main_segment", [*words, f"--output_dir={part}"])[0] == 75
         assert run_main("main_segment", [*words, f"--output_dir={part}"])[0] == 0
@@ -331,7 +350,12 @@ def test_it_segments(tmp_path: Path, run_main: Any) -> None:
         code, _, err = run_main(
             "main_segment", [*words, "--num_heads=2", f"--output_dir={tmp_path / 'heads'}"]
         )
-        assert code == 2 and "has its own" in err
+        assert code == 2 and "says its own sizes" in err
+        code, _, err = run_main(
+            "main_segment", [*words, "--lscale_init=.5", f"--output_dir={tmp_path / 'scales'}"]
+        )
+        own = "has no LScale" if "swin" in model else "takes its scales from the file"
+        assert code == 2 and own in err
 
 
 @pytest.mark.smoke
@@ -381,11 +405,12 @@ def test_the_whole_pretrained_model_is_exported(
     place = tmp_path / f"out{end}"
     words = [*KNOWN, f"--checkpoint={trained}", f"--to={to}", "--part=decoder"]
     code, out, err = run_main("main_export", [*words, f"--output={place}"])
-    if to in ("timm", "onnx", "mmae") or (to == "transformers" and "vit" in str(trained)):
-        reasons = ("takes no decoder", "it has no such model", "copy it")
-        assert code == 2 and any(reason in err for reason in reasons), err
+    if to in ("timm", "onnx") or (to == "transformers" and "vit" in str(trained)):
+        assert code == 2 and ("takes no decoder" in err or "has no such model" in err), err
+        assert "--to official or mmae" in err or "choose official, mmae" in err
         return
     assert code == 0 and "loss, pred" in out, err
+    assert "lost      the optimiser's state" in out and "what predicts" not in out
     ours, theirs = (models_zoo.load_pretrained(str(path))[0].eval() for path in (trained, place))
     images = torch.randn(2, 3, 32, 32)
     mask = torch.rand(2, ours.num_places).argsort(dim=1) > 20
@@ -394,6 +419,57 @@ def test_the_whole_pretrained_model_is_exported(
     if to == "official":
         keys = load_file(place)["model"].keys()
         assert {"encoder.mask_token", "decoder.0.weight", "encoder.norm.weight"} <= keys
+    if to != "transformers":  # pictures of it have the masks of the run
+        masks = load_file(place)["arithmetic"]
+        own = load_file(trained / LAST)["arithmetic"]
+        assert masks["mask_ratio"] == 0.6 and masks.items() <= own.items()
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("to", ["official", "transformers", "timm", "onnx", "mmae"])
+def test_all_that_a_target_takes_is_exported(
+    to: str, trained: Path, tmp_path: Path, run_main: Any
+) -> None:
+    """Without --part; and what is left behind is said."""
+    end = {"timm": ".safetensors", "transformers": "", "onnx": ".onnx"}.get(to, ".pth")
+    place = tmp_path / f"out{end}"
+    words = [*KNOWN, f"--checkpoint={trained}", f"--to={to}", f"--output={place}"]
+    code, out, err = run_main("main_export", words)
+    whole = to in ("official", "mmae") or (to == "transformers" and "swin" in str(trained))
+    assert code == 0, err
+    assert f"{'decoder' if whole else 'encoder'} to {to}" in out
+    assert ("the mask token and what predicts are left out" in out) != whole
+    assert "the optimiser's state" in out and "lost      nothing" not in out
+    if to == "timm":
+        plain = tmp_path / "plain"
+        plain.touch()
+        assert place.stat().st_mode == plain.stat().st_mode
+    if to == "onnx":
+        assert ("LScale in the graph" in out) == False  # noqa: E712
+        assert "onnxruntime" not in err
+
+
+def save_segmenter(path: Path) -> None:
+    """A segmenter of a Swin whose last map is half of a window."""
+    model = models_zoo.create_segmenter("swin_micro_patch2_window4", 4, in_chans=3)
+    said = {"task": "segment", "step": 0, "epoch": 0, "model_args": model.arguments}
+    write_signed(path, {**said, "model": model.state_dict(), "data": {}})
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("to", ["timm", "transformers", "official"])
+def test_a_segmenters_swin_goes_where_it_computes_the_same(
+    to: str, tmp_path: Path, run_main: Any
+) -> None:
+    """Its windows shift in every map, and are padded first: at 32 pixels no other program's do."""
+    save_segmenter(tmp_path / "segmenter.pth")
+    place = tmp_path / ("out" if to == "transformers" else "out.pth")
+    words = [f"--checkpoint={tmp_path / 'segmenter.pth'}", f"--to={to}", "--part=encoder"]
+    code, _, err = run_main("main_export", [*words, f"--output={place}"])
+    assert code == 2 and not place.exists()
+    assert "it is a segmenter's" in err and "--input_size" in err and "--to onnx or mmae" in err
+    code, out, err = run_main("main_export", [*words, "--input_size=128", f"--output={place}"])
+    assert code == 0 and "verified" in out, err
 
 
 def official(model: SimMIM) -> dict[str, Tensor]:

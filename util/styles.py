@@ -73,9 +73,18 @@ def find_writer(kind: str, program: str, arguments: Mapping[str, Any], source: s
     """
     for style in STYLES.values():
         if style.kind == kind and program in style.programs:
-            if (limit := style.limit(arguments)) is not None:
-                raise BadInput(f"{program} cannot hold this model: {limit}")
-            return style
+            if (limit := style.limit(arguments)) is None:
+                return style
+            others = [
+                other
+                for found in STYLES.values()
+                if found.kind == kind and found.limit(arguments) is None
+                for other in found.programs
+            ]
+            raise BadInput(
+                f"{program} cannot hold this model: {limit}; use --to "
+                f"{', '.join([*others, 'onnx'])} or mmae"
+            )
     raise BadInput(
         f"{source} holds an encoder of kind {kind}: {program} has no such model, and ours takes "
         "its checkpoint as it is"

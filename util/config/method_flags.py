@@ -9,7 +9,7 @@ from util.mask.strategies import STRATEGIES
 
 def add_method_flag(parser: argparse.ArgumentParser, methods: Sequence[str]) -> None:
     """`--method`, the first of these if none is given."""
-    parser.add_argument_group("method (unset terms follow --method)").add_argument(
+    parser.add_argument_group("method").add_argument(
         "--method",
         choices=list(methods),
         default=methods[0],

@@ -35,6 +35,8 @@ HEAD_KEYS = ("head.",)
 NORM_KEYS = {"avg": "fc_norm.", "cls": "norm."}
 # Where in a file's contents, once read, the place of its weights stands.
 PLACE = "place"
+# What there is to say of the licence of its weights.
+LICENCE = "licence"
 # Of files that others wrote.
 PIXIO_LICENCE = (
     "several class tokens, as Pixio's: the weights that its authors released are for "
@@ -158,8 +160,11 @@ def in_our_names(
         weights = join_register_tokens(weights, source)
         notes.append("register tokens are class tokens here")
     tokens = weights.get("cls_token")
-    if "task" not in state and tokens is not None and tokens.ndim == 3 and tokens.shape[1] > 1:
-        notes.append(PIXIO_LICENCE)
+    several = tokens is not None and tokens.ndim == 3 and tokens.shape[1] > 1
+    # A file of ours says its model's arguments beside weights in our names.
+    ours = "task" in state or (style == "timm" and "model_args" in rest)
+    if several and not ours:
+        rest[LICENCE] = PIXIO_LICENCE
     return {**rest, "style": style, "notes": notes, PLACE: place, "model": weights}
 
 

@@ -128,8 +128,11 @@ def save_safetensors(
     """
     library = needs("safetensors.torch", "safetensors")
     own = {k: v.detach().clone().contiguous() for k, v in weights.items()}
+    path.touch()
+    usual = path.stat().st_mode  # the library makes files that nobody else may read
     try:
         library.save_file(own, path, {"format": "pt", **(about or {})})
+        path.chmod(usual)
     except needs("safetensors", "safetensors").SafetensorError as error:
         raise BadInput(f"cannot write {path}: {error}") from error
 
@@ -183,6 +186,8 @@ def save_onnx(
 def run_onnx(path: Path, images: Tensor, outputs: list[str]) -> dict[str, Tensor]:
     """What onnxruntime computes on the CPU."""
     runtime = needs("onnxruntime", "onnxruntime")
-    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3  # it warns of what it does not fold, line after line
+    session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     found = session.run(outputs, {"images": images.numpy()})
     return {name: torch.from_numpy(array) for name, array in zip(outputs, found, strict=True)}

@@ -68,9 +68,17 @@ def to_mmsegmentation(source: LoadedModel, path: Path) -> list[str]:
 
 def to_mmae(source: LoadedModel, path: Path) -> list[str]:
     """A file of ours: every tensor as it was."""
+    described = metadata(source)
     if source.kind != "vit" and source.part == "decoder":
-        raise BadInput("a pretrained model with its decoder is such a file already: copy it")
-    state = {"task": "export", "step": 0, **metadata(source), "model": source.model.state_dict()}
+        if "model_name" not in source.state:
+            raise BadInput(
+                f"a whole {type(source.model).__name__} of another program is read as it is "
+                "wherever a checkpoint is asked for; --part encoder writes its encoder alone"
+            )
+        # As its run has it: its class and the arguments of the whole say more than its encoder.
+        described = {k: v for k, v in described.items() if k != "encoder_kind"}
+        described["model_args"] = source.state["model_args"]
+    state = {"task": "export", "step": 0, **described, "model": source.model.state_dict()}
     return [write_and_compare(source, path, state)]
 
 

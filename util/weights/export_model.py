@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from util.mask.strategies import mask_settings
 from util.styles import Style, Weights
 from util.train.checkpoint import write_signed
 from util.weights.export import appearing, check_same, fold_lscale, fold_probe, has_lscale
@@ -21,7 +22,9 @@ BOUND, LOOSE = 1e-5, 1e-4
 IMAGES = 2
 BAKED = "the learned phases are baked into the positions: resizing these is no longer by formula"
 # What most targets answer who are asked for a decoder.
-NO_DECODER = {"decoder": "takes no decoder; choose official or transformers"}
+NO_DECODER = {
+    "decoder": "takes no decoder; choose official, mmae or, of MAE and Swin, transformers"
+}
 
 
 class ExportPreprocessing(Protocol):
@@ -195,6 +198,9 @@ def metadata(source: LoadedModel, *, ours: bool = True) -> dict[str, Any]:
         said["encoder_kind"] = source.kind
     if ours and source.part == "decoder":
         said["model_name"] = source.state.get("model_name")
+    if source.part == "decoder":  # pictures of it are made with its run's masks
+        trained = source.state.get("arithmetic", {})
+        said["arithmetic"] = {n: trained[n] for n in mask_settings() if n in trained}
     for name, wanted in (("classes", source.part == "head"), ("data", True)):
         if wanted and name in source.state:
             said[name] = source.state[name]

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from util.weights.export import appearing, check_same, run_onnx, save_onnx
+from util.weights.export import appearing, check_same, has_lscale, run_onnx, save_onnx
 from util.weights.export_model import (
     LOOSE,
     NO_DECODER,
@@ -43,10 +43,11 @@ def to_onnx(source: LoadedModel, path: Path) -> list[str]:
         one = {name: value[:1] for name, value in expected.items()}
         check_same(one, run_onnx(temporary, source.images()[:1], names), LOOSE, "ONNX of one image")
     shape = ["batch", *source.images().shape[1:]]
-    return [
-        line,
-        f"images float32 {shape} -> {', '.join(names)}; LScale and probe are in the graph",
-    ]
+    weights = source.model.state_dict()
+    terms = {"LScale": has_lscale(weights), "the probe": "head.0.running_mean" in weights}
+    inside = " and ".join(name for name, there in terms.items() if there)
+    graph = f"; {inside} in the graph" if inside else ""
+    return [line, f"images float32 {shape} -> {', '.join(names)}{graph}"]
 
 
 ONNX = ExportTarget(to_onnx, suffixes=(".onnx",), refused=NO_DECODER)

@@ -4,9 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from util.errors import BadInput, needs
+from util.styles import STYLES
 from util.train.checkpoint import local_file, peek
 from util.weights.export import check_same, has_lscale, run_onnx
 from util.weights.export_files import MMAE, MMSEG, OFFICIAL
@@ -54,12 +53,13 @@ def check_request(to: str, path: Path, checkpoint: str, keep_lscale: bool) -> No
         raise BadInput(f"--output {path} is a checkpoint of a run; choose another name")
 
 
-def choose_part(asked: str, to: str, weights: Mapping[str, Tensor]) -> str:
+def choose_part(asked: str, to: str, state: Mapping[str, Any], decoder: bool) -> str:
     """Which part of a model is exported: decoder | head | encoder.
 
     Args:
         asked: one of these, or auto: all that there is and that the target takes.
-        to: one of `TARGETS`. weights: of the file.
+        to: one of `TARGETS`. state: what the file holds. decoder: whether something that predicts
+            is in it.
 
     Raises:
         BadInput: the target does not take what was asked for.
@@ -69,27 +69,41 @@ def choose_part(asked: str, to: str, weights: Mapping[str, Tensor]) -> str:
         raise BadInput(f"--to {to} {refused[asked]}")
     if asked != "auto":
         return asked
-    for part, prefix in (("decoder", "decoder_"), ("head", "head.")):
-        if part not in refused and any(key.startswith(prefix) for key in weights):
-            return part
-    return "encoder"
+    if decoder and "decoder" not in refused and takes_whole(to, state):
+        return "decoder"
+    head = any(key.startswith("head.") for key in state["model"])
+    return "head" if head and "head" not in refused else "encoder"
 
 
-def list_losses(state: Mapping[str, Any], part: str, other: str) -> list[str]:
+def takes_whole(to: str, state: Mapping[str, Any]) -> bool:
+    """Whether a target that takes decoders has one for this kind of encoder."""
+    kind = state.get("encoder_kind", "vit")
+    if kind == "vit" or to == "mmae":
+        return kind == "vit" or "model_name" in state
+    return any(
+        style.kind == kind and to in style.programs and (to == "official" or style.pretraining)
+        for style in STYLES.values()
+    )
+
+
+def list_losses(state: Mapping[str, Any], part: str, other: str, decoder: bool) -> list[str]:
     """What of a file's contents is not exported, whatever the target.
 
     Args:
         other: which weights stay behind, where the file has averaged ones.
+        decoder: whether something that predicts is in the file.
     """
     weights, lost = state["model"], list(state.get("notes", ()))
-    decoder, head = (any(k.startswith(p) for k in weights) for p in ("decoder_", "head."))
+    head = any(name.startswith("head.") for name in weights)
     if decoder and part != "decoder":
-        lost.append("the decoder is left out")
+        plain = state.get("encoder_kind", "vit") == "vit"
+        what = "the decoder is" if plain else "the mask token and what predicts are"
+        lost.append(f"{what} left out")
         if "pos_phase" in weights:
             lost.append(BAKED)
     if head and part == "encoder":
         lost.append("the head is left out")
-    if "norm.weight" not in weights and "fc_norm.weight" not in weights:
+    if not any(name in weights for name in ("norm.weight", "fc_norm.weight")):
         lost.append("the file has no final norm; the new one has a fresh one")
     if "ema" in state:
         lost.append(f"the {other} weights are left out")

@@ -20,8 +20,12 @@ def to_transformers_folder(source: LoadedModel, path: Path) -> list[str]:
         style, reason = STYLES["transformers"], list_vit_limits(source)
     else:
         style = find_writer(source.kind, "transformers", source.arguments, "the checkpoint")
-        missing = source.part == "decoder" and style.pretraining is None
-        reason = "it has no such model with what predicts; use --part encoder" if missing else None
+        if source.part == "decoder" and style.pretraining is None:
+            raise BadInput(
+                "transformers has no such model with what predicts: --part encoder, or --to "
+                "official or mmae"
+            )
+        reason = None
     kept = source.arguments
     if reason:
         other = "onnx or mmae" if source.arguments.get("cls_tokens", 1) > 1 else "timm"

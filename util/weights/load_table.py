@@ -9,7 +9,7 @@ from torch import nn
 
 from util.spec import Pair
 from util.weights.assumed import assumptions
-from util.weights.convert import PLACE
+from util.weights.convert import LICENCE, PLACE
 
 # Where in a file's contents, once a model took its weights, the lines about that stand.
 LOADED = "loaded"
@@ -24,11 +24,13 @@ class Loading:
         new: tensors of the model that the file does not have, and that stay as they were drawn.
         left: tensors of the file that the model does not have.
         resized: what was brought to another size, a text each.
+        fitted: what else became of the file's tensors, a text each; see `Encoder.fit_weights`.
     """
 
     new: list[str] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
     resized: list[str] = field(default_factory=list)
+    fitted: list[str] = field(default_factory=list)
 
     def lines(self, model: nn.Module, state: Mapping[str, Any]) -> list[str]:
         """The table, the file's name above it.
@@ -44,10 +46,12 @@ class Loading:
         rows = {
             "taken": f"{amount(taken)}, {count:,} parameters: {grouped(taken)}",
             "resized": "; ".join(self.resized),
+            "fitted": "; ".join(self.fitted),
             "new": f"{amount(self.new)}: {grouped(self.new)}" if self.new else "",
             "left": "; ".join(
                 [*([f"{amount(left)}: {grouped(left)}"] if left else []), *state["notes"]]
             ),
+            "licence": state.get(LICENCE, ""),
         }
         # Where our own files have them is nothing to tell.
         usual = "model_args" in state and place.address == ("model",) and not place.others
@@ -74,8 +78,9 @@ def about(state: Mapping[str, Any]) -> str:
     if state.get("task") != "export":
         counts = [name for name in ("epoch", "step") if is_count(state.get(name))]
         found += [f"{name} {state[name]}" for name in counts]
-    if state["style"] in ("transformers", "mmseg"):
-        found.append(f"names of {state['style'].replace('mmseg', 'mmsegmentation')}")
+    style = state["style"].partition("_")[0]  # transformers_swin
+    if style in ("transformers", "mmseg"):
+        found.append(f"names of {style.replace('mmseg', 'mmsegmentation')}")
     return f" ({', '.join(found)})" if found else ""
 
 

@@ -150,6 +150,9 @@ def make_stage(
     """A plan file of other arms and of some of the runs."""
     given = with_arms(plan, name, seeds, arms)
     given["runs"] = {run: entry for run, entry in given["runs"].items() if run in runs}
+    for entry in given["runs"].values():
+        if "for" in entry:
+            entry["for"] = {arm: flags for arm, flags in entry["for"].items() if arm in arms}
     tables = [
         {**table, "rows": [row for row in table["rows"] if row[1] in runs]}
         for table in given["tables"]

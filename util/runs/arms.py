@@ -8,7 +8,7 @@ A set of arms is one of
 
 with the seeds that it is for. `arms: SET` at a run makes one run NAME.ARM for each of them, with
 the arm's flags over its own; `of: NAME` makes one for each of those, in whose flags {run:NAME}
-stands for it.
+stands for it. `for: {ARM: {flag: value}}` beside `of` gives the run of an arm flags of its own.
 """
 
 import itertools
@@ -180,13 +180,15 @@ def _armed(name: str, entry: dict[str, Any], sets: Mapping[str, ArmSet], where: 
 
 
 def _derived(name: str, entry: dict[str, Any], armed: Mapping[str, Made], where: str) -> Made:
-    rest = {k: v for k, v in entry.items() if k != "of"}
+    rest = {k: v for k, v in entry.items() if k not in ("of", "for")}
     parent = entry["of"]
     known(parent, armed, f"run with arms, of at {where}")
+    own = mapping(entry.get("for") or {}, f"for of {where}", [str(c.arm) for c, _ in armed[parent]])
     made = []
     for copy, _ in armed[parent]:
         full = f"{parent}.{copy.arm}"
-        flags = {k: _renamed(v, parent, full) for k, v in (rest.get("flags") or {}).items()}
+        given = (rest.get("flags") or {}) | mapping(own.get(str(copy.arm), {}), f"for of {where}")
+        flags = {k: _renamed(v, parent, full) for k, v in given.items()}
         made.append((Copy(name, copy.arm, copy.seeds), rest | {"flags": flags}))
     return made
 

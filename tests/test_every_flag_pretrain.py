@@ -159,6 +159,7 @@ PLANNED = """
     --lr: lr
     --lr_batch: lr
     --mask: pretrain
+    --mask_cell: pretrain
     --mask_ratio: FLOPs activations in memory pretrain shared
     --method: activations decoder encoder parameters pretrain shared
     --min_lr: lr

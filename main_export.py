@@ -233,7 +233,8 @@ def read_source(args: argparse.Namespace) -> LoadedModel:
             return models_zoo.build_autoencoder(again, name)[0]
         return models_zoo.build_classifier(again, name, head=head)[0]
 
-    print_text("\n".join(describe_reading(state, path)))
+    if lines := describe_reading(state, path):  # a whole one of ours goes as it is
+        print_text("\n".join(lines))
     other = "other" if args.ema else "averaged (--ema)"
     lost = list_losses(found, part, other, decoder)
     size, channels = arguments["img_size"], arguments["in_chans"]

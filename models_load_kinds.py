@@ -131,7 +131,7 @@ def build_of_kind(
 
 def find_whole(state: Mapping[str, Any]) -> PretrainModel | None:
     """The model of a file that holds what predicts beside such an encoder; None: it does not."""
-    place: NestedWeights | None = state.get(PLACE)  # a file of ours has none
+    place: NestedWeights | None = state.get(PLACE)
     found = EncoderState(state["encoder_kind"], state["model_args"], state["model"])
     kinds = dict.fromkeys(kind for kind, _ in MODELS.values())
     rest = {} if place is None else {**place.weights, **place.beside}

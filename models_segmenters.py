@@ -197,7 +197,7 @@ def to_mmseg_names(model: UperNet) -> dict[str, Tensor]:
         BadInput: it has no such model: for patches of 4, or that are not square.
     """
     if model.described is not None:
-        raise BadInput(f"--to mmseg takes vision transformers alone, not {type(model.encoder)}")
+        raise BadInput(f"--to mmseg takes vision transformers alone, not {model.encoder.called}")
     if (tokens := model.encoder.cls_tokens) > 1:
         raise BadInput(f"mmsegmentation's backbones have one class token, this model {tokens}")
     (ph, pw), ratio = model.patch_size, model.arguments["mlp_ratio"]

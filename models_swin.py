@@ -348,12 +348,7 @@ def _check_windows(size: Pair, patch: Pair, grid: Pair, stages: int, window: int
         if any(side > window and side % window for side in sides):
             windows = [n for n in range(2, 33) if _in_whole_windows(grid, stages, n)]
             windows.sort(key=lambda n: abs(n - window))
-            steps = [p * 2 ** (stages - 1) for p in patch]
-            near = [(max(1, size[0] // steps[0] + k) * steps[0], max(1, size[1] // steps[1] + k)
-                     * steps[1]) for k in range(-8, 9)]  # fmt: skip
-            sizes = [s for s in dict.fromkeys(near) if _in_whole_windows(
-                (s[0] // patch[0], s[1] // patch[1]), stages, window)]  # fmt: skip
-            sizes.sort(key=lambda s: abs(s[0] - size[0]))
+            sizes = _near_sizes(size, patch, stages, window)
             named = [str(h) if h == w else f"{h}x{w}" for h, w in sizes[:4]]
             raise BadInput(
                 f"windows of {window} do not divide the map of {sides[0]} x {sides[1]} in stage "
@@ -362,6 +357,19 @@ def _check_windows(size: Pair, patch: Pair, grid: Pair, stages: int, window: int
                 f"{', '.join(map(str, windows[:4])) or 'no size up to 32'} (--window_size in "
                 "pretraining)"
             )
+
+
+def _near_sizes(size: Pair, patch: Pair, stages: int, window: int) -> list[Pair]:
+    """Sizes of images whose maps are all in whole windows, the nearest first."""
+    last = [side * 2 ** (stages - 1) for side in patch]  # a patch of the last stage, pixels
+    counts = [side // unit for side, unit in zip(size, last, strict=True)]
+    found = []
+    for more in sorted(range(-8, 9), key=abs):
+        h, w = (n + more for n in counts)
+        grid = (h * 2 ** (stages - 1), w * 2 ** (stages - 1))
+        if min(h, w) > 0 and _in_whole_windows(grid, stages, window):
+            found.append((h * last[0], w * last[1]))
+    return found
 
 
 def _in_whole_windows(grid: Pair, stages: int, window: int) -> bool:

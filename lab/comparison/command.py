@@ -9,6 +9,7 @@ equal steps, equal time. What is done stays done, and the same command goes on a
 """
 
 import json
+import statistics
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,12 +34,20 @@ from lab.comparison.analysis import (
 )
 from lab.comparison.report import draw, markdown
 from lab.study.analysis import Finished, summarise_arms
-from lab.study.command import COMMANDS, cells_in, run_plan, where_from, write_plan
+from lab.study.command import (
+    COMMANDS,
+    add_run_flags,
+    cells_in,
+    check_not_less,
+    run_plan,
+    where_from,
+    write_plan,
+)
 from util.config.flags import FlagParser
 from util.console import print_text
-from util.errors import BadInput, command, needs
+from util.errors import command, needs
 from util.files import write_text
-from util.flag_types import expanded_path, processes_flag
+from util.flag_types import expanded_path
 from util.progress import say
 from util.runs.plan import Plan, read_plan
 from util.train.logger import prepare_folder
@@ -59,25 +68,12 @@ def build_parser() -> FlagParser:
         default="recipes/tables/comparison.yaml",
         help="YAML file with a `comparison`",
     )
-    parser.add_argument(
-        "--output_dir",
-        type=expanded_path,
-        default="output_dir/comparison",
-        help="folder of the runs",
-    )
-    parser.add_argument(
-        "--docs",
-        type=expanded_path,
-        default="docs",
-        help=f"folder for {RESULT}, {DOCUMENT} and the plot",
-    )
-    parser.add_argument("--jobs", type=processes_flag(1), default=1, help="runs at the same time")
+    add_run_flags(parser, "comparison", f"{RESULT}, {DOCUMENT} and the plot")
     parser.add_argument(
         "--cost",
         action="store_true",
         help="measure how fast each method is, say what the whole costs, and end",
     )
-    parser.add_argument("--report", action="store_true", help="run nothing, write the document")
     return parser
 
 
@@ -160,12 +156,21 @@ def equal_arms(
     if stage == STEPS:
         return {**at_rate, **comparison.first}
     counts = count_images(comparison, speeds, plan)
-    images = plan.given["defaults"]["main_pretrain"]["train_images"]
     return {
-        arm: {**flags, "train_images": counts[arm]}
-        for arm, flags in at_rate.items()
-        if abs(counts[arm] / images - 1) > comparison.alike
+        arm: {**at_rate[arm], "train_images": counts[arm]}
+        for arm in list_other_times(comparison, counts, plan)
     }
+
+
+def mean_speeds(speeds: Mapping[str, Mapping[int, float]]) -> dict[str, float]:
+    """Images a second of each method, over its seeds."""
+    return {arm: statistics.fmean(own.values()) for arm, own in speeds.items()}
+
+
+def list_other_times(comparison: Comparison, counts: Mapping[str, int], plan: Plan) -> list[str]:
+    """The methods whose equal time is not their equal steps, as far as `alike` goes."""
+    images = plan.given["defaults"]["main_pretrain"]["train_images"]
+    return [arm for arm, count in counts.items() if abs(count / images - 1) > comparison.alike]
 
 
 def count_images(
@@ -174,7 +179,7 @@ def count_images(
     """Images of each method in the time of the reference."""
     defaults = plan.given["defaults"]["main_pretrain"]
     images, batch = defaults["train_images"], defaults["batch_size"]
-    mean = {arm: sum(own.values()) / len(own) for arm, own in speeds.items()}
+    mean = mean_speeds(speeds)
     return {
         arm: equal_images(images, batch, speed, mean[comparison.reference], comparison.most_images)
         for arm, speed in mean.items()
@@ -196,16 +201,17 @@ def list_cost(
     finished = stages.run("price", [seed], arms, list(plan.given["runs"]))
     seconds = {key: record["seconds"] for key, record in finished.records.items()}
 
-    def of(run: str, arm: str) -> float:
-        same = comparison.untrained[comparison.first_of(arm)][0]
-        return seconds[run, same, seed]
+    mean = mean_speeds(speeds)
 
-    mean = {arm: sum(own.values()) / len(own) for arm, own in speeds.items()}
+    def measured_for(arm: str) -> str:
+        return comparison.untrained[comparison.first_of(arm)][0]
+
+    def of(run: str, arm: str) -> float:
+        return seconds[run, measured_for(arm), seed]
 
     def pretrain(arm: str, images: int) -> float:
-        same = comparison.untrained[comparison.first_of(arm)][0]
-        start = of(comparison.pretrain, arm) - comparison.speed_images / mean[same]
-        return max(0.0, start) + images / mean[arm]
+        steps = comparison.speed_images / mean[measured_for(arm)]
+        return max(0.0, of(comparison.pretrain, arm) - steps) + images / mean[arm]
 
     images = plan.given["defaults"]["main_pretrain"]["train_images"]
     counts = count_images(comparison, speeds, plan)
@@ -219,11 +225,8 @@ def list_cost(
     ) * len(comparison.rates)
     steps = n * sum(pretrain(arm, images) + after[arm] for arm in comparison.methods)
     steps += n * sum(pretrain(own[0], 0) + after[own[0]] for own in comparison.untrained.values())
-    equal = n * sum(
-        pretrain(arm, counts[arm]) + after[arm]
-        for arm in comparison.methods
-        if abs(counts[arm] / images - 1) > comparison.alike
-    )
+    others = list_other_times(comparison, counts, plan)
+    equal = n * sum(pretrain(arm, counts[arm]) + after[arm] for arm in others)
     costs = {"rates (without what may be added)": rates, "equal steps": steps, "equal time": equal}
     return [
         *(f"{name:36s}{cost / 60 / jobs:7.1f} min" for name, cost in costs.items()),
@@ -308,12 +311,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             arms = equal_arms(comparison, stage, tried, speeds, plan)
             stages.run(stage, plan.seeds, arms, measured)
     report = build_report(Stages(plan, output, None), comparison)
-    there = json.loads((docs / RESULT).read_text())["done"] if (docs / RESULT).is_file() else 0
-    if report["done"] < there:
-        raise BadInput(
-            f"{output} holds {report['done']} finished runs, and {docs / RESULT} is of {there}: it "
-            "would be lost; give another --docs"
-        )
+    check_not_less(report, output, docs / RESULT)
     prepare_folder(docs)
     write_text(docs / RESULT, json.dumps(report, indent=1) + "\n")
     draw(report, docs / PICTURES)

@@ -7,7 +7,7 @@ from typing import Any
 
 from lab.comparison.analysis import EQUAL, STEPS, TIME
 from lab.study.effects import estimate
-from lab.study.report import interval, sentence, verdict
+from lab.study.report import interval, remarks_of, say_where_from, sentence, verdict
 from util.errors import needs
 from util.runs.tables import show, table_lines
 
@@ -27,7 +27,7 @@ def markdown(report: Mapping[str, Any], pictures: str) -> str:
         "",
         *([report["about"], ""] if report.get("about") else []),
         *_how(report),
-        *_remarks(report),
+        *remarks_of(report),
         *_in_short(report),
         *_stage(report, STEPS, pictures),
         *_stage(report, TIME, pictures),
@@ -39,11 +39,9 @@ def markdown(report: Mapping[str, Any], pictures: str) -> str:
 
 def _how(report: Mapping[str, Any]) -> list[str]:
     if not report["done"]:
-        return [f"0 of {report['cells']} runs done.", ""]
+        return [say_where_from(report), ""]
     return [
-        f"{report['done']} of {report['cells']} runs done, {report['seconds'] / 3600:.2f} hours of "
-        f"runs in all; {'; '.join(report['machine'])}; {'; '.join(report['versions'])}; commit "
-        f"{'; '.join(report['commit'])}; finished {report['finished']}.",
+        say_where_from(report),
         "",
         f"What was decided before the first run stands at the head of "
         f"`recipes/tables/{report['plan']}`. Values are mean ± sample deviation over seeds "
@@ -52,13 +50,6 @@ def _how(report: Mapping[str, Any]) -> list[str]:
         "one table.",
         "",
     ]
-
-
-def _remarks(report: Mapping[str, Any]) -> list[str]:
-    remarks = report.get("remarks", [])
-    if not remarks:
-        return []
-    return ["## Before you believe it", "", *(f"- {remark}" for remark in remarks), ""]
 
 
 def _rows_of(report: Mapping[str, Any], stage: str) -> dict[str, Mapping[str, Any]]:

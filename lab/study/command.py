@@ -63,16 +63,7 @@ def build_parser() -> FlagParser:
         default="recipes/tables/study.yaml",
         help="YAML file with a `study`",
     )
-    parser.add_argument(
-        "--output_dir", type=expanded_path, default="output_dir/study", help="folder of the runs"
-    )
-    parser.add_argument(
-        "--docs",
-        type=expanded_path,
-        default="docs",
-        help=f"folder for {RESULT}, {DOCUMENT} and plots",
-    )
-    parser.add_argument("--jobs", type=processes_flag(1), default=1, help="runs at the same time")
+    add_run_flags(parser, "study", f"{RESULT}, {DOCUMENT} and plots")
     parser.add_argument(
         "--only",
         metavar="ROW",
@@ -85,13 +76,29 @@ def build_parser() -> FlagParser:
         nargs="+",
         help="seeds of --only; default: one of its own",
     )
-    parser.add_argument("--report", action="store_true", help="run nothing, write the document")
     parser.add_argument(
         "--from_docs",
         action="store_true",
         help=f"run nothing, write the document anew from --docs/{RESULT} and the plan's remarks",
     )
     return parser
+
+
+def add_run_flags(parser: FlagParser, name: str, written: str) -> None:
+    """Where the runs of such a study are, where its document, and how many run at once.
+
+    Args:
+        name: of the folder of the runs. written: what goes into `--docs`.
+    """
+    parser.add_argument(
+        "--output_dir",
+        type=expanded_path,
+        default=f"output_dir/{name}",
+        help="folder of the runs",
+    )
+    parser.add_argument("--docs", type=expanded_path, default="docs", help=f"folder for {written}")
+    parser.add_argument("--jobs", type=processes_flag(1), default=1, help="runs at the same time")
+    parser.add_argument("--report", action="store_true", help="run nothing, write the document")
 
 
 # ---- Running -----------------------------------------------------------------------------------
@@ -197,6 +204,23 @@ def where_from(plan: Plan, cells: Mapping[str, Cell]) -> dict[str, Any]:
     return {name: tables[name] for name in names}
 
 
+def check_not_less(report: Mapping[str, Any], output: Path, kept: Path, more: str = "") -> None:
+    """Refuse to write a report of fewer runs over one of more.
+
+    Args:
+        output: folder of the runs. kept: the report that is there, or not. more: a way out.
+
+    Raises:
+        BadInput: see above.
+    """
+    there = json.loads(kept.read_text())["done"] if kept.is_file() else 0
+    if report["done"] < there:
+        raise BadInput(
+            f"{output} holds {report['done']} finished runs, and {kept} is of {there}: it would "
+            f"be lost; give another --docs{more}"
+        )
+
+
 def write_report(report: Mapping[str, Any], docs: Path) -> None:
     """JSON, plots and the document."""
     prepare_folder(docs)
@@ -300,11 +324,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # --------------------------------------------------------------------------- document
     report = build_report(study, plan, output)
-    there = json.loads((docs / RESULT).read_text())["done"] if (docs / RESULT).is_file() else 0
-    if report["done"] < there:
-        raise BadInput(
-            f"{output} holds {report['done']} finished runs, and {docs / RESULT} is of "
-            f"{there}: it would be lost; give another --docs, or --from_docs to write that "
-            "document anew"
-        )
+    anew = ", or --from_docs to write that document anew"
+    check_not_less(report, output, docs / RESULT, anew)
     write_report(report, docs)

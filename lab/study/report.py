@@ -30,7 +30,7 @@ def markdown(
             "",
             *([report["about"], ""] if report.get("about") else []),
             *_how(report),
-            *_remarks(report),
+            *remarks_of(report),
             *_in_short(report),
             *([] if rates is None else rates_markdown(rates)),
             *_rows("The factorial", "factorial", report),
@@ -42,13 +42,22 @@ def markdown(
     )
 
 
-def _how(report: Mapping[str, Any]) -> list[str]:
+def say_where_from(report: Mapping[str, Any]) -> str:
+    """How much is done, on what, and of which code: a sentence."""
     if not report["done"]:
-        return [f"0 of {report['cells']} runs done.", ""]
-    return [
+        return f"0 of {report['cells']} runs done."
+    return (
         f"{report['done']} of {report['cells']} runs done, {report['seconds'] / 3600:.2f} hours of "
         f"runs in all; {'; '.join(report['machine'])}; {'; '.join(report['versions'])}; commit "
-        f"{'; '.join(report['commit'])}; finished {report['finished']}.",
+        f"{'; '.join(report['commit'])}; finished {report['finished']}."
+    )
+
+
+def _how(report: Mapping[str, Any]) -> list[str]:
+    if not report["done"]:
+        return [say_where_from(report), ""]
+    return [
+        say_where_from(report),
         "",
         "Values are mean ± sample deviation over seeds. Intervals are 95 % by Student's t over "
         "seeds, each seed first compared with itself (the same data order and noise in all "
@@ -59,7 +68,8 @@ def _how(report: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _remarks(report: Mapping[str, Any]) -> list[str]:
+def remarks_of(report: Mapping[str, Any]) -> list[str]:
+    """What a reader must know of how the plan came about, as a section."""
     remarks = report.get("remarks", [])
     if not remarks:
         return []
